@@ -1,0 +1,258 @@
+"""The command line: parse, call a stage, print. torch is imported when a command runs, never for --help."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lpvit_cli import __version__
+from lpvit_cli.console import Console
+from lpvit_cli.stages import BENCH, CALIBRATE, FINETUNE, STAGES, Stage
+
+app = typer.Typer(
+    name="lpvit",
+    help="Block-prune vision transformers, recover their accuracy, measure speed and joules, export them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="List, show and validate recipes.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model folder, a run folder, a timm name, or a .onnx file.")
+]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key; repeatable.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/<recipe name>).")]
+Resume = Annotated[
+    bool, typer.Option("--resume/--no-resume", help="Skip what is up to date and continue what was interrupted.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Take over a folder that holds something else.")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Compute type: auto, float32, bfloat16 or float16.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Batch size of this command.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what would run; do nothing.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Take the whole path with a small random model and generated images.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show causes of errors and library warnings.")]
+
+
+def _console(json_mode: bool, quiet: bool, verbose: bool) -> Console:
+    if not verbose:
+        warnings.filterwarnings("ignore")
+    return Console(json_mode, quiet, verbose)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"lpvit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -> None:
+    """All commands that take a recipe have the same options, and differ in the stages they run."""
+
+    @app.command(command, help=summary)
+    def recipe_command(
+        recipe: RecipeArgument,
+        set_: Set = None,
+        output: Output = None,
+        resume: Resume = True,
+        overwrite: Overwrite = False,
+        device: Device = None,
+        dtype: Dtype = None,
+        batch_size: BatchSize = None,
+        seed: Seed = None,
+        smoke: Smoke = False,
+        dry_run: DryRun = False,
+        json_: Json = False,
+        quiet: Quiet = False,
+        verbose: Verbose = False,
+    ) -> None:
+        console = _console(json_, quiet, verbose)
+        with console.command():
+            overrides = list(set_ or [])
+            overrides += [f"device={device}"] * (device is not None)
+            overrides += [f"dtype={dtype}"] * (dtype is not None)
+            overrides += [f"seed={seed}"] * (seed is not None)
+            if batch_size is not None:
+                keys = {CALIBRATE: "calibrate.batch_size={}", BENCH: "bench.batch_sizes=[{}]"}
+                overrides.append(keys.get(stages[0] if len(stages) == 1 else None, "data.batch_size={}").format(batch_size))
+            _run_stages(console, stages, recipe, overrides, output, resume, overwrite, smoke, dry_run)
+
+
+def _run_stages(
+    console: Console,
+    stages: tuple[Stage, ...],
+    recipe_name: str,
+    overrides: list[str],
+    output: Path | None,
+    resume: bool,
+    overwrite: bool,
+    smoke: bool,
+    dry_run: bool,
+) -> None:
+    from lpvit_cli.recipe import Recipe
+
+    recipe = Recipe.load(recipe_name, overrides)
+    if smoke:
+        from lpvit_cli.models import shrink
+
+        recipe = recipe.smoke(*shrink(recipe.model))
+    from lpvit_cli.report.tables import render
+    from lpvit_cli.run import Run
+
+    run = Run(recipe, output or Path("runs") / recipe.name)
+    if len(stages) > 1 and recipe.finetune is None:
+        stages = tuple(stage for stage in stages if stage is not FINETUNE)
+    if dry_run:
+        plan = {stage.command: _plan(run.changes(stage), resume) for stage in stages}
+        console.document = {"recipe": recipe.model_dump(mode="json"), "output": str(run.folder), "stages": plan}
+        console.human(recipe.to_yaml(), f"# output: {run.folder}", *(f"# {stage}: {what}" for stage, what in plan.items()))
+        return
+    reports = {}
+    with run.open(overwrite):
+        for number, stage in enumerate(stages, start=1):
+            position = f"[{number}/{len(stages)}] " if len(stages) > 1 else ""
+            changes = run.changes(stage)
+            if resume and changes == []:
+                from lpvit_cli.report.schema import REPORTS
+
+                report = run.report(stage, REPORTS[stage.command])
+                console.note(f"{position}{stage.command}: up to date, skipped ({run.folder / stage.folder})")
+            else:
+                why = f" again ({changes[0]})" if changes else ""
+                console.note(f"{position}{stage.command}{why}")
+                report = run.execute(stage, console.progress, resume)
+            console.human(*render(report, run.folder / stage.folder))
+            reports[stage.command] = report.model_dump(mode="json")
+    console.document = reports if len(stages) > 1 else reports[stages[0].command]
+
+
+def _plan(changes: list[str] | None, resume: bool) -> str:
+    if changes is None:
+        return "runs"
+    if changes:
+        return f"runs again ({changes[0]})"
+    return "up to date" if resume else "runs again (--no-resume)"
+
+
+for _stage in STAGES:
+    _add_recipe_command(_stage.command, (_stage,), _stage.summary)
+_add_recipe_command("run", STAGES, "All stages in order, skipping what is up to date.")
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="digits, folder, tar, hfds/NAME or wds/NAME.")] = None,
+    root: Annotated[Path | None, typer.Option("--root", help="Where the images are.")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Which split (default: the one it was validated on).")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Evaluate on this many images only.")] = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Top-1 and top-5 accuracy of a model folder, an exported file or a timm model."""
+    console = _console(json_, quiet, verbose)
+    with console.command():
+        from lpvit_cli.report.tables import render
+        from lpvit_cli.stages.evaluate import evaluate as evaluate_any
+
+        report = evaluate_any(
+            model, dataset, root, split, limit, batch_size or 64, device or "auto", dtype or "auto", console.progress
+        )
+        console.document = report.model_dump(mode="json")
+        console.human(*render(report, Path(model)))
+
+
+@app.command()
+def predict(
+    model: ModelArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    top: Annotated[int, typer.Option("--top", min=1, help="How many classes to print.")] = 5,
+    device: Device = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """The most likely classes of images, with the preprocessing the model was made with."""
+    console = _console(json_, quiet, verbose)
+    with console.command():
+        from lpvit_cli.report.tables import render
+        from lpvit_cli.stages.predict import predict as predict_any
+
+        report = predict_any(model, images, top, device or "auto")
+        console.document = report.model_dump(mode="json")
+        console.human(*render(report, Path(model)))
+
+
+@app.command()
+def doctor(json_: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """What this machine can do: versions, devices, power meters, optional packages; and how to get what is missing."""
+    console = _console(json_, quiet, verbose)
+    with console.command():
+        from lpvit_cli.doctor import examine
+        from lpvit_cli.report.tables import findings_table
+
+        findings = examine()
+        console.document = [finding.__dict__ for finding in findings]
+        console.human(findings_table(findings))
+
+
+@recipes_app.command("list")
+def recipes_list(json_: Json = False) -> None:
+    """The shipped recipes, with what each is for."""
+    console = _console(json_, False, False)
+    with console.command():
+        from lpvit_cli.recipe import shipped_recipes
+        from lpvit_cli.report.tables import recipes_table
+
+        console.document = [path.stem for path in shipped_recipes()]
+        console.human(recipes_table(shipped_recipes()))
+
+
+@recipes_app.command("show")
+def recipes_show(recipe: RecipeArgument, json_: Json = False) -> None:
+    """Print a recipe as it is written; --json resolves it, with every default."""
+    console = _console(json_, False, False)
+    with console.command():
+        from lpvit_cli.recipe import Recipe, find_recipe
+
+        if json_:
+            console.document = Recipe.load(recipe).model_dump(mode="json")
+        else:
+            typer.echo(find_recipe(recipe).read_text().rstrip())
+
+
+@recipes_app.command("validate")
+def recipes_validate(recipe: RecipeArgument, set_: Set = None, json_: Json = False) -> None:
+    """Check a recipe without running it."""
+    console = _console(json_, False, False)
+    with console.command():
+        from lpvit_cli.recipe import Recipe
+
+        loaded = Recipe.load(recipe, set_ or [])
+        console.document = {"valid": True, "name": loaded.name}
+        console.human(f"{recipe}: valid")
+
+
+def main() -> Any:
+    return app()

@@ -1,0 +1,111 @@
+"""The one output sink: tables and sentences for people, one JSON document for programs, errors as exit codes.
+
+Results go to stdout, progress and notes to stderr; with --json stdout holds the document and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lpvit_cli.errors import LpvitError
+
+INTERRUPTED = 130
+
+
+class Console:
+    """`human` prints results, `note` and `progress` go to stderr, `document` collects what --json will print."""
+
+    def __init__(self, json_mode: bool = False, quiet: bool = False, verbose: bool = False):
+        from rich.console import Console as Rich
+
+        self.json_mode, self.quiet, self.verbose = json_mode, quiet, verbose
+        self.out = Rich(stderr=json_mode, highlight=False, soft_wrap=False)
+        self.err = Rich(stderr=True, highlight=False)
+        self.document: Any = None
+        self._bar: Any = None
+        self._printed = 0.0
+
+    def human(self, *renderables: Any) -> None:
+        self._stop_bar()
+        if not self.quiet:
+            for renderable in renderables:
+                self.out.print(renderable)
+
+    def note(self, text: str) -> None:
+        self._stop_bar()
+        if not self.quiet:
+            self.err.print(text, style="dim", markup=False)
+
+    def progress(self, what: str, done: int, total: int, detail: str) -> None:
+        """A live bar on a terminal; elsewhere a line every ten seconds, and one when a task is complete."""
+        if self.quiet:
+            return
+        if not self.err.is_terminal:
+            now = time.monotonic()
+            if now - self._printed > 10 or done == total:
+                self._printed = now
+                self.err.print(f"{what}: {detail or f'{done}/{total}'}", markup=False)
+            return
+        if self._bar is None:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[detail]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=self.err, transient=True)
+            self._bar.start()
+        task = next((t.id for t in self._bar.tasks if t.description == what and not t.finished), None)
+        if task is None:
+            for old in self._bar.task_ids:
+                self._bar.remove_task(old)
+            task = self._bar.add_task(what, total=total or None, detail=detail)
+        self._bar.update(task, completed=done, total=total or None, detail=detail)
+
+    def _stop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _fail(self, kind: str, message: str, hint: str, code: int) -> None:
+        self._stop_bar()
+        if self.json_mode:
+            self.document = {"error": {"kind": kind, "message": message, "hint": hint, "exit_code": code}}
+        self.err.print(f"error: {message}", style="bold red", markup=False, soft_wrap=True)
+        if hint:
+            self.err.print(f"  {hint}", markup=False, soft_wrap=True)
+
+    @contextmanager
+    def command(self) -> Iterator[None]:
+        """Run a command's body; every way out of it becomes an exit code (see errors.py; 130 interrupted, 1 a bug)."""
+        code = 0
+        try:
+            yield
+        except LpvitError as error:
+            code = error.exit_code
+            self._fail(type(error).__name__, error.message, error.hint, code)
+            if self.verbose and error.__cause__:
+                traceback.print_exception(error.__cause__, file=sys.stderr)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+            self._fail("Interrupted", "interrupted", "nothing half-made was left; run the same command again to go on", code)
+        except Exception as error:
+            code = 1
+            traceback.print_exc(file=sys.stderr)
+            self._fail(
+                "Bug", f"{type(error).__name__}: {error}", "this is a bug in lpvit: please report it with the lines above", code
+            )
+        finally:
+            self._stop_bar()
+        if self.json_mode:
+            sys.stdout.write(json.dumps(self.document, indent=1) + "\n")
+        if code:
+            sys.exit(code)

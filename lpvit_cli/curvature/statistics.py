@@ -1,0 +1,69 @@
+"""Per-layer statistics of the dense model on the calibration images, and their file.
+
+Sums are kept, not averages, with the counts they are sums over: partial statistics add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lpvit_cli.errors import EnvironmentFault
+
+FIELDS = ("input_outer", "output_square", "gradient")
+
+
+@dataclass
+class LayerStatistics:
+    """Statistics of one linear layer, W [out, in], x [tokens, in], per-image loss gradient d [tokens, out]; float32."""
+
+    input_outer: Tensor  # [in, in]: sum over tokens of x^T x
+    output_square: Tensor  # [out]: sum over tokens of d^2, for a loss summed (not averaged) over images
+    gradient: Tensor  # [out, in]: sum over images of dL/dW = sum over tokens of d^T x
+    tokens: int  # tokens summed over, all images together
+    images: int
+
+    @property
+    def hessian(self) -> Tensor:
+        """H = 2/N sum x^T x [in, in], N tokens: Hessian of the layer's mean squared error, the same for each output."""
+        return self.input_outer * (2 / self.tokens)
+
+    @property
+    def output_moment(self) -> Tensor:
+        """S = 1/N sum d^2 [out]: diagonal of the output-gradient second moment."""
+        return self.output_square / self.tokens
+
+    @property
+    def mean_gradient(self) -> Tensor:
+        """g [out, in]: dL/dW averaged over images."""
+        return self.gradient / self.images
+
+    @property
+    def tokens_per_image(self) -> float:
+        return self.tokens / self.images
+
+
+def save_statistics(path: Path, statistics: dict[str, LayerStatistics]) -> None:
+    tensors = {f"{name}.{field}": getattr(layer, field).contiguous() for name, layer in statistics.items() for field in FIELDS}
+    for name, layer in statistics.items():
+        tensors[f"{name}.counts"] = torch.tensor([layer.tokens, layer.images])
+    save_file(tensors, path)
+
+
+def load_statistics(path: Path, names: list[str]) -> dict[str, LayerStatistics]:
+    """Statistics of the named layers; raises EnvironmentFault when the file is damaged or lacks one."""
+    try:
+        with safe_open(path, "pt") as file:
+            statistics = {}
+            for name in names:
+                tokens, images = file.get_tensor(f"{name}.counts").tolist()
+                fields = {field: file.get_tensor(f"{name}.{field}") for field in FIELDS}
+                statistics[name] = LayerStatistics(**fields, tokens=tokens, images=images)
+            return statistics
+    except (SafetensorError, OSError, ValueError) as error:
+        raise EnvironmentFault(f"{path}: unreadable statistics: {error}", "run `lpvit calibrate --no-resume`") from error

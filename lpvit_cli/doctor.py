@@ -1,0 +1,61 @@
+"""doctor: what this machine can do, each line ok or with the way to get there."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+
+from lpvit_cli.measure.energy import open_meter
+from lpvit_cli.measure.machine import cpu_name, installed
+
+OPTIONAL = {
+    "onnx": ("export", "pip install 'lpvit[export]'"),
+    "onnxscript": ("export", "pip install 'lpvit[export]'"),
+    "onnxruntime": ("export, predict on .onnx files", "pip install 'lpvit[export]'"),
+    "matplotlib": ("pictures in report.html", "pip install 'lpvit[plots]'"),
+    "scikit-learn": ("the built-in digits", "pip install 'lpvit[digits]'"),
+    "datasets": ("hfds/ datasets", "pip install datasets"),
+    "webdataset": ("wds/ datasets", "pip install webdataset"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    import torch
+
+    findings = [
+        Finding("lpvit", True, f"{installed('lpvit')}, Python {platform.python_version()}"),
+        Finding("torch", True, f"{torch.__version__}, timm {installed('timm')}"),
+        Finding("CPU", True, f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
+    ]
+    count = torch.cuda.device_count()
+    for index in range(count):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"sm_{properties.major}{properties.minor}"
+        findings.append(
+            Finding(f"cuda:{index}", True, f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}")
+        )
+    if count == 0:
+        built = torch.version.cuda
+        remedy = "an NVIDIA driver is needed" if built else "install a CUDA build of torch"
+        findings.append(Finding("GPU", False, "no usable CUDA device; everything runs on the CPU", remedy))
+    triton = installed("triton")
+    findings.append(Finding("triton", bool(triton), triton or "not installed", "" if triton else "pip install triton (Linux)"))
+    for kind in ("cuda", "cpu"):
+        uuid = str(torch.cuda.get_device_properties(0).uuid) if kind == "cuda" and count else ""
+        meter, reasons = open_meter(kind, uuid)
+        name = "GPU energy (NVML)" if kind == "cuda" else "CPU energy (RAPL)"
+        findings.append(
+            Finding(name, meter is not None, "readable" if meter else "; ".join(reasons), "energy is reported as not measured")
+        )
+    for package, (use, remedy) in OPTIONAL.items():
+        found = installed(package)
+        findings.append(Finding(package, bool(found), found or f"not installed; needed for {use}", "" if found else remedy))
+    return findings

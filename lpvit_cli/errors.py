@@ -1,0 +1,42 @@
+"""The errors a user can meet. Each knows its exit code and ends in what to do; anything else is a bug."""
+
+
+class LpvitError(Exception):
+    """A known error: one line that states rule and value, one that says what to do."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(LpvitError):
+    """The command line or the recipe asks for something that does not exist or cannot be done."""
+
+    exit_code = 2
+
+
+class EnvironmentFault(LpvitError):
+    """The machine lacks something: a package, a device, disk space, a readable file."""
+
+    exit_code = 3
+
+
+class CheckFailed(LpvitError):
+    """The work was done, but its result failed a check: parity, an accuracy guard, a filled zero."""
+
+    exit_code = 4
+
+
+def require(module: str, extra: str) -> None:
+    """Raise unless an optional package can be imported, naming it and the line that installs it.
+
+    `extra` is one of lpvit's extras, or a package name of its own.
+    """
+    from importlib.util import find_spec
+
+    if find_spec(module) is None:
+        target = f"'lpvit[{extra}]'" if extra in ("export", "plots", "digits") else extra
+        raise EnvironmentFault(f"the package {module!r} is not installed", f"pip install {target}")

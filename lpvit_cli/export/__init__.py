@@ -1,0 +1,1 @@
+"""Exported files: writing them, checking them, running them."""

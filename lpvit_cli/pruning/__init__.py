@@ -1,0 +1,1 @@
+"""Which blocks to remove: cost and saliency of each, the layers' curves, and the allocation under a budget."""

@@ -1,0 +1,381 @@
+"""A recipe: one YAML file that says which model, which data, and what every stage does with them.
+
+`Recipe.load` reads a file (or the name of a shipped recipe), applies `--set` overrides, and either returns a frozen,
+fully resolved recipe or raises a `UsageError` that names the file, the line, the key and the rule.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from lpvit_cli.errors import UsageError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Block = tuple[PositiveInt, PositiveInt]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Preprocess(Section):
+    """What differs from the model's own preprocessing (timm's pretrained_cfg). Pixels are in 0..1 before mean and std."""
+
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    crop_pct: float | None = Field(default=None, gt=0, le=1)
+    interpolation: Literal["bicubic", "bilinear", "nearest"] | None = None
+
+
+class ModelSection(Section):
+    """The dense model: a timm name (or `hf-hub:owner/name`), its constructor arguments, and where its weights come from."""
+
+    name: str
+    pretrained: bool = False
+    weights: Path | None = None
+    kwargs: dict[str, Any] = {}
+    preprocess: Preprocess = Preprocess()
+
+    @field_validator("weights")
+    @classmethod
+    def _beside_the_recipe(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        return _resolved(path, info)
+
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> Self:
+        if self.pretrained and self.weights:
+            raise ValueError("give either pretrained: true or weights: FILE, not both")
+        return self
+
+
+class DataSection(Section):
+    """Images: `digits` and `synthetic` are built in, `folder` and `tar` need root, `hfds/NAME` and `wds/NAME` as in timm."""
+
+    dataset: str
+    root: Path | None = None
+    train_split: str = "train"
+    val_split: str = "validation"
+    val_images: PositiveInt | None = None  # None: all of them
+    batch_size: PositiveInt = 64
+    workers: int = Field(default=4, ge=0)
+    max_corrupt: Fraction = 0.01  # unreadable images are skipped and counted; more than this fraction is an error
+
+    @field_validator("root")
+    @classmethod
+    def _beside_the_recipe(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        return _resolved(path, info)
+
+
+class CalibrateSection(Section):
+    """Statistics of the dense model. `gradient` is the loss they are taken of: `logits` needs no labels (LPViT),
+    `empirical` uses the given labels, `sampled` draws labels from the model (the true Fisher)."""
+
+    images: PositiveInt = 2048
+    batch_size: PositiveInt = 16
+    gradient: Literal["logits", "empirical", "sampled"] = "logits"
+
+
+class Budget(Section):
+    """How much to keep: `flops` = kept fraction of the whole model's FLOPs, `sparsity` = removed part of the weights."""
+
+    flops: float | None = Field(default=None, gt=0, le=1)
+    sparsity: float | None = Field(default=None, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.flops is None) == (self.sparsity is None):
+            raise ValueError(
+                "give exactly one of flops (kept fraction of the FLOPs) and sparsity (removed fraction of the weights)"
+            )
+        return self
+
+
+class Power(Section):
+    """The power model E = e_mac * MACs + e_byte * bytes, per image. Defaults: fp32 multiply-add 4.6 pJ, DRAM 160 pJ/byte
+    (Horowitz, ISSCC 2014, 45 nm). They weigh layers against each other; they are no measurement of your device."""
+
+    e_mac_pj: float = Field(default=4.6, ge=0)
+    e_byte_pj: float = Field(default=160.0, ge=0)
+    batch_size: PositiveInt = 1  # images that share one read of the weights
+
+
+class Layers(Section):
+    """Which nn.Linear modules may be pruned, by glob over their names in timm."""
+
+    include: tuple[str, ...] = ("blocks.*", "*.blocks.*")
+    exclude: tuple[str, ...] = ()
+
+
+class PruneSection(Section):
+    """Which blocks go. `beta` weighs power against distortion; where every layer sees the same number of tokens (a plain
+    ViT) a block costs the same power in every layer, and beta changes nothing."""
+
+    method: Literal["magnitude", "taylor", "lpvit"] = "lpvit"
+    block: Block = (64, 32)  # output features x input features
+    budget: Budget = Budget(flops=0.5)
+    beta: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    min_keep: Fraction = 0.1  # of each layer's blocks
+    layers: Layers = Layers()
+    power: Power = Power()
+
+
+class Distill(Section):
+    """Soft distillation from the dense parent: (1 - weight) * cross-entropy + weight * T^2 * KL."""
+
+    weight: Fraction = 0.5
+    temperature: float = Field(default=2.0, gt=0)
+
+
+class FinetuneSection(Section):
+    """Masked LoRA-GA on the pruned layers, biases and norms trained along. `alpha`, `gamma`: the scales of the paper."""
+
+    epochs: PositiveInt = 10
+    rank: PositiveInt = 16
+    alpha: float = Field(default=16.0, gt=0)
+    gamma: float = Field(default=16.0, gt=0)
+    init_batches: PositiveInt = 8
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_epochs: float = Field(default=1.0, ge=0)
+    label_smoothing: Fraction = 0.0
+    augment: bool = False  # timm's training augmentation (crop, flip, RandAugment)
+    distill: Distill | None = Distill()
+
+
+class EnergySection(Section):
+    window_seconds: float = Field(default=10.0, gt=0)
+    trials: int = Field(default=5, ge=3)
+
+
+class BenchSection(Section):
+    """Dense, masked-dense and sparse, interleaved in one process."""
+
+    batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)
+    rounds: int = Field(default=30, ge=5)
+    warmup_seconds: float = Field(default=2.0, ge=0)
+    threads: PositiveInt | None = None  # CPU threads; None: torch's default
+    energy: EnergySection = EnergySection()
+
+
+class ExportSection(Section):
+    """ONNX through torch's dynamo exporter; `tolerance` bounds ||onnx - torch|| / ||torch|| of the logits."""
+
+    opset: int = Field(default=20, ge=20)
+    tolerance: float = Field(default=1e-3, gt=0)
+
+
+class Recipe(Section):
+    """Everything a run does. Frozen; paths are absolute; every default is filled in."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    seed: int = Field(default=0, ge=0)
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # compute type; auto: bfloat16 on GPUs, float32 on CPUs
+    model: ModelSection
+    data: DataSection
+    calibrate: CalibrateSection = CalibrateSection()
+    prune: PruneSection = PruneSection()
+    finetune: FinetuneSection | None = FinetuneSection()
+    bench: BenchSection = BenchSection()
+    export: ExportSection = ExportSection()
+
+    @classmethod
+    def load(cls, path_or_name: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+        """Read a recipe file, or a shipped recipe by name, with `a.b=value` overrides (values are YAML).
+
+        Raises UsageError naming file, line, key, rule, and the nearest valid key.
+        """
+        path = find_recipe(path_or_name)
+        try:
+            source = path.read_text(encoding="utf-8")
+            content = yaml.safe_load(source)
+            lines = _key_lines(yaml.compose(source, Loader=yaml.SafeLoader))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path}: cannot be read: {error}", "check the path and its permissions") from error
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{path}:{mark.line + 1}" if mark else str(path)
+            raise UsageError(
+                f"{where}: not valid YAML: {getattr(error, 'problem', error)}", "fix the syntax at that line"
+            ) from error
+        if not isinstance(content, dict):
+            raise UsageError(
+                f"{path}: a recipe is a YAML mapping, this is {type(content).__name__}",
+                "compare: lpvit recipes show digits_vit",
+            )
+        content.setdefault("name", path.stem)
+        origin = {key: f"{path}:{line}" for key, line in lines.items()}
+        for override in overrides:
+            key = _apply(content, override)
+            origin = {k: v for k, v in origin.items() if k[: len(key)] != key}
+            origin[key] = f"--set {override}"
+        try:
+            return cls.model_validate(content, context={"folder": path.parent})
+        except ValidationError as error:
+            raise _explain(error, content, origin, path) from None
+
+    def smoke(self, architecture: str, kwargs: dict[str, Any]) -> Recipe:
+        """The same recipe made small: a randomly initialised model, generated images, one epoch.
+
+        `architecture` and `kwargs` are the small model's (see models.shrink).
+        """
+        small: dict[str, Any] = self.model_dump()
+        small["name"] += "-smoke"
+        small["model"] |= {"name": architecture, "pretrained": False, "weights": None, "kwargs": kwargs}
+        small["data"] |= {"dataset": "synthetic", "root": None, "batch_size": 16, "workers": 0, "val_images": 32}
+        small["calibrate"] |= {"images": 32, "batch_size": 8}
+        small["bench"] |= {"batch_sizes": (2,), "rounds": 5, "warmup_seconds": 0.2}
+        small["bench"]["energy"] = {"window_seconds": 2.0, "trials": 3}
+        if self.finetune:
+            small["finetune"] |= {
+                "epochs": 1,
+                "init_batches": 1,
+                "rank": min(4, self.finetune.rank),
+                "warmup_epochs": 0,
+            }
+        return Recipe.model_validate(small)
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted keys to plain values, as fingerprints and messages use them."""
+        return flatten(self.model_dump(mode="json"))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes are: inside the installed package, or in the checkout."""
+    packaged = Path(__file__).parent / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def shipped_recipes() -> list[Path]:
+    return sorted(recipes_folder().glob("*.yaml"))
+
+
+def find_recipe(path_or_name: str | Path) -> Path:
+    path = Path(path_or_name)
+    if path.is_file():
+        return path.resolve()
+    shipped = {p.stem: p for p in shipped_recipes()}
+    if str(path_or_name) in shipped:
+        return shipped[str(path_or_name)]
+    near = difflib.get_close_matches(path.stem, shipped, n=1)
+    raise UsageError(
+        f"no recipe {str(path_or_name)!r}: neither a file nor a shipped recipe",
+        f"did you mean {near[0]!r}?" if near else f"shipped recipes: {', '.join(shipped)}",
+    )
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _resolved(path: Path | None, info: ValidationInfo) -> Path | None:
+    """A relative path is meant from the recipe's folder; one that is not there (given by --set), from the current one."""
+    if path is None or path.is_absolute():
+        return path
+    path = path.expanduser()
+    beside = (info.context or {}).get("folder", Path()) / path
+    return beside.resolve() if beside.exists() else path.resolve()
+
+
+def _apply(content: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Set one dotted key; return it as a tuple."""
+    dotted, equals, text = override.partition("=")
+    keys = tuple(dotted.strip().split("."))
+    if not equals or not all(keys):
+        raise UsageError(f"--set {override}: not of the form key=value", "for example: --set prune.block=[64,32]")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {override}: {text!r} is not valid YAML", "quote it for your shell") from error
+    node = content
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if child is None:
+            child = node[key] = {}
+        if not isinstance(child, dict):
+            raise UsageError(f"--set {override}: {key!r} is a value, not a section", f"set it whole: --set {key}=...")
+        node = child
+    if keys[:2] == ("prune", "budget") and len(keys) == 3:
+        node.clear()  # a budget is one of several kinds: naming one replaces the other
+    node[keys[-1]] = value
+    return keys
+
+
+def _key_lines(node: yaml.Node | None, at: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    """Line of every key, by its path; a key given twice is refused."""
+    lines: dict[tuple[str, ...], int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = (*at, str(key.value))
+            if path in lines:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+            lines[path] = key.start_mark.line + 1
+            lines |= _key_lines(value, path)
+    return lines
+
+
+def _explain(error: ValidationError, content: dict[str, Any], origin: dict[tuple[str, ...], str], path: Path) -> UsageError:
+    """The first problem in words; the number of others."""
+    problems = error.errors()
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    keys = tuple(str(part) for part in first["loc"])
+    while keys and keys[:-1] and not _holds(content, keys):
+        keys = keys[:-1]  # pydantic adds the names of union members behind the key
+    where = next((origin[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in origin), str(path))
+    dotted = ".".join(keys)
+    if first["type"] == "extra_forbidden":
+        valid = _valid_keys(keys[:-1])
+        near = difflib.get_close_matches(keys[-1], valid, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(valid)}"
+        message = f"{where}: {dotted}: unknown key"
+    elif first["type"] == "missing":
+        missing = ".".join(str(part) for part in first["loc"])
+        message, hint = f"{where}: {missing}: required key is missing", f"add it, or pass --set {missing}=VALUE"
+    else:
+        same_key = [p for p in problems if tuple(str(part) for part in p["loc"])[: len(keys)] == keys]
+        rules = dict.fromkeys(p["msg"].removeprefix("Value error, ").removeprefix("Input ") for p in same_key)
+        given = first["input"] if not isinstance(first["input"], dict) else "this section"
+        message = f"{where}: {dotted}: {', or '.join(rules)} (given: {given})"
+        hint = f"change {dotted}; a valid recipe to compare with: lpvit recipes show digits_vit"
+    others = len({p["loc"][: len(keys)] for p in problems}) - 1
+    if others > 0:
+        message += f"  [and {others} more]"
+    return UsageError(message, hint)
+
+
+def _holds(content: Any, keys: tuple[str, ...]) -> bool:
+    for key in keys:
+        if not isinstance(content, dict) or key not in content:
+            return False
+        content = content[key]
+    return True
+
+
+def _valid_keys(keys: tuple[str, ...]) -> list[str]:
+    section: Any = Recipe
+    for key in keys:
+        options = [section.model_fields[key].annotation, *getattr(section.model_fields[key].annotation, "__args__", ())]
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
+    return list(section.model_fields)

@@ -1,0 +1,1 @@
+"""What the stages report, and how it looks as tables, pictures and pages."""

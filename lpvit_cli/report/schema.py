@@ -1,0 +1,151 @@
+"""What each stage reports: written as report.json beside its artefact, read back when the stage is skipped.
+
+Units are in the names. `None` means not measured, with the reason beside it; never zero.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from lpvit_cli.measure.accuracy import Accuracy
+from lpvit_cli.measure.energy import EnergyRun
+from lpvit_cli.measure.statistics import Ratio
+from lpvit_cli.measure.timing import TimingRun
+
+
+class Report(BaseModel):
+    """`device` is the hardware the stage ran on; `notes` are sentences a user should read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = 1
+    device: str
+    notes: list[str] = []
+
+
+class CalibrateReport(Report):
+    images: int
+    gradient: str
+    layers: int
+    statistics_bytes: int
+
+
+class LayerReport(BaseModel):
+    """One pruned layer."""
+
+    name: str
+    shape: tuple[int, int]  # out, in
+    block: tuple[int, int]
+    blocks: int
+    kept_blocks: int
+    kept_map: list[str]  # one string per block row, '#' kept, '.' removed
+    distortion: float  # units of the method's score; per-image loss for taylor and lpvit
+    flops_dense: int
+    flops: int
+    energy_uj_dense: float  # predicted, not measured
+    energy_uj: float
+
+    @property
+    def kept_fraction(self) -> float:
+        return self.kept_blocks / self.blocks
+
+
+class PruneReport(Report):
+    method: str
+    beta: float
+    layers: list[LayerReport]
+    flops_dense: int
+    flops: int
+    linear_kept_fraction: float  # of the prunable weights
+    bytes_dense: int  # of the weights as one dense safetensors file
+    bytes: int
+    accuracy_dense: Accuracy
+    accuracy: Accuracy  # one-shot: pruned, nothing recovered yet
+    skipped_images: int
+
+
+class Epoch(BaseModel):
+    epoch: int
+    loss: float
+    top1: float
+    images_per_second: float
+
+
+class FinetuneReport(Report):
+    rank: int
+    trainable_parameters: int
+    all_parameters: int
+    accuracy_dense: Accuracy
+    accuracy_pruned: Accuracy
+    accuracy: Accuracy
+    history: list[Epoch]
+    skipped_images: int
+
+
+class BatchBench(BaseModel):
+    """One batch size. Ratios are dense over subject: above 1 is faster (or thriftier)."""
+
+    batch_size: int
+    timing: TimingRun
+    speedup: dict[str, Ratio]
+    images_per_second: dict[str, float]
+    verdict: str
+    energy: EnergyRun | None
+    energy_reasons: list[str]
+
+
+class BenchReport(Report):
+    model: str  # which artefact was measured: pruned or finetuned
+    dtype: str
+    threads: int
+    machine: dict[str, str | int | None]
+    versions: dict[str, str | None]
+    flops_dense: int
+    flops: int
+    batches: list[BatchBench]
+
+
+class Parity(BaseModel):
+    batch_size: int
+    relative_error: float
+    agreement: float  # fraction of images with the same top-1
+
+
+class ExportReport(Report):
+    model: str
+    file: str
+    bytes: int
+    opset: int
+    parity: list[Parity]
+    accuracy: Accuracy
+    versions: dict[str, str | None]
+
+
+class EvaluateReport(Report):
+    model: str
+    dataset: str
+    accuracy: Accuracy
+    skipped_images: int
+
+
+class Prediction(BaseModel):
+    """The likeliest classes of one image, most likely first."""
+
+    image: str
+    classes: list[int]
+    names: list[str] | None
+    probabilities: list[float]
+
+
+class PredictReport(Report):
+    model: str
+    predictions: list[Prediction]
+
+
+REPORTS: dict[str, type[Report]] = {
+    "calibrate": CalibrateReport,
+    "prune": PruneReport,
+    "finetune-lora-ga": FinetuneReport,
+    "bench": BenchReport,
+    "export": ExportReport,
+}

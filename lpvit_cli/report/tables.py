@@ -1,0 +1,168 @@
+"""Reports as tables and sentences for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from lpvit_cli.report.schema import (
+    BenchReport,
+    CalibrateReport,
+    EvaluateReport,
+    ExportReport,
+    FinetuneReport,
+    PredictReport,
+    PruneReport,
+    Report,
+)
+
+
+def render(report: Report, folder: Path) -> list[Any]:
+    """What the terminal shows for a report whose artefact is in `folder`."""
+    renderers: dict[type[Report], Any] = {
+        CalibrateReport: _calibrate,
+        PruneReport: _prune,
+        FinetuneReport: _finetune,
+        BenchReport: _bench,
+        ExportReport: _export,
+        EvaluateReport: _evaluate,
+        PredictReport: _predict,
+    }
+    notes = [f"[dim]note: {escape(note)}[/dim]" for note in report.notes]
+    return [*renderers[type(report)](report, folder), *notes]
+
+
+def table(title: str, *columns: str) -> Table:
+    """Text to the left in the first column, numbers to the right in the others."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right")
+    return made
+
+
+def giga(flops: int) -> str:
+    return f"{flops / 1e9:.2f} G" if flops >= 1e8 else f"{flops / 1e6:.1f} M"
+
+
+def size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def _calibrate(report: CalibrateReport, folder: Path) -> list[Any]:
+    return [
+        f"calibrated {report.layers} layers on {report.images} images (gradient: {report.gradient}), "
+        f"{size(report.statistics_bytes)} of statistics in {folder}"
+    ]
+
+
+def _prune(report: PruneReport, folder: Path) -> list[Any]:
+    rows = table(f"pruned by {report.method}", "layer", "out x in", "block", "kept", "distortion", "FLOPs", "predicted energy")
+    for layer in report.layers:
+        rows.add_row(
+            layer.name,
+            f"{layer.shape[0]} x {layer.shape[1]}",
+            f"{layer.block[0]} x {layer.block[1]}",
+            f"{layer.kept_blocks}/{layer.blocks} {percent(layer.kept_fraction):>8}",
+            f"{layer.distortion:.3g}",
+            giga(layer.flops),
+            f"{layer.energy_uj:.1f} of {layer.energy_uj_dense:.1f} uJ",
+        )
+    summary = table("", "", "dense", "pruned", "ratio")
+    summary.add_row("FLOPs", giga(report.flops_dense), giga(report.flops), f"{report.flops / report.flops_dense:.2f}")
+    summary.add_row(
+        "prunable weights kept", "100 %", percent(report.linear_kept_fraction), f"{report.linear_kept_fraction:.2f}"
+    )
+    summary.add_row("size on disk", size(report.bytes_dense), size(report.bytes), f"{report.bytes / report.bytes_dense:.2f}")
+    dense, pruned = report.accuracy_dense, report.accuracy
+    change = f"{pruned.top1 - dense.top1:+.2f}"
+    summary.add_row("top-1, one-shot", f"{dense.top1:.2f} %", f"{pruned.top1:.2f} %", change)
+    return [rows, summary, f"model folder: {folder}"]
+
+
+def _finetune(report: FinetuneReport, folder: Path) -> list[Any]:
+    rows = table("recovered by masked LoRA-GA", "", "dense", "pruned", "recovered", "recovered - dense")
+    for name in ("top1", "top5"):
+        dense, pruned, recovered = (getattr(a, name) for a in (report.accuracy_dense, report.accuracy_pruned, report.accuracy))
+        label = "top-1" if name == "top1" else "top-5"
+        rows.add_row(label, f"{dense:.2f} %", f"{pruned:.2f} %", f"{recovered:.2f} %", f"{recovered - dense:+.2f}")
+    trained = f"{report.trainable_parameters:,} of {report.all_parameters:,} parameters trained, rank {report.rank}"
+    return [rows, f"{len(report.history)} epochs, {trained}; zero blocks checked; model folder: {folder}"]
+
+
+def _bench(report: BenchReport, folder: Path) -> list[Any]:
+    shown: list[Any] = [f"[bold]{escape(batch.verdict)}[/bold]" for batch in report.batches]
+    columns = ("subject", "batch", "p10", "median", "p90", "p99", "images/s", "x dense (95 % interval)", "J/image")
+    rows = table(f"{report.model} on {report.device}, {report.dtype}; latency in ms", *columns)
+    for batch in report.batches:
+        for name, timing in batch.timing.subjects.items():
+            p, ratio = timing.percentiles, batch.speedup.get(name)
+            rows.add_row(
+                name,
+                str(batch.batch_size),
+                *(f"{value:.2f}" for value in (p.p10, p.p50, p.p90, p.p99)),
+                f"{batch.images_per_second[name]:.0f}",
+                f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else "1",
+                _joules(batch.energy, name),
+            )
+    shown.append(rows)
+    for reason in dict.fromkeys(reason for batch in report.batches for reason in batch.energy_reasons):
+        shown.append(f"energy   not measured: {escape(reason)}")
+    return [*shown, f"report: {folder / 'report.html'}"]
+
+
+def _joules(energy: Any, name: str) -> str:
+    subject = energy.subjects.get(name) if energy else None
+    return f"{subject.joules_per_image:.4g}" if subject and subject.joules_per_image is not None else "not measured"
+
+
+def _export(report: ExportReport, folder: Path) -> list[Any]:
+    rows = table("ONNX against the model, on real images", "batch", "relative error", "same top-1")
+    for parity in report.parity:
+        rows.add_row(str(parity.batch_size), f"{parity.relative_error:.1e}", percent(parity.agreement))
+    top1 = f"top-1 {report.accuracy.top1:.2f} % on {report.accuracy.images} images"
+    return [rows, f"{folder / report.file}: {size(report.bytes)}, opset {report.opset}, {top1}"]
+
+
+def _evaluate(report: EvaluateReport, folder: Path) -> list[Any]:
+    result = report.accuracy
+    skipped = f", {report.skipped_images} unreadable images skipped" if report.skipped_images else ""
+    where = f"{result.images} images of {report.dataset}"
+    return [f"{report.model}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {where}{skipped}"]
+
+
+def _predict(report: PredictReport, folder: Path) -> list[Any]:
+    shown = []
+    for prediction in report.predictions:
+        rows = table(escape(prediction.image), "class", "index", "probability")
+        names = prediction.names or ["" for _ in prediction.classes]
+        for name, index, probability in zip(names, prediction.classes, prediction.probabilities, strict=True):
+            rows.add_row(escape(name), str(index), percent(probability))
+        shown.append(rows)
+    return shown
+
+
+def findings_table(findings: Iterable[Any]) -> Table:
+    rows = Table(box=None, pad_edge=False, show_header=False)
+    for finding in findings:
+        mark = "[green]ok[/green]" if finding.ok else "[yellow]--[/yellow]"
+        remedy = f"\n[dim]{escape(finding.remedy)}[/dim]" if finding.remedy and not finding.ok else ""
+        rows.add_row(mark, finding.what, escape(finding.detail) + remedy)
+    return rows
+
+
+def recipes_table(paths: Iterable[Path]) -> Table:
+    """Name and the first sentence of the comment that opens each recipe."""
+    rows = Table(box=None, pad_edge=False, show_header=False)
+    for path in paths:
+        comments = [line.lstrip("# ").rstrip() for line in path.read_text().splitlines() if line.startswith("#")]
+        about = " ".join(line for line in comments[1:] if line).split(". ")[0].rstrip(".")
+        rows.add_row(f"[bold]{path.stem}[/bold]", escape(about))
+    return rows

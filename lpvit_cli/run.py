@@ -1,0 +1,276 @@
+"""A run folder: what has been made from a recipe, whether it still holds, and how a new artefact gets in.
+
+A stage writes into a temporary sibling that is renamed when it is complete, so a kill never leaves half an artefact.
+`stage.json` beside each artefact lists everything its content depends on; a stage is skipped while that list is unchanged.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.recipe import Recipe
+from lpvit_cli.stages import CALIBRATE, FINETUNE, PRUNE, STAGES, Stage
+
+Progress = Callable[[str, int, int, str], None]  # what is being done, steps done, steps in all, detail
+
+
+class Run:
+    """RUN/, bound to the recipe at hand."""
+
+    def __init__(self, recipe: Recipe, folder: Path):
+        self.recipe = recipe
+        self.folder = folder
+
+    @contextmanager
+    def open(self, overwrite: bool = False) -> Iterator[None]:
+        """Claim the folder for this recipe and process; refuse one that belongs to something else."""
+        self._refuse_foreign(overwrite)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EnvironmentFault(f"{self.folder}: cannot create: {error.strerror}", "choose another --output") from error
+        with writing(self.folder), (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise EnvironmentFault(
+                    f"{self.folder}: another lpvit is working in this folder", "wait for it, or choose another --output"
+                ) from error
+            replace_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
+            yield
+
+    def _refuse_foreign(self, overwrite: bool) -> None:
+        made_by = self.folder / "recipe.yaml"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"{self.folder}: is a file, a run needs a folder", "choose another --output")
+        if not self.folder.is_dir() or not any(p.name != ".lock" for p in self.folder.iterdir()):
+            return
+        name = re.search(r"^name: (.*)$", made_by.read_text(), re.MULTILINE) if made_by.is_file() else None
+        if name and name[1].strip("'\"") == self.recipe.name:
+            return
+        if not overwrite:
+            what = (
+                f"holds a run of recipe {name[1]!r}, not {self.recipe.name!r}" if name else "is not empty and not a run folder"
+            )
+            raise UsageError(f"{self.folder}: {what}", "choose another --output, or pass --overwrite to take it over")
+        for stage in STAGES:
+            shutil.rmtree(self.folder / stage.folder, ignore_errors=True)
+            self._clear(f".{stage.folder}.*")
+
+    # what an artefact depends on
+
+    def upstream(self, stage: Stage) -> Stage | None:
+        """The stage whose artefact this one reads. Bench and export take the recovered model when there is one."""
+        if stage is CALIBRATE:
+            return None
+        if stage is PRUNE:
+            return CALIBRATE
+        if stage is FINETUNE:
+            return PRUNE
+        recovered = self.recipe.finetune is not None and (self.folder / FINETUNE.folder / "stage.json").is_file()
+        return FINETUNE if recovered else PRUNE
+
+    def inputs(self, stage: Stage) -> dict[str, Any]:
+        """Everything the artefact's content depends on, as flat keys and JSON values."""
+        inputs = {
+            key: value
+            for key, value in self.recipe.flat().items()
+            if any(key == prefix or key.startswith(f"{prefix}.") for prefix in stage.depends_on)
+        }
+        inputs |= {f"versions.{package}": version(package) for package in ("lpvit", "torch", "timm")}
+        before = self.upstream(stage)
+        if before:
+            record = self.record(before)
+            inputs[before.folder] = record["fingerprint"] if record else None
+        else:
+            inputs |= self._contents
+        return inputs
+
+    @cached_property
+    def _contents(self) -> dict[str, Any]:
+        paths = {"model.weights (content)": self.recipe.model.weights, "data.root (file names)": self.recipe.data.root}
+        return {key: content_id(path) for key, path in paths.items() if path}
+
+    def record(self, stage: Stage) -> dict[str, Any] | None:
+        path = self.folder / stage.folder / "stage.json"
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise EnvironmentFault(f"{path}: unreadable: {error}", f"delete {path.parent} and run the stage again") from error
+        return content
+
+    def changes(self, stage: Stage) -> list[str] | None:
+        """Why the artefact does not hold any more: [] it holds; None there is none."""
+        record = self.record(stage)
+        if record is None:
+            return None
+        before = self.upstream(stage)
+        if before and (earlier := self.changes(before)):
+            return [f"{before.folder}: {earlier[0]}"]
+        old, new = record["inputs"], self.inputs(stage)
+        return [
+            f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
+
+    def artefact(self, stage: Stage) -> Path:
+        """Folder of an artefact that holds, or a UsageError that says which command makes it."""
+        changes = self.changes(stage)
+        if changes is None:
+            raise UsageError(
+                f"{self.folder}: nothing from `{stage.command}` there yet", f"run: lpvit {stage.command} {self.recipe.name}"
+            )
+        if changes:
+            raise UsageError(
+                f"{self.folder / stage.folder} was made with other settings ({changes[0]})",
+                f"run `lpvit {stage.command}` again with the same recipe and --set options, or `lpvit run`",
+            )
+        return self.folder / stage.folder
+
+    def model_artefact(self, stage: Stage) -> Path:
+        """The model folder that bench and export take."""
+        before = self.upstream(stage)
+        assert before is not None
+        return self.artefact(before)
+
+    # making an artefact
+
+    def progress_folder(self, stage: Stage) -> Path:
+        """Where a long stage may keep restartable progress; it goes when the artefact is published or its inputs change."""
+        return self.folder / f".{stage.folder}.progress-{digest(self.inputs(stage))}"
+
+    def execute(self, stage: Stage, progress: Progress, resume: bool = True) -> Any:
+        """Run one stage and publish what it made; returns its report."""
+        before = self.upstream(stage)
+        if before:
+            self.artefact(before)
+        inputs = self.inputs(stage)
+        kept = self.progress_folder(stage) if resume else None
+        self._clear(f".{stage.folder}.*", keep=kept)
+        work = self.folder / f".{stage.folder}.partial"
+        started = time.monotonic()
+        with writing(self.folder / stage.folder):
+            work.mkdir()
+            try:
+                report = stage.function(self.recipe, self, work, progress)
+                replace_text(work / "report.json", report.model_dump_json(indent=1))
+                record = {
+                    "stage": stage.command,
+                    "fingerprint": digest(inputs),
+                    "inputs": inputs,
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "duration_s": round(time.monotonic() - started, 1),
+                    "command": " ".join(sys.argv),
+                    "git_commit": git_commit(),
+                    "device": report.device,
+                }
+                replace_text(work / "stage.json", json.dumps(record, indent=1))
+                publish(work, self.folder / stage.folder)
+            except BaseException:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+        self._clear(f".{stage.folder}.*")
+        return report
+
+    def _clear(self, pattern: str, keep: Path | None = None) -> None:
+        """Remove leftovers of this folder's earlier processes (the lock is ours)."""
+        for leftover in self.folder.glob(pattern):
+            if leftover != keep:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def report(self, stage: Stage, schema: Any) -> Any:
+        """The report of an artefact, as its pydantic class."""
+        return schema.model_validate_json((self.folder / stage.folder / "report.json").read_text())
+
+
+def publish(work: Path, target: Path) -> None:
+    """Put a complete folder in its place; the old one goes only when the new one stands."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    work.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        beside.write_text(text)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into an error a user can act on."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise EnvironmentFault(
+            f"{path}: cannot write: {error.strerror}", "free space or permissions, or choose another --output"
+        ) from error
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if not code or int(code[1]) not in DISK_ERRORS:
+            raise
+        raise EnvironmentFault(
+            f"{path}: cannot write: {os.strerror(int(code[1]))}", "free space, or choose another --output"
+        ) from error
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def content_id(path: Path) -> str | None:
+    """A file's hash, or the hash of all file names below a folder (reading ImageNet itself would take an hour)."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    if path.is_dir():
+        return digest(
+            sorted(os.path.relpath(os.path.join(top, name), path) for top, _, names in os.walk(path) for name in names)
+        )
+    return None
+
+
+def git_commit() -> str | None:
+    """The commit of lpvit itself, when it runs from a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,77 @@
+"""`BlockSparseLinear` takes the place of an `nn.Linear` and holds its kept blocks only."""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+
+from lpvit_kernels import BlockSparseMatrix, linear
+from torch import Tensor, nn
+
+
+class BlockSparseLinear(nn.Module):
+    """y = x W^T + b with a block-sparse W [out, in].
+
+    State: `values` [nnz, R, C] (a parameter), `row_ptr` [out/R + 1] and `cols` [nnz] (int32), `bias` [out]. No dense copy.
+    """
+
+    values: nn.Parameter
+    row_ptr: Tensor
+    cols: Tensor
+
+    def __init__(self, weight: BlockSparseMatrix, bias: Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.values = nn.Parameter(weight.values.detach())
+        self.register_buffer("row_ptr", weight.row_ptr)
+        self.register_buffer("cols", weight.cols)
+        self.bias = None if bias is None else nn.Parameter(bias.detach())
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear, block: tuple[int, int], mask: Tensor) -> BlockSparseLinear:
+        """Keep the blocks of `layer` where `mask` [ceil(out/R), ceil(in/C)] is True."""
+        return cls(BlockSparseMatrix.from_dense(layer.weight.detach(), block, mask), layer.bias)
+
+    @cached_property
+    def pattern(self) -> BlockSparseMatrix:
+        """Where the blocks are; its values are those of the moment it was made."""
+        return BlockSparseMatrix(self.values.detach(), self.row_ptr, self.cols, (self.out_features, self.in_features))
+
+    @property
+    def weight(self) -> BlockSparseMatrix:
+        """The weight in use; differentiable in `values`."""
+        return self.pattern.with_values(self.values)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        return linear(x, self.weight, self.bias)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        self.__dict__.pop("pattern", None)  # the indices may move to another device
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        rows, columns = self.values.shape[1:]
+        return f"{self.in_features}, {self.out_features}, block={rows}x{columns}, density={self.weight.density:.2f}"
+
+
+def sparsify(model: nn.Module, masks: dict[str, Tensor], block: tuple[int, int]) -> None:
+    """Replace, in place, each named nn.Linear by the blocks its mask keeps."""
+    for name, mask in masks.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        model.set_submodule(name, BlockSparseLinear.from_linear(layer, block, mask))
+
+
+def sparse_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, BlockSparseLinear)}
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """A copy whose block-sparse layers are nn.Linear again, the removed blocks filled with zeros."""
+    model = copy.deepcopy(model)
+    for name, layer in sparse_layers(model).items():
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        dense.weight = nn.Parameter(layer.weight.to_dense().detach())
+        dense.bias = layer.bias
+        model.set_submodule(name, dense)
+    return model

@@ -1,0 +1,75 @@
+"""The stages of a run, in order: what each is called, what it writes, and which recipe keys its result depends on.
+
+Light on purpose (no torch): the command line and resuming need the table, the work itself is imported when it starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run. `module` holds the function `run_stage(recipe, run, work, progress) -> pydantic report`."""
+
+    command: str
+    folder: str
+    module: str
+    depends_on: tuple[str, ...]  # prefixes of recipe keys
+    summary: str
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        function: Callable[..., Any] = import_module(f"lpvit_cli.stages.{self.module}").run_stage
+        return function
+
+
+CALIBRATE = Stage(
+    "calibrate",
+    "calibration",
+    "calibrate",
+    (
+        "seed",
+        "dtype",
+        "model",
+        "data.dataset",
+        "data.root",
+        "data.train_split",
+        "data.max_corrupt",
+        "calibrate",
+        "prune.layers",
+    ),
+    "Gather statistics of the dense model on calibration images.",
+)
+PRUNE = Stage(
+    "prune",
+    "pruned",
+    "prune",
+    ("seed", "dtype", "data.val_split", "data.val_images", "prune"),
+    "Choose the blocks to remove under the budget and write the block-sparse model.",
+)
+FINETUNE = Stage(
+    "finetune-lora-ga",
+    "finetuned",
+    "finetune",
+    ("seed", "dtype", "data.batch_size", "finetune"),
+    "Recover accuracy with LoRA-GA; every zero block stays zero.",
+)
+BENCH = Stage(
+    "bench",
+    "bench",
+    "bench",
+    ("seed", "dtype", "device", "bench"),
+    "Measure latency and energy of dense, masked-dense and sparse.",
+)
+EXPORT = Stage(
+    "export",
+    "export",
+    "export",
+    ("seed", "export"),
+    "Write ONNX, checked against the model on real images.",
+)
+STAGES = (CALIBRATE, PRUNE, FINETUNE, BENCH, EXPORT)
