@@ -81,12 +81,12 @@ class DataSection(Section):
 
 
 class CalibrateSection(Section):
-    """Statistics of the dense model. `gradient` is the loss they are taken of: `logits` needs no labels (LPViT),
-    `empirical` uses the given labels, `sampled` draws labels from the model (the true Fisher)."""
+    """Statistics of the dense model. `gradient` is the loss they are taken of: `empirical` uses the given labels; without
+    labels, `sampled` draws them from the model (the true Fisher) and `logits` takes mean(logits^2) (LPViT)."""
 
     images: PositiveInt = 2048
     batch_size: PositiveInt = 16
-    gradient: Literal["logits", "empirical", "sampled"] = "logits"
+    gradient: Literal["empirical", "sampled", "logits"] = "empirical"
 
 
 class Budget(Section):

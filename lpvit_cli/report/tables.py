@@ -64,22 +64,25 @@ def _calibrate(report: CalibrateReport, folder: Path) -> list[Any]:
 
 
 def _prune(report: PruneReport, folder: Path) -> list[Any]:
-    rows = table(f"pruned by {report.method}", "layer", "out x in", "block", "kept", "distortion", "FLOPs", "predicted energy")
+    blocks = " ".join(sorted({f"{rows}x{columns}" for rows, columns in (layer.block for layer in report.layers)}))
+    title = f"pruned by {report.method}, blocks of {blocks} (out x in); energy is predicted"
+    rows = table(title, "layer", "blocks", "kept", "distortion", "FLOPs", "uJ/image")
     for layer in report.layers:
         rows.add_row(
             layer.name,
-            f"{layer.shape[0]} x {layer.shape[1]}",
-            f"{layer.block[0]} x {layer.block[1]}",
-            f"{layer.kept_blocks}/{layer.blocks} {percent(layer.kept_fraction):>8}",
-            f"{layer.distortion:.3g}",
+            f"{layer.kept_blocks}/{layer.blocks}",
+            percent(layer.kept_fraction),
+            f"{layer.distortion:.2g}",
             giga(layer.flops),
-            f"{layer.energy_uj:.1f} of {layer.energy_uj_dense:.1f} uJ",
+            f"{layer.energy_uj:.1f}",
         )
+    energy, energy_dense = (sum(getattr(layer, k) for layer in report.layers) for k in ("energy_uj", "energy_uj_dense"))
     summary = table("", "", "dense", "pruned", "ratio")
     summary.add_row("FLOPs", giga(report.flops_dense), giga(report.flops), f"{report.flops / report.flops_dense:.2f}")
     summary.add_row(
         "prunable weights kept", "100 %", percent(report.linear_kept_fraction), f"{report.linear_kept_fraction:.2f}"
     )
+    summary.add_row("predicted uJ/image", f"{energy_dense:.0f}", f"{energy:.0f}", f"{energy / energy_dense:.2f}")
     summary.add_row("size on disk", size(report.bytes_dense), size(report.bytes), f"{report.bytes / report.bytes_dense:.2f}")
     dense, pruned = report.accuracy_dense, report.accuracy
     change = f"{pruned.top1 - dense.top1:+.2f}"

@@ -1,0 +1,32 @@
+"""report.html: one self-contained page with the verdict first."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import jinja2
+
+from lpvit_cli.report.pictures import blocks_picture, kept_picture, latency_picture
+from lpvit_cli.report.schema import BenchReport, FinetuneReport, PruneReport
+
+
+def write_html(path: Path, recipe: str, bench: BenchReport, pruned: PruneReport, finetuned: FinetuneReport | None) -> None:
+    """Without matplotlib the page has its tables and says how to get the pictures."""
+    pictures: list[str] = []
+    if find_spec("matplotlib"):
+        pictures = [
+            *(latency_picture(batch) for batch in bench.batches),
+            kept_picture(pruned.layers),
+            blocks_picture(pruned.layers),
+        ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    page = environment.get_template("report.html.jinja")
+    path.write_text(
+        page.render(recipe=recipe, bench=bench, pruned=pruned, finetuned=finetuned, pictures=pictures), encoding="utf-8"
+    )

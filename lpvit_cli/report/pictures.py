@@ -1,0 +1,96 @@
+"""Pictures for the HTML report, as inline SVG; matplotlib is an optional package."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from lpvit_cli.report.schema import BatchBench, LayerReport
+
+COLORS = {"dense": "#6b7280", "masked-dense": "#d97706", "sparse": "#2563eb"}
+
+
+def latency_picture(batch: BatchBench) -> str:
+    """Latency distributions of one batch size: the share of calls that took at most so long, one line a subject."""
+    figure, axes = _figure(7, 3.2)
+    for name, timing in batch.timing.subjects.items():
+        samples = sorted(timing.samples_ms)
+        shares = [100 * (k + 1) / len(samples) for k in range(len(samples))]
+        axes.step(
+            samples,
+            shares,
+            where="post",
+            label=f"{name}, median {timing.percentiles.p50:.2f} ms",
+            color=COLORS.get(name),
+            linewidth=2,
+        )
+        axes.axvline(timing.percentiles.p50, color=COLORS.get(name), linewidth=0.8, linestyle=":")
+    axes.set(xlabel="latency of one call (ms)", ylabel="calls at most this long (%)", ylim=(0, 101))
+    axes.set_title(f"Latency, batch {batch.batch_size}", loc="left")
+    axes.legend(frameon=False, loc="lower right")
+    return _svg(figure)
+
+
+def blocks_picture(layers: list[LayerReport]) -> str:
+    """Kept blocks of every layer as a heat map: a cell is a block, dark where it is kept."""
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
+    figure, grid = _figure(2.6 * columns, 2.2 * rows, rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, layer in zip(grid.flat, layers, strict=False):
+        axes.set_axis_on()
+        kept = [[cell == "#" for cell in row] for row in layer.kept_map]
+        axes.imshow(kept, cmap="Blues", vmin=-0.15, vmax=1.15, aspect="auto", interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(f"{layer.name}\n{layer.kept_fraction:.0%} of {layer.blocks} blocks", fontsize=8, loc="left")
+    return _svg(figure)
+
+
+def kept_picture(layers: list[LayerReport]) -> str:
+    """Kept fraction of every layer, one cell each: layer kinds down, depth across."""
+    kinds = list(dict.fromkeys(layer.name.split(".", _depth(layer.name))[-1] for layer in layers))
+    places = list(dict.fromkeys(layer.name.rsplit(".", layer.name.count(".") - _depth(layer.name) + 1)[0] for layer in layers))
+    cells = [[float("nan")] * len(places) for _ in kinds]
+    for layer in layers:
+        kind = layer.name.split(".", _depth(layer.name))[-1]
+        place = layer.name.rsplit(".", layer.name.count(".") - _depth(layer.name) + 1)[0]
+        cells[kinds.index(kind)][places.index(place)] = 100 * layer.kept_fraction
+    figure, axes = _figure(max(4.5, 0.6 * len(places) + 2), 0.5 * len(kinds) + 1.2)
+    image = axes.imshow(cells, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    axes.set_xticks(range(len(places)), places, rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    for row, values in enumerate(cells):
+        for column, value in enumerate(values):
+            if value == value:
+                axes.text(
+                    column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 55 else "black"
+                )
+    figure.colorbar(image, ax=axes, label="kept blocks (%)")
+    axes.set_title("Kept blocks per layer", loc="left")
+    return _svg(figure)
+
+
+def _depth(name: str) -> int:
+    """How many dotted parts name the block a layer sits in: up to and including its last number."""
+    parts = name.split(".")
+    return max((i + 1 for i, part in enumerate(parts) if part.isdigit()), default=0)
+
+
+def _figure(width: float, height: float, *grid: int, **options: Any) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(*grid, figsize=(width, height), layout="constrained", **options)
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import pyplot
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

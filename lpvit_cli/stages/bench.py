@@ -1,0 +1,103 @@
+"""bench: dense, masked-dense and sparse in one interleaved run; time, energy where a meter can be read -> RUN/bench/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lpvit_cli.measure.energy import measure_energy, open_meter
+from lpvit_cli.measure.machine import installed, machine
+from lpvit_cli.measure.timing import time_interleaved, verdict
+from lpvit_cli.models import autocast, build_model, describe_device, device_of, load_model, pick_dtype
+from lpvit_cli.recipe import Recipe
+from lpvit_cli.report.html import write_html
+from lpvit_cli.report.schema import BatchBench, BenchReport, FinetuneReport, PruneReport
+from lpvit_cli.run import Progress, Run
+from lpvit_cli.sparse import densify
+from lpvit_cli.stages import BENCH, FINETUNE, PRUNE
+
+BASELINE = "dense"
+
+
+def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> BenchReport:
+    torch.manual_seed(recipe.seed)
+    settings, device = recipe.bench, device_of(recipe)
+    dtype = pick_dtype(recipe.dtype, device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads or before)
+    try:
+        source = run.model_artefact(BENCH)
+        sparse = load_model(source).to(device)
+        models = {BASELINE: build_model(recipe.model).to(device), "masked-dense": densify(sparse), "sparse": sparse}
+        measured = [_bench_batch(models, size, recipe, device, dtype, progress) for size in settings.batch_sizes]
+        pruned = run.report(PRUNE, PruneReport)
+        report = BenchReport(
+            device=describe_device(device),
+            model=source.name,
+            dtype=str(dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            machine=machine(),
+            versions={package: installed(package) for package in ("lpvit", "torch", "timm", "triton")},
+            flops_dense=pruned.flops_dense,
+            flops=pruned.flops,
+            batches=measured,
+        )
+    finally:
+        torch.set_num_threads(before)
+    finetuned = run.report(FINETUNE, FinetuneReport) if source.name == FINETUNE.folder else None
+    write_html(work / "report.html", recipe.name, report, pruned, finetuned)
+    return report
+
+
+def _bench_batch(
+    models: dict[str, nn.Module], batch_size: int, recipe: Recipe, device: torch.device, dtype: torch.dtype, progress: Progress
+) -> BatchBench:
+    """All models on the same random images; `dense` is the baseline of every ratio."""
+    settings = recipe.bench
+    model = models[BASELINE]
+    generator = torch.Generator().manual_seed(recipe.seed)
+    images = torch.randn(batch_size, *model.pretrained_cfg["input_size"], generator=generator).to(device)
+    subjects = {name: _forward(model, images, dtype) for name, model in models.items()}
+    what = f"timing batch {batch_size}"
+    timing = time_interleaved(
+        subjects,
+        device=device,
+        rounds=settings.rounds,
+        warmup_seconds=settings.warmup_seconds,
+        on_round=lambda done, total: progress(what, done, total, f"round {done}/{total}"),
+    )
+    speedup = {name: timing.ratio(BASELINE, name) for name in models if name != BASELINE}
+    energy, reasons = None, []
+    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    meter, reasons = open_meter(device.type, uuid)
+    if meter is not None:
+        energy = measure_energy(
+            subjects,
+            batch_size,
+            meter,
+            trials=settings.energy.trials,
+            window_s=settings.energy.window_seconds,
+            synchronize=torch.cuda.synchronize if device.type == "cuda" else lambda: None,
+        )
+        reasons = energy.reasons
+    return BatchBench(
+        batch_size=batch_size,
+        timing=timing,
+        speedup=speedup,
+        images_per_second={name: 1000 * batch_size / timed.percentiles.p50 for name, timed in timing.subjects.items()},
+        verdict=f"batch {batch_size}: {verdict('sparse', 'dense PyTorch', speedup['sparse'], timing)}",
+        energy=energy,
+        energy_reasons=reasons,
+    )
+
+
+def _forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    def forward() -> Tensor:
+        with torch.inference_mode(), autocast(images.device, dtype):
+            logits: Tensor = model(images)
+            return logits
+
+    return forward

@@ -1,0 +1,93 @@
+"""Statistics against the same sums written out token by token in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import relative
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lpvit_cli.curvature import collect, load_statistics, save_statistics
+from lpvit_cli.curvature.collect import loss_of
+from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.models import prunable_layers
+from lpvit_cli.recipe import Layers
+
+CPU = torch.device("cpu")
+
+
+def images(count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 3, 32, 32, generator=generator), torch.randint(5, (count,), generator=generator)
+
+
+def oracle(model: nn.Module, name: str, x: Tensor, labels: Tensor, gradient: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of x x^T, of d^2 and of the weight gradient, image by image in float64."""
+    model = model.double()
+    layer = model.get_submodule(name)
+    seen = {}
+    layer.register_forward_hook(lambda _, i, o: seen.update(x=i[0], y=o))
+    outer = square = weight_gradient = 0
+    for image, label in zip(x.double(), labels, strict=True):
+        logits = model(image[None])
+        loss = logits.square().mean() if gradient == "logits" else F.cross_entropy(logits, label[None])
+        d, g = torch.autograd.grad(loss, [seen["y"], layer.weight])
+        tokens = seen["x"].flatten(0, -2)
+        outer = outer + sum(torch.outer(t, t) for t in tokens)
+        square = square + d.flatten(0, -2).square().sum(0)
+        weight_gradient = weight_gradient + g
+    return outer, square, weight_gradient
+
+
+@pytest.mark.parametrize("gradient", ["logits", "empirical"])
+@pytest.mark.parametrize("name", ["blocks.0.attn.qkv", "blocks.1.mlp.fc2"])
+def test_statistics_equal_sums_over_single_images(tiny_vit: nn.Module, gradient: str, name: str) -> None:
+    x, labels = images(6)
+    layers = prunable_layers(tiny_vit, Layers())
+    batches = [(x[:4], labels[:4]), (x[4:], labels[4:])]  # uneven batches must weigh by image
+    found = collect(tiny_vit, layers, batches, gradient, 0, CPU, lambda done: None)[name]
+    found_values = (found.input_outer.clone(), found.output_square.clone(), found.gradient.clone())
+    tiny_vit.requires_grad_(True)
+    for value, expected in zip(found_values, oracle(tiny_vit, name, x, labels, gradient), strict=True):
+        assert relative(value, expected) < 2e-5
+    assert (found.tokens, found.images, found.tokens_per_image) == (6 * 17, 6, 17)
+
+
+def test_sampled_labels_have_the_models_distribution() -> None:
+    logits = torch.tensor([[2.0, 0.0, -1.0]]).repeat(4000, 1).requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    loss_of(logits, torch.zeros(4000, dtype=torch.long), "sampled", generator).backward()
+    p = logits.detach()[0].softmax(0)
+    drawn = (p - logits.grad).round()  # the gradient of cross-entropy is p - onehot
+    assert relative(drawn.mean(0), p) < 0.03
+
+
+def test_layer_called_only_by_its_weight_is_refused() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.bypassed = nn.Linear(4, 5), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x) + F.linear(x, self.bypassed.weight)
+
+    model = Functional()
+    layers = {"used": model.used, "bypassed": model.bypassed}
+    with pytest.raises(UsageError, match="bypassed is not called as a module"):
+        collect(model, layers, [(torch.randn(2, 3, 4)[:, 0], torch.tensor([0, 1]))], "empirical", 0, CPU, lambda done: None)
+
+
+def test_file_round_trip_and_damage(tiny_vit: nn.Module, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    layers = prunable_layers(tiny_vit, Layers(include=("*.qkv",)))
+    statistics = collect(tiny_vit, layers, [images(2)], "empirical", 0, CPU, lambda done: None)
+    path = tmp_path / "s.safetensors"
+    save_statistics(path, statistics)
+    back = load_statistics(path, list(layers))
+    for name in layers:
+        assert torch.equal(back[name].hessian, statistics[name].hessian)
+        assert torch.equal(back[name].mean_gradient, statistics[name].mean_gradient)
+        assert torch.equal(back[name].output_moment, statistics[name].output_moment)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(EnvironmentFault, match="unreadable statistics"):
+        load_statistics(path, list(layers))

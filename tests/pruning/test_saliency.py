@@ -1,0 +1,74 @@
+"""Curves against the loss expansion written out with whole matrices in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import random_statistics, relative
+
+from lpvit_cli.pruning.blocks import block_elements, block_sums, expand, grid, require_fit
+from lpvit_cli.pruning.saliency import METHODS
+from lpvit_cli.errors import UsageError
+
+CASES = [((12, 16), (4, 4)), ((12, 16), (12, 4)), ((10, 15), (4, 6)), ((7, 5), (1, 1)), ((6, 8), (6, 8))]
+
+
+def weight_of(shape: tuple[int, int]) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize(("shape", "block"), CASES)
+def test_lpvit_curve_is_the_second_order_expansion(shape: tuple[int, int], block: tuple[int, int]) -> None:
+    """D(k) = sum over removed blocks of |g w| + 1/2 sum_r T S_r d_r (H/2) d_r^T, d all weights removed so far."""
+    weight, statistics = weight_of(shape), random_statistics(*shape)
+    removal = METHODS["lpvit"](weight, statistics, block)
+    w, g = weight.double(), statistics.mean_gradient.double()
+    fisher = (statistics.input_outer / statistics.tokens).double()
+    scale = statistics.tokens_per_image * statistics.output_moment.double()
+    for k in range(len(removal.order) + 1):
+        gone = ~expand(removal.mask(k), shape, block)
+        d = w * gone
+        first = (block_sums(g * w, block).abs() * ~removal.mask(k)).sum()
+        expected = first + 0.5 * (scale * torch.einsum("ri,ij,rj->r", d, fisher, d)).sum()
+        assert float((removal.distortion[k] - expected).abs()) < 1e-5 * float(1 + expected)
+
+
+@pytest.mark.parametrize(("shape", "block"), CASES)
+@pytest.mark.parametrize("method", ["magnitude", "taylor"])
+def test_additive_scores(method: str, shape: tuple[int, int], block: tuple[int, int]) -> None:
+    weight, statistics = weight_of(shape), random_statistics(*shape)
+    removal = METHODS[method](weight, statistics, block)
+    rows, columns = grid(shape, block)
+    score = []
+    for i in range(rows):
+        for j in range(columns):
+            at = (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
+            w, g = weight[at].double(), statistics.mean_gradient[at].double()
+            score.append(w.square().sum() if method == "magnitude" else (w * g).sum().abs())
+    score = torch.stack(score)
+    assert relative(removal.distortion[1:], score.sort().values.cumsum(0)) < 1e-6
+    assert sorted(removal.order.tolist()) == list(range(rows * columns))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_mask_follows_the_order_of_the_curve(method: str) -> None:
+    removal = METHODS[method](weight_of((12, 16)), random_statistics(12, 16), (4, 4))
+    gone = set()
+    for k, block in enumerate(removal.order.tolist(), start=1):
+        gone.add(block)
+        assert set((~removal.mask(k)).flatten().nonzero()[:, 0].tolist()) == gone
+
+
+def test_cost_along_the_order_counts_ragged_blocks() -> None:
+    shape, block = (10, 15), (4, 6)
+    removal = METHODS["magnitude"](weight_of(shape), random_statistics(*shape), block)
+    kept = removal.along(block_elements(shape, block))
+    for k in range(len(removal.order) + 1):
+        assert float(kept[k]) == int(expand(removal.mask(k), shape, block).sum())
+    assert float(kept[0]) == 150
+    assert float(kept[-1]) == 0
+
+
+def test_block_larger_than_layer() -> None:
+    with pytest.raises(UsageError, match=r"64x32 is larger than layer blocks.0 \(32x64, out x in\)"):
+        require_fit("blocks.0", (32, 64), (64, 32))
