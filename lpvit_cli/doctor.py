@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 
-from lpvit_cli.measure.energy import open_meter
 from lpvit_cli.measure.machine import cpu_name, installed
+from lpvit_cli.measure.meters import open_meter
 
 OPTIONAL = {
     "onnx": ("export", "pip install 'lpvit[export]'"),

@@ -158,14 +158,14 @@ class FinetuneSection(Section):
 
 class EnergySection(Section):
     window_seconds: float = Field(default=10.0, gt=0)
-    trials: int = Field(default=5, ge=3)
+    trials: int = Field(default=6, ge=6)
 
 
 class BenchSection(Section):
     """Dense, masked-dense and sparse, interleaved in one process."""
 
     batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)
-    rounds: int = Field(default=30, ge=5)
+    rounds: int = Field(default=30, ge=6)
     warmup_seconds: float = Field(default=2.0, ge=0)
     threads: PositiveInt | None = None  # CPU threads; None: torch's default
     energy: EnergySection = EnergySection()
@@ -238,8 +238,8 @@ class Recipe(Section):
         small["model"] |= {"name": architecture, "pretrained": False, "weights": None, "kwargs": kwargs}
         small["data"] |= {"dataset": "synthetic", "root": None, "batch_size": 16, "workers": 0, "val_images": 32}
         small["calibrate"] |= {"images": 32, "batch_size": 8}
-        small["bench"] |= {"batch_sizes": (2,), "rounds": 5, "warmup_seconds": 0.2}
-        small["bench"]["energy"] = {"window_seconds": 2.0, "trials": 3}
+        small["bench"] |= {"batch_sizes": (2,), "rounds": 6, "warmup_seconds": 0.2}
+        small["bench"]["energy"] = {"window_seconds": 2.0, "trials": 6}
         if self.finetune:
             small["finetune"] |= {
                 "epochs": 1,
@@ -343,19 +343,22 @@ def _explain(error: ValidationError, content: dict[str, Any], origin: dict[tuple
     keys = tuple(str(part) for part in first["loc"])
     while keys and keys[:-1] and not _holds(content, keys):
         keys = keys[:-1]  # pydantic adds the names of union members behind the key
-    where = next((origin[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in origin), str(path))
+    above = (origin[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in origin)
+    below = (place for key, place in origin.items() if key[: len(keys)] == keys)
+    where = next(above, next(below, str(path)))
     dotted = ".".join(keys)
     if first["type"] == "extra_forbidden":
         valid = _valid_keys(keys[:-1])
         near = difflib.get_close_matches(keys[-1], valid, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(valid)}"
         message = f"{where}: {dotted}: unknown key"
-    elif first["type"] == "missing":
+    elif first["type"] == "missing" and isinstance(first["loc"][-1], str):
         missing = ".".join(str(part) for part in first["loc"])
         message, hint = f"{where}: {missing}: required key is missing", f"add it, or pass --set {missing}=VALUE"
     else:
         same_key = [p for p in problems if tuple(str(part) for part in p["loc"])[: len(keys)] == keys]
         rules = dict.fromkeys(p["msg"].removeprefix("Value error, ").removeprefix("Input ") for p in same_key)
+        rules = {"needs more values": None} if first["type"] == "missing" else rules
         given = first["input"] if not isinstance(first["input"], dict) else "this section"
         message = f"{where}: {dotted}: {', or '.join(rules)} (given: {given})"
         hint = f"change {dotted}; a valid recipe to compare with: lpvit recipes show digits_vit"

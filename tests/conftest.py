@@ -8,14 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
-
-from lpvit_cli.curvature import LayerStatistics
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b|| in float64."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
+from torch import nn
 
 
 @pytest.fixture
@@ -29,13 +22,6 @@ def tiny_vit() -> nn.Module:
         nn.init.normal_(parameter, std=0.2)
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32)}
     return model.eval()
-
-
-def random_statistics(out: int, columns: int, tokens: int = 170, images: int = 10, seed: int = 0) -> LayerStatistics:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, columns, generator=generator)
-    d = torch.randn(tokens, out, generator=generator) * torch.rand(out, generator=generator)
-    return LayerStatistics(x.T @ x, d.square().sum(dim=0), d.T @ x, tokens=tokens, images=images)
 
 
 @dataclass

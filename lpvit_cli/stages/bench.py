@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lpvit_cli.measure.energy import measure_energy, open_meter
+from lpvit_cli.measure.energy import measure_energy
 from lpvit_cli.measure.machine import installed, machine
+from lpvit_cli.measure.meters import open_meter
 from lpvit_cli.measure.timing import time_interleaved, verdict
 from lpvit_cli.models import autocast, build_model, describe_device, device_of, load_model, pick_dtype
 from lpvit_cli.recipe import Recipe
@@ -70,7 +71,8 @@ def _bench_batch(
         on_round=lambda done, total: progress(what, done, total, f"round {done}/{total}"),
     )
     speedup = {name: timing.ratio(BASELINE, name) for name in models if name != BASELINE}
-    energy, reasons = None, []
+    sentence = verdict("sparse", "dense PyTorch", speedup["sparse"], timing, timing.subjects["sparse"])
+    energy = None
     uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
     meter, reasons = open_meter(device.type, uuid)
     if meter is not None:
@@ -81,6 +83,7 @@ def _bench_batch(
             trials=settings.energy.trials,
             window_s=settings.energy.window_seconds,
             synchronize=torch.cuda.synchronize if device.type == "cuda" else lambda: None,
+            on_trial=lambda done, total: progress(f"energy, batch {batch_size}", done, total, f"trial {done}/{total}"),
         )
         reasons = energy.reasons
     return BatchBench(
@@ -88,7 +91,7 @@ def _bench_batch(
         timing=timing,
         speedup=speedup,
         images_per_second={name: 1000 * batch_size / timed.percentiles.p50 for name, timed in timing.subjects.items()},
-        verdict=f"batch {batch_size}: {verdict('sparse', 'dense PyTorch', speedup['sparse'], timing)}",
+        verdict=f"batch {batch_size}: {sentence}",
         energy=energy,
         energy_reasons=reasons,
     )

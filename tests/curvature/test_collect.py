@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative
+from helpers import relative
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -65,9 +65,9 @@ def test_hull_is_convex_and_below_every_point(y: list[float]) -> None:
     hull = lower_hull(list(range(len(y))), y)
     assert hull[0] == 0
     assert hull[-1] == len(y) - 1
-    slopes = [(y[b] - y[a]) / (b - a) for a, b in zip(hull, hull[1:], strict=False)]
-    assert all(s <= t + 1e-9 for s, t in zip(slopes, slopes[1:], strict=False))
-    for a, b in zip(hull, hull[1:], strict=False):
+    slopes = [(y[b] - y[a]) / (b - a) for a, b in pairwise(hull)]
+    assert all(s <= t + 1e-9 for s, t in pairwise(slopes))
+    for a, b in pairwise(hull):
         for k in range(a, b):
             assert y[k] >= y[a] + (y[b] - y[a]) * (k - a) / (b - a) - 1e-9
 

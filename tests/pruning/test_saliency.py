@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_statistics, relative
+from helpers import random_statistics, relative
 
+from lpvit_cli.errors import UsageError
 from lpvit_cli.pruning.blocks import block_elements, block_sums, expand, grid, require_fit
 from lpvit_cli.pruning.saliency import METHODS
-from lpvit_cli.errors import UsageError
 
 CASES = [((12, 16), (4, 4)), ((12, 16), (12, 4)), ((10, 15), (4, 6)), ((7, 5), (1, 1)), ((6, 8), (6, 8))]
 

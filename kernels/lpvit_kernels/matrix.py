@@ -1,0 +1,124 @@
+"""A weight matrix that stores its non-zero blocks only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSparseMatrix:
+    """A weight [out, in] (PyTorch layout) made of kept blocks of R output features x C input features.
+
+    values   [nnz, R, C] float: the kept blocks, block row by block row; zero outside [out, in] at ragged edges
+    row_ptr  [ceil(out / R) + 1] int32: block row i holds values[row_ptr[i]:row_ptr[i + 1]]
+    cols     [nnz] int32: block column of each value, ascending within a block row
+    shape    (out, in); R and C need not divide it
+
+    Construction checks all of this and raises ValueError.
+    """
+
+    values: Tensor
+    row_ptr: Tensor
+    cols: Tensor
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        _check(self.values, self.row_ptr, self.cols, self.shape)
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, block: tuple[int, int], mask: Tensor | None = None) -> BlockSparseMatrix:
+        """Keep the blocks of `weight` [out, in] where `mask` [ceil(out/R), ceil(in/C)] is True; None: those not all zero."""
+        rows, columns = (-(-n // b) for n, b in zip(weight.shape, block, strict=True))
+        out, features = weight.shape
+        padded = F.pad(weight, (0, columns * block[1] - features, 0, rows * block[0] - out))
+        blocks = padded.reshape(rows, block[0], columns, block[1]).transpose(1, 2)  # [rows, columns, R, C]
+        if mask is None:
+            mask = (blocks != 0).flatten(2).any(dim=2)
+        if mask.dtype != torch.bool or mask.shape != (rows, columns):
+            raise ValueError(f"mask must be bool {[rows, columns]}, got {mask.dtype} {list(mask.shape)}")
+        mask = mask.to(weight.device)
+        row_ptr = F.pad(mask.sum(dim=1).cumsum(dim=0), (1, 0)).int()
+        return cls(blocks[mask].contiguous(), row_ptr, mask.nonzero()[:, 1].int(), (out, features))
+
+    @property
+    def block(self) -> tuple[int, int]:
+        return self.values.shape[1], self.values.shape[2]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Blocks along out and in."""
+        return -(-self.shape[0] // self.block[0]), -(-self.shape[1] // self.block[1])
+
+    @cached_property
+    def block_rows(self) -> Tensor:
+        """[nnz] int64: block row of each value."""
+        counts = self.row_ptr.diff().long()
+        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
+    @cached_property
+    def block_mask(self) -> Tensor:
+        """[ceil(out/R), ceil(in/C)] bool: which blocks are kept."""
+        mask = torch.zeros(self.grid, dtype=torch.bool, device=self.cols.device)
+        mask[self.block_rows, self.cols.long()] = True
+        return mask
+
+    @cached_property
+    def places(self) -> list[tuple[int, int]]:
+        """Block row and column of each value, as Python numbers."""
+        return list(zip(self.block_rows.tolist(), self.cols.tolist(), strict=True))
+
+    @property
+    def density(self) -> float:
+        """Kept blocks over all blocks."""
+        rows, columns = self.grid
+        return len(self.cols) / (rows * columns)
+
+    def to_dense(self) -> Tensor:
+        """The weight [out, in]; differentiable in `values`."""
+        rows, columns = self.grid
+        blocks = self.values.new_zeros(rows * columns, *self.block)
+        blocks = blocks.index_copy(0, self.block_rows * columns + self.cols, self.values)
+        dense = blocks.unflatten(0, (rows, columns)).transpose(1, 2).flatten(2).flatten(0, 1)
+        return dense[: self.shape[0], : self.shape[1]]
+
+    def with_values(self, values: Tensor) -> BlockSparseMatrix:
+        """The same pattern with other values of the same shape; differentiable, and checked for shape only."""
+        if values.shape != self.values.shape:
+            raise ValueError(f"values must be {list(self.values.shape)}, got {list(values.shape)}")
+        other = object.__new__(BlockSparseMatrix)
+        other.__dict__.update(self.__dict__, values=values)  # what was derived from the pattern comes along
+        return other
+
+    def to(self, *args: object, **kwargs: object) -> BlockSparseMatrix:
+        """As torch.Tensor.to, for a device, a floating type, or both; indices stay int32."""
+        values = self.values.to(*args, **kwargs)  # type: ignore[call-overload]
+        return BlockSparseMatrix(values, self.row_ptr.to(values.device), self.cols.to(values.device), self.shape)
+
+
+def _check(values: Tensor, row_ptr: Tensor, cols: Tensor, shape: tuple[int, int]) -> None:
+    if values.ndim != 3 or 0 in values.shape[1:] or values.dtype not in DTYPES:
+        raise ValueError(f"values must be floating [nnz, R, C] with R, C > 0, got {values.dtype} {list(values.shape)}")
+    if len(shape) != 2 or min(shape) < 1:
+        raise ValueError(f"shape must be (out, in), both positive, got {shape}")
+    nnz, block_rows, block_columns = values.shape
+    rows, columns = -(-shape[0] // block_rows), -(-shape[1] // block_columns)
+    for name, index, length in (("row_ptr", row_ptr, rows + 1), ("cols", cols, nnz)):
+        if index.dtype != torch.int32 or index.shape != (length,):
+            raise ValueError(f"{name} must be int32 [{length}], got {index.dtype} {list(index.shape)}")
+        if index.device != values.device:
+            raise ValueError(f"{name} is on {index.device}, values on {values.device}")
+    counts = row_ptr.diff()
+    if int(row_ptr[0]) != 0 or int(row_ptr[-1]) != nnz or bool((counts < 0).any()):
+        raise ValueError(f"row_ptr must ascend from 0 to nnz = {nnz}")
+    if nnz and (int(cols.min()) < 0 or int(cols.max()) >= columns):
+        raise ValueError(f"cols must be in 0..{columns - 1}, found {int(cols.min())}..{int(cols.max())}")
+    key = torch.repeat_interleave(torch.arange(rows, device=cols.device), counts.long()) * columns + cols
+    if bool((key.diff() <= 0).any()):
+        raise ValueError("cols must ascend without repeats within each block row")

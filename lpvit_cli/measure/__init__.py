@@ -1,0 +1,1 @@
+"""Time, energy and accuracy, with the doubt that belongs to each number."""

@@ -1,0 +1,153 @@
+"""Joules per image: differences of an energy counter over windows that begin and end on a tick of it, under steady load.
+
+The counter moves in ticks (about 100 ms on NVIDIA GPUs): reading it at any other moment is wrong by up to a tick at each end.
+Subjects take turns, so that drift of temperature and clocks cancels in ratios.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+
+from lpvit_cli.measure.meters import Meter, MeterError
+from lpvit_cli.measure.statistics import FEWEST_PAIRS, Ratio, paired_ratio
+
+FEWEST_TICKS = 10
+RETRIES = 3
+LONGEST_TICK_S = 2.0
+
+Subject = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Energy:
+    """One subject. `above_idle` leaves out what the idle device would have drawn in the same time."""
+
+    joules_per_image: float
+    above_idle_joules_per_image: float
+    average_w: float
+    trials_joules_per_image: list[float]
+
+
+@dataclass(frozen=True)
+class EnergyRun:
+    """Energy of all subjects, or none and the reasons."""
+
+    source: str
+    idle_w: float | None = None
+    subjects: dict[str, Energy] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+    def ratio(self, baseline: str, subject: str) -> Ratio:
+        """How many times less energy an image takes with `subject`, trial by trial."""
+        return paired_ratio(self.subjects[baseline].trials_joules_per_image, self.subjects[subject].trials_joules_per_image)
+
+
+@dataclass(frozen=True)
+class _Window:
+    joules: float
+    seconds: float
+    calls: int
+
+
+def measure_energy(
+    subjects: dict[str, Subject],
+    images_per_call: int,
+    meter: Meter,
+    *,
+    trials: int,
+    window_s: float,
+    synchronize: Callable[[], None],
+    on_trial: Callable[[int, int], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> EnergyRun:
+    """`trials` windows of `window_s` seconds for each subject, in turn. A meter that fails gives reasons, not numbers."""
+    if trials < FEWEST_PAIRS:
+        raise ValueError(f"needs at least {FEWEST_PAIRS} trials, got {trials}")
+    windows: dict[str, list[_Window]] = {name: [] for name in subjects}
+    try:
+        synchronize()
+        idle = _valid_window(lambda: sleep(0.02), meter, window_s, clock)
+        for number in range(trials):
+            for name in list(subjects) if number % 2 == 0 else list(reversed(subjects)):
+                load = _steady_load(subjects[name], synchronize, clock)
+                windows[name].append(_valid_window(load, meter, window_s, clock))
+            if on_trial:
+                on_trial(number + 1, trials)
+    except MeterError as error:
+        return EnergyRun(meter.source, reasons=[str(error)])
+    idle_w = idle.joules / idle.seconds
+    return EnergyRun(meter.source, idle_w, {name: _energy(w, images_per_call, idle_w) for name, w in windows.items()})
+
+
+class _Load:
+    """Calls a subject in groups of about 20 ms between synchronisations; counts the calls."""
+
+    def __init__(self, subject: Subject, synchronize: Callable[[], None], group: int):
+        self.subject, self.synchronize, self.calls_each = subject, synchronize, group
+
+    def __call__(self) -> None:
+        for _ in range(self.calls_each):
+            self.subject()
+        self.synchronize()
+
+
+def _steady_load(subject: Subject, synchronize: Callable[[], None], clock: Callable[[], float]) -> _Load:
+    _Load(subject, synchronize, 1)()
+    start = clock()
+    _Load(subject, synchronize, 3)()
+    return _Load(subject, synchronize, max(1, round(0.02 * 3 / max(1e-6, clock() - start))))
+
+
+def _valid_window(load: Callable[[], None], meter: Meter, window_s: float, clock: Callable[[], float]) -> _Window:
+    """A window in which the counter rose and nothing slowed the device down; a few tries."""
+    for _ in range(1 + RETRIES):
+        window, fault = _window(load, meter, window_s, clock)
+        if window is not None:
+            return window
+    raise MeterError(f"no valid window in {1 + RETRIES} tries: {fault}")
+
+
+def _window(load: Callable[[], None], meter: Meter, window_s: float, clock: Callable[[], float]) -> tuple[_Window | None, str]:
+    start = _until_tick(load, meter, clock)
+    if start is None:
+        return None, f"the counter did not move for {LONGEST_TICK_S:g} s"
+    begin, first, _ = start
+    groups, ticks, last, now, slowed = 0, 0, first, begin, False
+    while now - begin < window_s:
+        tick = _until_tick(load, meter, clock)
+        if tick is None:
+            return None, f"the counter did not move for {LONGEST_TICK_S:g} s"
+        now, reading, steps = tick
+        groups, ticks, slowed = groups + steps, ticks + 1, slowed or reading.slowed_down
+        if reading.energy_mj < last.energy_mj:
+            return None, "the counter ran backwards"
+        last = reading
+    if slowed:
+        return None, "the device was slowed down (thermal or power brake)"
+    if ticks < FEWEST_TICKS:
+        tick_ms = 1000 * (now - begin) / ticks
+        raise MeterError(f"{window_s:g} s is under {FEWEST_TICKS} ticks of {tick_ms:.0f} ms: raise bench.energy.window_seconds")
+    joules = (last.energy_mj - first.energy_mj) / 1000
+    return _Window(joules, now - begin, groups * getattr(load, "calls_each", 1)), ""
+
+
+def _until_tick(load: Callable[[], None], meter: Meter, clock: Callable[[], float]):  # type: ignore[no-untyped-def]
+    """Run the load until the counter moves: (time, reading, how often the load ran), or None when it stands still."""
+    before, start, steps = meter.read(), clock(), 0
+    while clock() - start < LONGEST_TICK_S:
+        load()
+        steps += 1
+        reading = meter.read()
+        if reading.energy_mj != before.energy_mj:
+            return clock(), reading, steps
+    return None
+
+
+def _energy(windows: list[_Window], images_per_call: int, idle_w: float) -> Energy:
+    per_image = [w.joules / (w.calls * images_per_call) for w in windows]
+    above = [(w.joules - idle_w * w.seconds) / (w.calls * images_per_call) for w in windows]
+    return Energy(median(per_image), median(above), median(w.joules / w.seconds for w in windows), per_image)

@@ -1,0 +1,169 @@
+"""How long calls take: subjects in turn (A B C, C B A, ...) in one process, so that drift of the machine cancels in ratios."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lpvit_cli.measure.statistics import Percentiles, Ratio, coefficient_of_variation, paired_ratio, percentiles
+
+UNSTABLE = 0.025  # coefficient of variation above which a subject is called unstable
+HOST_BOUND = 0.8  # share of the GPU's time spent on enqueueing above which the host is the bottleneck
+BUSY = 0.1  # share of the machine used by others above which it is called busy
+SHORTEST_SAMPLE_S = 2e-3  # shorter calls are repeated within a sample
+
+Subject = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One subject; milliseconds per call."""
+
+    samples_ms: list[float]
+    percentiles: Percentiles
+    mean_ms: float
+    variation: float  # coefficient of variation of the samples
+    calls_per_sample: int
+    cpu_time_ms: float | None  # median CPU time of the thread, where one CPU thread does all the work
+    host_bound: bool
+
+    @property
+    def unstable(self) -> bool:
+        return self.variation > UNSTABLE
+
+
+@dataclass(frozen=True)
+class TimingRun:
+    """All subjects of one interleaved run."""
+
+    subjects: dict[str, Timing]
+    threads: int
+    foreign_load: float | None  # share of all cores' time used by other processes; None: /proc/stat cannot be read
+
+    def ratio(self, baseline: str, subject: str) -> Ratio:
+        """How many times faster `subject` is than `baseline`, round by round."""
+        return paired_ratio(self.subjects[baseline].samples_ms, self.subjects[subject].samples_ms)
+
+
+def time_interleaved(
+    subjects: dict[str, Subject],
+    *,
+    device: torch.device,
+    rounds: int,
+    warmup_seconds: float,
+    on_round: Callable[[int, int], None] | None = None,
+) -> TimingRun:
+    """Time each subject once a round, in alternating order, after warming all up. `on_round` is told rounds done and in all."""
+    sample = _sample_gpu if device.type == "cuda" else _sample_cpu
+    calls = {name: _warm_up(subject, device, warmup_seconds) for name, subject in subjects.items()}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in subjects}
+    before = _busy_seconds()
+    for number in range(rounds):
+        order = list(subjects) if number % 2 == 0 else list(reversed(subjects))
+        for name in order:
+            taken[name].append(sample(subjects[name], calls[name]))
+        if on_round:
+            on_round(number + 1, rounds)
+    after = _busy_seconds()
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+    return TimingRun(
+        {name: _timing(pairs, calls[name], device, one_thread) for name, pairs in taken.items()},
+        threads=torch.get_num_threads(),
+        foreign_load=_foreign_load(before, after),
+    )
+
+
+def verdict(name: str, baseline: str, ratio: Ratio, run: TimingRun, subject: Timing) -> str:
+    """One sentence: faster, slower, or not distinguishable and the likeliest reason."""
+    interval = f"95 % interval {ratio.low:.2f} to {ratio.high:.2f}"
+    if ratio.low > 1:
+        return f"{name} is {ratio.value:.2f}x faster than {baseline} ({interval})"
+    if ratio.high < 1:
+        return f"{name} is {1 / ratio.value:.2f}x slower than {baseline} (speed {ratio.value:.2f}x, {interval})"
+    if subject.host_bound:
+        reason = "the host cannot feed the device fast enough; try a larger batch"
+    elif run.foreign_load is not None and run.foreign_load > BUSY:
+        reason = f"other processes used {run.foreign_load:.0%} of the machine"
+    elif subject.unstable:
+        reason = f"its times vary by {subject.variation:.0%}; measure on a quieter machine or for more rounds"
+    else:
+        reason = "the difference is smaller than the noise"
+    return f"{name} is not distinguishable from {baseline} ({interval}): {reason}"
+
+
+def _warm_up(subject: Subject, device: torch.device, seconds: float) -> int:
+    """Run until the last calls agree or the time is up; returns how many calls make a sample long enough for the clock."""
+    recent: list[float] = []
+    deadline = time.perf_counter() + seconds
+    while len(recent) < 2 or (time.perf_counter() < deadline and not _steady(recent)):
+        start = time.perf_counter()
+        subject()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        recent.append(time.perf_counter() - start)
+    return max(1, round(SHORTEST_SAMPLE_S / max(1e-9, min(recent))))
+
+
+def _steady(samples: list[float]) -> bool:
+    return len(samples) >= 10 and coefficient_of_variation(samples[-5:]) < UNSTABLE
+
+
+def _sample_cpu(subject: Subject, calls: int) -> tuple[float, float]:
+    """Wall and thread CPU milliseconds of one call."""
+    cpu, wall = time.thread_time_ns(), time.perf_counter_ns()
+    for _ in range(calls):
+        subject()
+    wall, cpu = time.perf_counter_ns() - wall, time.thread_time_ns() - cpu
+    return wall * 1e-6 / calls, cpu * 1e-6 / calls
+
+
+def _sample_gpu(subject: Subject, calls: int) -> tuple[float, float]:
+    """GPU and enqueue milliseconds of one call."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    enqueue = time.perf_counter_ns()
+    begin.record()
+    for _ in range(calls):
+        subject()
+    end.record()
+    enqueue = time.perf_counter_ns() - enqueue
+    end.synchronize()
+    return begin.elapsed_time(end) / calls, enqueue * 1e-6 / calls
+
+
+def _timing(pairs: list[tuple[float, float]], calls: int, device: torch.device, one_thread: bool) -> Timing:
+    samples = [first for first, _ in pairs]
+    second = float(np.median([second for _, second in pairs]))
+    return Timing(
+        samples,
+        percentiles(samples),
+        float(np.mean(samples)),
+        coefficient_of_variation(samples),
+        calls,
+        cpu_time_ms=second if one_thread else None,
+        host_bound=device.type == "cuda" and second > HOST_BOUND * float(np.median(samples)),
+    )
+
+
+def _busy_seconds() -> tuple[float, float, float] | None:
+    """Now, busy seconds of all cores since boot, busy seconds of this process."""
+    try:
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = (int(f) for f in fields[:8])
+    ticks = os.sysconf("SC_CLK_TCK")
+    return time.monotonic(), (user + nice + system + irq + softirq + steal) / ticks, time.process_time()
+
+
+def _foreign_load(before: tuple[float, float, float] | None, after: tuple[float, float, float] | None) -> float | None:
+    if before is None or after is None or after[0] <= before[0]:
+        return None
+    elapsed, all_busy, own = (b - a for a, b in zip(before, after, strict=True))
+    return min(1.0, max(0.0, (all_busy - own) / (elapsed * (os.cpu_count() or 1))))

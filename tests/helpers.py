@@ -1,0 +1,32 @@
+"""Random weights, masks and statistics, and the one measure of numerical error that the tests use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lpvit_cli.curvature import LayerStatistics
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b|| in float64."""
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
+
+
+def random_statistics(out: int, columns: int, tokens: int = 170, images: int = 10, seed: int = 0) -> LayerStatistics:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, columns, generator=generator)
+    d = torch.randn(tokens, out, generator=generator) * torch.rand(out, generator=generator)
+    return LayerStatistics(x.T @ x, d.square().sum(dim=0), d.T @ x, tokens=tokens, images=images)
+
+
+def masked(shape: tuple[int, int], block: tuple[int, int], density: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A random weight and a random block mask."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = [-(-n // b) for n, b in zip(shape, block, strict=True)]
+    return torch.randn(shape, generator=generator), torch.rand(grid, generator=generator) < density
+
+
+def expanded(mask: Tensor, shape: tuple[int, int], block: tuple[int, int]) -> Tensor:
+    return mask.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: shape[0], : shape[1]]

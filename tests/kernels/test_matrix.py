@@ -1,0 +1,101 @@
+"""The block-sparse matrix: round trips, and every rule of its construction."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import expanded, masked
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lpvit_kernels import BlockSparseMatrix
+from torch import Tensor
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    st.sampled_from([0.0, 0.4, 1.0]),
+    st.integers(0, 99),
+)
+def test_round_trip(shape: tuple[int, int], block: tuple[int, int], density: float, seed: int) -> None:
+    weight, mask = masked(shape, block, density, seed)
+    matrix = BlockSparseMatrix.from_dense(weight, block, mask)
+    assert torch.equal(matrix.to_dense(), weight * expanded(mask, shape, block))
+    assert torch.equal(matrix.block_mask, mask)
+    assert matrix.density == pytest.approx(mask.double().mean().item())
+    assert matrix.values.is_contiguous()
+    again = BlockSparseMatrix.from_dense(matrix.to_dense(), block)
+    assert torch.equal(again.to_dense(), matrix.to_dense())
+    assert again.density <= matrix.density
+
+
+def test_without_a_mask_blocks_with_any_non_zero_are_kept() -> None:
+    weight = torch.zeros(4, 6)
+    weight[3, 0] = 1e-30
+    matrix = BlockSparseMatrix.from_dense(weight, (2, 3))
+    assert matrix.block_mask.tolist() == [[False, False], [True, False]]
+
+
+def test_with_values_shares_the_pattern_and_carries_gradients() -> None:
+    weight, mask = masked((6, 8), (2, 4), 0.6)
+    matrix = BlockSparseMatrix.from_dense(weight, (2, 4), mask)
+    values = matrix.values.clone().requires_grad_()
+    other = matrix.with_values(values)
+    probe = torch.randn(6, 8)
+    (other.to_dense() * probe).sum().backward()
+    expected = BlockSparseMatrix.from_dense(probe, (2, 4), mask).values
+    assert torch.equal(values.grad, expected)
+    assert other.cols is matrix.cols
+    with pytest.raises(ValueError, match="values must be"):
+        matrix.with_values(values[:-1])
+
+
+def test_to_changes_values_only() -> None:
+    weight, mask = masked((6, 8), (2, 4), 0.6)
+    matrix = BlockSparseMatrix.from_dense(weight, (2, 4), mask).to(torch.float64)
+    assert matrix.values.dtype == torch.float64
+    assert matrix.cols.dtype == torch.int32
+    assert torch.equal(matrix.to_dense(), (weight * expanded(mask, (6, 8), (2, 4))).double())
+
+
+GOOD = {
+    "values": torch.ones(3, 2, 4),
+    "row_ptr": torch.tensor([0, 2, 2, 3], dtype=torch.int32),
+    "cols": torch.tensor([0, 1, 1], dtype=torch.int32),
+    "shape": (6, 8),
+}
+
+
+def index(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"values": torch.ones(3, 8)}, r"values must be floating \[nnz, R, C\]"),
+        ({"values": torch.ones(3, 2, 4, dtype=torch.int32)}, "values must be floating"),
+        ({"values": torch.ones(3, 0, 4)}, "R, C > 0"),
+        ({"shape": (0, 8)}, "shape must be"),
+        ({"row_ptr": torch.tensor([0, 2, 2, 3])}, r"row_ptr must be int32 \[4\], got torch.int64"),
+        ({"row_ptr": index(0, 2, 3)}, r"row_ptr must be int32 \[4\]"),
+        ({"cols": index(0, 1)}, r"cols must be int32 \[3\]"),
+        ({"row_ptr": index(1, 2, 2, 3)}, "row_ptr must ascend from 0 to nnz = 3"),
+        ({"row_ptr": index(0, 2, 2, 2)}, "row_ptr must ascend from 0 to nnz = 3"),
+        ({"row_ptr": index(0, 3, 2, 3)}, "row_ptr must ascend"),
+        ({"cols": index(0, 2, 1)}, r"cols must be in 0..1, found 0..2"),
+        ({"cols": index(-1, 1, 1)}, "cols must be in 0..1"),
+        ({"cols": index(1, 1, 1)}, "ascend without repeats"),
+        ({"cols": index(1, 0, 1)}, "ascend without repeats"),
+    ],
+)
+def test_construction_refuses(change: dict[str, object], rule: str) -> None:
+    BlockSparseMatrix(**GOOD)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rule):
+        BlockSparseMatrix(**{**GOOD, **change})  # type: ignore[arg-type]
+
+
+def test_a_wrong_mask_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"mask must be bool \[3, 2\]"):
+        BlockSparseMatrix.from_dense(torch.ones(6, 8), (2, 4), torch.ones(2, 2, dtype=torch.bool))

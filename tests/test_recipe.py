@@ -1,0 +1,144 @@
+"""Recipes: every shipped one is valid; every mistake is named with file, line, key, rule and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from lpvit_cli import Recipe
+from lpvit_cli.errors import UsageError
+from lpvit_cli.recipe import shipped_recipes
+
+MINIMAL = "model: {name: vit_tiny_patch16_224}\ndata: {dataset: digits}\n"
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def problem(tmp_path: Path, text: str, *overrides: str) -> tuple[str, str]:
+    with pytest.raises(UsageError) as caught:
+        Recipe.load(written(tmp_path, text), overrides)
+    assert caught.value.exit_code == 2
+    return caught.value.message, caught.value.hint
+
+
+def test_the_promised_recipes_ship() -> None:
+    names = {path.stem for path in shipped_recipes()}
+    assert names == {"digits_vit", "deit_small_50", "deit_base_50", "deit_base_70", "swin_tiny_77"}
+
+
+@pytest.mark.parametrize("path", shipped_recipes(), ids=lambda p: p.stem)
+def test_shipped_recipe(path: Path) -> None:
+    recipe = Recipe.load(path.stem)
+    assert recipe.name == path.stem
+    assert path.read_text().startswith(f"# lpvit run {path.stem}")
+    assert recipe.model.weights is None or recipe.model.weights.is_file()
+    assert Recipe.load(path) == recipe
+
+
+def test_resolved_recipe_loads_back(tmp_path: Path) -> None:
+    recipe = Recipe.load("digits_vit", ["prune.budget.flops=0.6", "finetune.distill=null"])
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+
+
+def test_frozen_and_named_after_the_file(tmp_path: Path) -> None:
+    recipe = Recipe.load(written(tmp_path, MINIMAL))
+    assert recipe.name == "mine"
+    with pytest.raises(ValidationError):
+        recipe.prune.min_keep = 0.5  # type: ignore[misc]
+
+
+def test_unknown_key_names_file_line_and_nearest_key(tmp_path: Path) -> None:
+    message, hint = problem(tmp_path, MINIMAL + "prune:\n  block: [64, 32]\n  bugdet: {flops: 0.5}\n")
+    assert message == f"{tmp_path}/mine.yaml:5: prune.bugdet: unknown key"
+    assert hint == "did you mean 'budget'?"
+
+
+def test_unknown_key_without_a_near_one_lists_the_valid_ones(tmp_path: Path) -> None:
+    message, hint = problem(tmp_path, MINIMAL + "export:\n  zzz: 1\n")
+    assert "mine.yaml:4: export.zzz: unknown key" in message
+    assert hint == "valid keys here: opset, tolerance"
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "rule"),
+    [
+        ("prune: {block: [64]}", "prune.block", "needs more values"),
+        ("prune: {block: [0, 32]}", "prune.block", "should be greater than 0"),
+        ("prune: {min_keep: lots}", "prune.min_keep", "should be a valid number"),
+        ("prune: {beta: high}", "prune.beta", "should be 'auto', or should be a valid number"),
+        ("prune: {budget: {flops: 0.5, sparsity: 0.5}}", "prune.budget", "exactly one of flops"),
+        ("prune: {method: best}", "prune.method", "should be 'magnitude', 'taylor' or 'lpvit'"),
+        ("calibrate: {images: -1}", "calibrate.images", "greater than 0"),
+        ("dtype: int8", "dtype", "should be 'auto', 'float32', 'bfloat16' or 'float16'"),
+    ],
+)
+def test_wrong_values_name_the_line_and_the_rule(tmp_path: Path, line: str, key: str, rule: str) -> None:
+    message, hint = problem(tmp_path, MINIMAL + line + "\n")
+    assert message.startswith(f"{tmp_path}/mine.yaml:3: {key}: ")
+    assert rule in message
+    assert hint
+
+
+def test_missing_key(tmp_path: Path) -> None:
+    message, hint = problem(tmp_path, "model: {name: x}\n")
+    assert message.endswith("mine.yaml: data: required key is missing")
+    assert "--set data=VALUE" in hint
+
+
+def test_key_given_twice_and_bad_syntax(tmp_path: Path) -> None:
+    message, _ = problem(tmp_path, MINIMAL + "seed: 1\nseed: 2\n")
+    assert "mine.yaml:4: not valid YAML: key 'seed' is given twice" in message
+    message, _ = problem(tmp_path, "model: [unclosed\n")
+    assert "not valid YAML" in message
+    message, _ = problem(tmp_path, "- a list\n")
+    assert "a recipe is a YAML mapping" in message
+
+
+def test_unknown_name_suggests_a_shipped_recipe() -> None:
+    with pytest.raises(UsageError) as caught:
+        Recipe.load("digit_vit")
+    assert caught.value.hint == "did you mean 'digits_vit'?"
+
+
+def test_overrides_win_and_errors_name_them(tmp_path: Path) -> None:
+    recipe = Recipe.load(
+        written(tmp_path, MINIMAL), ["prune.block=[16,8]", "model.kwargs.depth=3", "finetune=null", "bench.threads=1"]
+    )
+    assert recipe.prune.block == (16, 8)
+    assert recipe.model.kwargs == {"depth": 3}
+    assert recipe.finetune is None
+    assert recipe.bench.threads == 1
+    assert problem(tmp_path, MINIMAL, "seed=-1")[0].startswith("--set seed=-1: seed: should be greater than or equal to 0")
+    assert problem(tmp_path, MINIMAL, "prune.blok=1") == (
+        "--set prune.blok=1: prune.blok: unknown key",
+        "did you mean 'block'?",
+    )
+    assert "not of the form key=value" in problem(tmp_path, MINIMAL, "prune.block")[0]
+    assert problem(tmp_path, MINIMAL, "seed.x=1")[0].startswith("--set seed.x=1: seed: should be a valid integer")
+    assert "is a value, not a section" in problem(tmp_path, MINIMAL + "seed: 1\n", "seed.x=1")[0]
+
+
+def test_naming_one_budget_replaces_the_other() -> None:
+    assert Recipe.load("digits_vit", ["prune.budget.flops=0.7"]).prune.budget.model_dump() == {"flops": 0.7, "sparsity": None}
+
+
+def test_paths_are_relative_to_the_recipe_else_to_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = written(tmp_path, "model: {name: x}\ndata: {dataset: folder, root: images}\n")
+    assert Recipe.load(path).data.root == tmp_path / "images"
+    assert Recipe.load(path, ["data.root=other"]).data.root == tmp_path / "here" / "other"
+
+
+def test_pretrained_and_weights_exclude_each_other(tmp_path: Path) -> None:
+    message, _ = problem(tmp_path, "model: {name: x, pretrained: true, weights: a.safetensors}\ndata: {dataset: digits}\n")
+    assert "either pretrained: true or weights" in message

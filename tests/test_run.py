@@ -1,0 +1,242 @@
+"""Run folders: resume by what changed, atomic publication, refusal of foreign folders, disks that fail."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lpvit_cli import Recipe
+from lpvit_cli import run as run_module
+from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.report.schema import CalibrateReport
+from lpvit_cli.run import Run, content_id
+from lpvit_cli.stages import BENCH, CALIBRATE, FINETUNE, PRUNE, Stage
+
+
+def make(folder: Path, *overrides: str) -> Run:
+    return Run(Recipe.load("digits_vit", overrides), folder)
+
+
+def report() -> CalibrateReport:
+    return CalibrateReport(device="test", images=1, gradient="logits", layers=1, statistics_bytes=1)
+
+
+@pytest.fixture
+def work_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let every stage do `body(work)` instead of its real work."""
+
+    def use(body: Callable[[Path], object]) -> None:
+        def function(recipe: Recipe, run: Run, work: Path, progress: object) -> CalibrateReport:
+            (work / "data").write_text("half")
+            body(work)
+            return report()
+
+        monkeypatch.setattr(Stage, "function", property(lambda self: function))
+
+    return use
+
+
+def quiet(*args: object) -> None:
+    pass
+
+
+def test_published_artefact_is_skipped_until_its_inputs_change(tmp_path: Path, work_of: Callable[..., None]) -> None:
+    work_of(lambda work: None)
+    run = make(tmp_path / "r")
+    with run.open():
+        assert run.changes(CALIBRATE) is None
+        run.execute(CALIBRATE, quiet)
+        assert run.changes(CALIBRATE) == []
+        run.execute(PRUNE, quiet)
+        assert run.changes(PRUNE) == []
+    other = make(tmp_path / "r", "prune.min_keep=0.2")
+    assert other.changes(CALIBRATE) == []
+    assert other.changes(PRUNE) == ["prune.min_keep: 0.1 -> 0.2"]
+    earlier = make(tmp_path / "r", "calibrate.images=7")
+    assert earlier.changes(CALIBRATE) == ["calibrate.images: 1437 -> 7"]
+    assert earlier.changes(PRUNE) == ["calibration: calibrate.images: 1437 -> 7"]
+    with pytest.raises(UsageError, match=r"made with other settings \(calibrate.images: 1437 -> 7\)"):
+        earlier.artefact(CALIBRATE)
+
+
+def test_a_new_calibration_makes_the_pruned_model_stale(tmp_path: Path, work_of: Callable[..., None]) -> None:
+    work_of(lambda work: None)
+    run = make(tmp_path / "r")
+    with run.open():
+        run.execute(CALIBRATE, quiet)
+        run.execute(PRUNE, quiet)
+    changed = make(tmp_path / "r", "calibrate.images=7")
+    with changed.open():
+        changed.execute(CALIBRATE, quiet)
+        (stale,) = changed.changes(PRUNE) or [""]
+        assert stale.startswith("calibration: ")
+
+
+def test_changed_weights_are_noticed(tmp_path: Path, work_of: Callable[..., None]) -> None:
+    work_of(lambda work: None)
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(b"one")
+    run = make(tmp_path / "r", f"model.weights={weights}")
+    with run.open():
+        run.execute(CALIBRATE, quiet)
+    weights.write_bytes(b"two")
+    (change,) = make(tmp_path / "r", f"model.weights={weights}").changes(CALIBRATE) or [""]
+    assert change.startswith("model.weights (content): ")
+
+
+def test_missing_stage_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        make(tmp_path / "r").artefact(CALIBRATE)
+    assert caught.value.hint == "run: lpvit calibrate digits_vit"
+
+
+def test_bench_takes_the_recovered_model_once_there_is_one(tmp_path: Path, work_of: Callable[..., None]) -> None:
+    work_of(lambda work: None)
+    run = make(tmp_path / "r")
+    with run.open():
+        for stage in (CALIBRATE, PRUNE):
+            run.execute(stage, quiet)
+        assert run.model_artefact(BENCH).name == "pruned"
+        run.execute(BENCH, quiet)
+        run.execute(FINETUNE, quiet)
+        assert run.model_artefact(BENCH).name == "finetuned"
+        assert run.changes(BENCH), "the bench of the pruned model does not hold for the recovered one"
+    assert make(tmp_path / "r", "finetune=null").model_artefact(BENCH).name == "pruned"
+    with pytest.raises(UsageError, match="finetune.rank: 16 -> 4"):
+        make(tmp_path / "r", "finetune.rank=4").model_artefact(BENCH)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), ValueError("bug"), UsageError("known")])
+def test_failure_leaves_nothing_half_written(tmp_path: Path, work_of: Callable[..., None], failure: BaseException) -> None:
+    def fail(work: Path) -> None:
+        raise failure
+
+    work_of(fail)
+    run = make(tmp_path / "r")
+    with pytest.raises(type(failure)), run.open():
+        run.execute(CALIBRATE, quiet)
+    assert sorted(p.name for p in run.folder.iterdir()) == [".lock", "recipe.yaml"]
+
+
+def test_failure_keeps_the_earlier_artefact(tmp_path: Path, work_of: Callable[..., None]) -> None:
+    work_of(lambda work: (work / "data").write_text("first"))
+    run = make(tmp_path / "r")
+    with run.open():
+        run.execute(CALIBRATE, quiet)
+
+    def fail(work: Path) -> None:
+        raise KeyboardInterrupt
+
+    work_of(fail)
+    with pytest.raises(KeyboardInterrupt), run.open():
+        run.execute(CALIBRATE, quiet, resume=False)
+    assert (run.folder / "calibration" / "data").read_text() == "first"
+    assert run.changes(CALIBRATE) == []
+
+
+def test_leftovers_of_a_killed_process_are_cleared(tmp_path: Path, work_of: Callable[..., None]) -> None:
+    work_of(lambda work: None)
+    run = make(tmp_path / "r")
+    with run.open():
+        killed = run.folder / ".calibration.partial"
+        killed.mkdir()
+        (killed / "half").write_text("x")
+        run.execute(CALIBRATE, quiet)
+        assert sorted(p.name for p in (run.folder / "calibration").iterdir()) == ["data", "report.json", "stage.json"]
+        assert not killed.exists()
+
+
+def test_progress_survives_only_for_the_same_inputs(tmp_path: Path, work_of: Callable[..., None]) -> None:
+    work_of(lambda work: None)
+    run = make(tmp_path / "r")
+    with run.open():
+        run.execute(CALIBRATE, quiet)
+        kept, stale = run.progress_folder(PRUNE), run.folder / ".pruned.progress-0000"
+        seen = []
+        work_of(lambda work: seen.extend(p.name for p in run.folder.glob(".pruned.progress-*")))
+        for resume in (True, False):
+            kept.mkdir()
+            stale.mkdir()
+            run.execute(PRUNE, quiet, resume=resume)
+    assert seen == [kept.name]
+    assert not kept.exists()
+
+
+def test_folder_of_another_recipe_is_refused_and_taken_over_on_request(tmp_path: Path, work_of: Callable[..., None]) -> None:
+    work_of(lambda work: None)
+    run = make(tmp_path / "r")
+    with run.open():
+        run.execute(CALIBRATE, quiet)
+    other = Run(Recipe.load("deit_small_50"), tmp_path / "r")
+    with pytest.raises(UsageError, match="holds a run of recipe 'digits_vit', not 'deit_small_50'"), other.open():
+        pass
+    assert (tmp_path / "r" / "calibration").is_dir()
+    with other.open(overwrite=True):
+        assert not (tmp_path / "r" / "calibration").exists()
+
+
+def test_a_folder_that_is_no_run_is_never_emptied(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is not empty and not a run folder"), make(tmp_path).open():
+        pass
+    with make(tmp_path).open(overwrite=True):
+        pass
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"), make(tmp_path / "file").open():
+        pass
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
+    with (
+        make(tmp_path / "r").open(),
+        pytest.raises(EnvironmentFault, match="another lpvit is working"),
+        make(tmp_path / "r").open(),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_full_and_read_only_disks(tmp_path: Path, work_of: Callable[..., None], code: int) -> None:
+    def fail(work: Path) -> None:
+        raise OSError(code, os.strerror(code))
+
+    work_of(fail)
+    run = make(tmp_path / "r")
+    with pytest.raises(EnvironmentFault, match=os.strerror(code)) as caught, run.open():
+        run.execute(CALIBRATE, quiet)
+    assert caught.value.exit_code == 3
+    assert not (run.folder / "calibration").exists()
+
+
+def test_folder_that_cannot_be_created() -> None:
+    with pytest.raises(EnvironmentFault, match="cannot create"), make(Path("/proc/lpvit")).open():
+        pass
+
+
+def test_damaged_stage_record(tmp_path: Path, work_of: Callable[..., None]) -> None:
+    work_of(lambda work: None)
+    run = make(tmp_path / "r")
+    with run.open():
+        run.execute(CALIBRATE, quiet)
+    record = json.loads((run.folder / "calibration" / "stage.json").read_text())
+    assert record["inputs"]["calibrate.images"] == 1437
+    assert record["stage"] == "calibrate"
+    (run.folder / "calibration" / "stage.json").write_text('{"half')
+    with pytest.raises(EnvironmentFault, match="unreadable"):
+        run.changes(CALIBRATE)
+
+
+def test_content_id_follows_names_below_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_text("x")
+    first = content_id(tmp_path)
+    (tmp_path / "a" / "2.png").write_text("x")
+    assert content_id(tmp_path) != first
+    assert content_id(tmp_path / "absent") is None
+    assert run_module.git_commit() is None or len(run_module.git_commit() or "") == 40
