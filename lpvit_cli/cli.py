@@ -63,6 +63,9 @@ def _root(
     pass
 
 
+BATCH_SIZE_KEYS = {CALIBRATE.command: "calibrate.batch_size={}", BENCH.command: "bench.batch_sizes=[{}]"}
+
+
 def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -> None:
     """All commands that take a recipe have the same options, and differ in the stages they run."""
 
@@ -90,8 +93,7 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
             overrides += [f"dtype={dtype}"] * (dtype is not None)
             overrides += [f"seed={seed}"] * (seed is not None)
             if batch_size is not None:
-                keys = {CALIBRATE: "calibrate.batch_size={}", BENCH: "bench.batch_sizes=[{}]"}
-                overrides.append(keys.get(stages[0] if len(stages) == 1 else None, "data.batch_size={}").format(batch_size))
+                overrides.append(BATCH_SIZE_KEYS.get(command, "data.batch_size={}").format(batch_size))
             _run_stages(console, stages, recipe, overrides, output, resume, overwrite, smoke, dry_run)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lpvit_cli.errors import EnvironmentFault, UsageError, require
+from lpvit_cli.models import VisionModel
 from lpvit_cli.recipe import DataSection
 
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "test")}
@@ -32,13 +33,14 @@ class Reader(Protocol):
     def filename(self, index: int) -> str: ...
 
 
-def open_images(data: DataSection, split: str, num_classes: int, size: tuple[int, int] = (32, 32)) -> Reader | IterableDataset:
+def open_images(data: DataSection, split: str, model: VisionModel) -> Reader | IterableDataset:
     """The images of one split. Raises UsageError when there are none, or when their classes cannot be the model's."""
+    num_classes = model.num_classes
     prefix, _, name = data.dataset.partition("/")
     if data.dataset == "digits":
         reader: Any = DigitsReader(split)
     elif data.dataset == "synthetic":
-        reader = SyntheticReader(64 if split == data.train_split else 32, num_classes, size)
+        reader = SyntheticReader(64 if split == data.train_split else 32, num_classes, model.pretrained_cfg["input_size"][1:])
     elif data.dataset in ("folder", "tar"):
         reader = _read_files(data, split)
     elif prefix in ("hfds", "wds") and name:
@@ -168,9 +170,8 @@ def _read_remote(data: DataSection, split: str) -> Any:
 
 def transform_for(model: nn.Module, augment: bool = False) -> Any:
     """The model's own preprocessing: PIL image -> [3, H, W] float32, normalised."""
-    return create_transform(
-        **resolve_model_data_config(model), is_training=augment, **({"auto_augment": "rand-m9-mstd0.5-inc1"} if augment else {})
-    )
+    auto_augment = "rand-m9-mstd0.5-inc1" if augment else None
+    return create_transform(**resolve_model_data_config(model), is_training=augment, auto_augment=auto_augment)
 
 
 class _Guarded(Dataset):

@@ -10,7 +10,7 @@ import difflib
 import json
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -28,7 +28,14 @@ PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop
 PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt", ".tar")
 
 
-def build_model(section: ModelSection) -> nn.Module:
+class VisionModel(nn.Module):
+    """What every timm model has besides being a module; for the type checker, and for models that are not timm's."""
+
+    num_classes: int
+    pretrained_cfg: dict[str, Any]  # preprocessing: input_size (C, H, W), mean, std, interpolation, crop_pct ...
+
+
+def build_model(section: ModelSection) -> VisionModel:
     """The dense timm model of a recipe, in eval mode on the CPU; its preprocessing is in `model.pretrained_cfg`.
 
     Raises UsageError (unknown model or argument), EnvironmentFault (weights not to be had, unreadable, foreign).
@@ -121,7 +128,7 @@ def describe_device(device: torch.device) -> str:
 # model folders
 
 
-def model_config(section: ModelSection, model: nn.Module, **more: Any) -> dict[str, Any]:
+def model_config(section: ModelSection, model: VisionModel, **more: Any) -> dict[str, Any]:
     """What config.json says beside the sparsity: enough to build the model and to feed it, without the recipe."""
     return {
         "architecture": section.name.removeprefix("hf-hub:").split("/")[-1],
@@ -164,7 +171,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_model(path: str | Path) -> nn.Module:
+def load_model(path: str | Path) -> VisionModel:
     """Read a model folder back: a timm model, its pruned layers BlockSparseLinear, in eval mode on the CPU.
 
     Raises UsageError when `path` is no model folder, EnvironmentFault when its files are damaged or do not fit together.
@@ -212,7 +219,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def _create(name: str, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
+def _create(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
     hub = name.startswith("hf-hub:")
     if not hub and not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
@@ -221,7 +228,7 @@ def _create(name: str, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
             f"did you mean {', '.join(near)}?" if near else "list them: python -c 'import timm; print(timm.list_models())'",
         )
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **kwargs)
+        model = cast(VisionModel, timm.create_model(name, pretrained=pretrained, **kwargs))
     except Exception as error:  # the hub client and timm raise many kinds; each means: these weights or arguments do not work
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
         if pretrained:
@@ -237,7 +244,7 @@ def _create(name: str, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
     return model
 
 
-def _input_size(model: nn.Module, kwargs: dict[str, Any]) -> tuple[int, int, int]:
+def _input_size(model: VisionModel, kwargs: dict[str, Any]) -> tuple[int, int, int]:
     """timm does not write img_size back into the model's configuration."""
     size = kwargs.get("img_size")
     if size is None:

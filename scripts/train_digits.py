@@ -42,8 +42,8 @@ def main() -> None:
     recipe = Recipe.load("digits_vit", ["model.weights=null"])
     torch.manual_seed(args.seed)
     model = build_model(recipe.model)
-    train = batches(model, open_images(recipe.data, "train", 10), recipe.data, shuffle=True, seed=args.seed)
-    val = batches(model, open_images(recipe.data, "validation", 10), recipe.data)
+    train = batches(model, open_images(recipe.data, "train", model), recipe.data, shuffle=True, seed=args.seed)
+    val = batches(model, open_images(recipe.data, "validation", model), recipe.data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)
     steps, started = args.epochs * len(train), time.monotonic()
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+
+from lpvit_cli.models import VisionModel
 
 METADATA_KEY = "lpvit"
 
 
-def export_onnx(model: nn.Module, path: Path, opset: int, config: dict[str, Any]) -> None:
+def export_onnx(model: VisionModel, path: Path, opset: int, config: dict[str, Any]) -> None:
     """Write `model` (dense layers only, float32) to `path`: input `images` [batch, 3, H, W] normalised, output `logits`.
 
     The batch is dynamic. `config` (a model folder's config.json) goes into the metadata, so the file stands alone.

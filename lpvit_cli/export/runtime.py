@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lpvit_cli.errors import EnvironmentFault, require
 from lpvit_cli.export.onnx import METADATA_KEY
+from lpvit_cli.models import VisionModel
 
 
-class OnnxModel(nn.Module):
+class OnnxModel(VisionModel):
     """`model(images [n, 3, H, W]) -> logits [n, classes]` on the CPU, preprocessing in `pretrained_cfg` as in timm.
 
     Raises EnvironmentFault when onnxruntime is missing or cannot read the file, or when lpvit did not write it.
@@ -35,8 +36,8 @@ class OnnxModel(nn.Module):
             reason = str(error).strip().splitlines()[0]
             raise EnvironmentFault(f"{path}: onnxruntime cannot load it: {reason}", "export it again") from error
         self.config = config
-        self.num_classes: int = config["num_classes"]
-        self.pretrained_cfg: dict[str, Any] = config["preprocessing"]
+        self.num_classes = config["num_classes"]
+        self.pretrained_cfg = config["preprocessing"]
 
     def forward(self, images: Tensor) -> Tensor:
         (logits,) = self.session.run(["logits"], {"images": images.cpu().numpy()})

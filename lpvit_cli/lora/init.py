@@ -49,4 +49,4 @@ def lora_ga_init(adapter: MaskedLoraLinear, gradient: BlockSparseMatrix, gamma: 
     scale = adapter.base.out_features**0.25 / gamma**0.5
     adapter.lora_a.copy_(vh[:rank] * scale)
     adapter.lora_b.copy_(u[:, rank : 2 * rank] * scale)
-    adapter.base.values -= adapter.delta_values()
+    adapter.base.values.sub_(adapter.delta_values())

@@ -51,7 +51,7 @@ class MaskedLoraLinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> BlockSparseLinear:
         """The block-sparse layer with the adapter added in; same mask, same output."""
-        self.base.values += self.delta_values()
+        self.base.values.add_(self.delta_values())
         self.base.values.requires_grad_(True)
         return self.base
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lpvit_cli.models import VisionModel
 from lpvit_cli.pruning.blocks import Block, block_elements
 from lpvit_cli.recipe import Power
 
@@ -27,7 +28,7 @@ class ModelFlops:
     tokens: dict[str, int]
 
 
-def count_flops(model: nn.Module, layers: dict[str, nn.Linear]) -> ModelFlops:
+def count_flops(model: VisionModel, layers: dict[str, nn.Linear]) -> ModelFlops:
     """Count on the meta device, where attention is plain matrix products (the CPU's fused attention escapes the counter)."""
     tokens: dict[str, int] = {}
     meta = _meta_copy(model)

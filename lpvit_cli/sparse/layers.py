@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 from functools import cached_property
+from typing import TypeVar
 
 from lpvit_kernels import BlockSparseMatrix, linear
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class BlockSparseLinear(nn.Module):
@@ -66,12 +69,12 @@ def sparse_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BlockSparseLinear)}
 
 
-def densify(model: nn.Module) -> nn.Module:
+def densify(model: Model) -> Model:
     """A copy whose block-sparse layers are nn.Linear again, the removed blocks filled with zeros."""
     model = copy.deepcopy(model)
     for name, layer in sparse_layers(model).items():
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         dense.weight = nn.Parameter(layer.weight.to_dense().detach())
-        dense.bias = layer.bias
+        dense.register_parameter("bias", layer.bias)
         model.set_submodule(name, dense)
     return model

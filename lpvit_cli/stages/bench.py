@@ -12,7 +12,7 @@ from lpvit_cli.measure.energy import measure_energy
 from lpvit_cli.measure.machine import installed, machine
 from lpvit_cli.measure.meters import open_meter
 from lpvit_cli.measure.timing import time_interleaved, verdict
-from lpvit_cli.models import autocast, build_model, describe_device, device_of, load_model, pick_dtype
+from lpvit_cli.models import VisionModel, autocast, build_model, describe_device, device_of, load_model, pick_dtype
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.report.html import write_html
 from lpvit_cli.report.schema import BatchBench, BenchReport, FinetuneReport, PruneReport
@@ -54,7 +54,12 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
 
 
 def _bench_batch(
-    models: dict[str, nn.Module], batch_size: int, recipe: Recipe, device: torch.device, dtype: torch.dtype, progress: Progress
+    models: dict[str, VisionModel],
+    batch_size: int,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
 ) -> BatchBench:
     """All models on the same random images; `dense` is the baseline of every ratio."""
     settings = recipe.bench
@@ -97,10 +102,9 @@ def _bench_batch(
     )
 
 
-def _forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    def forward() -> Tensor:
+def _forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Callable[[], object]:
+    def forward() -> None:
         with torch.inference_mode(), autocast(images.device, dtype):
-            logits: Tensor = model(images)
-            return logits
+            model(images)
 
     return forward

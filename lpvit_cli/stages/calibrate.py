@@ -21,7 +21,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Calib
     device = device_of(recipe)
     model = build_model(recipe.model)
     layers = prunable_layers(model, recipe.prune.layers)
-    source = open_images(recipe.data, recipe.data.train_split, model.num_classes, model.pretrained_cfg["input_size"][1:])
+    source = open_images(recipe.data, recipe.data.train_split, model)
     images = batches(
         model,
         source,

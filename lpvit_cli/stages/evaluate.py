@@ -11,7 +11,16 @@ from lpvit_cli.data import Batches, batches, class_names, open_images
 from lpvit_cli.errors import UsageError
 from lpvit_cli.export.runtime import OnnxModel
 from lpvit_cli.measure.accuracy import Accuracy, accuracy
-from lpvit_cli.models import autocast, build_model, describe_device, load_model, pick_device, pick_dtype, read_config
+from lpvit_cli.models import (
+    VisionModel,
+    autocast,
+    build_model,
+    describe_device,
+    load_model,
+    pick_device,
+    pick_dtype,
+    read_config,
+)
 from lpvit_cli.recipe import DataSection, ModelSection, Recipe
 from lpvit_cli.report.schema import EvaluateReport
 from lpvit_cli.run import Progress
@@ -40,7 +49,7 @@ def evaluate(
         raise UsageError(f"{model_name}: which images?", "pass --dataset folder --root /path/to/imagenet")
     data = DataSection.model_validate(place | {"val_images": limit, "batch_size": batch_size, "workers": 0})
     device = torch.device("cpu") if isinstance(model, OnnxModel) else pick_device(device_name)
-    source = open_images(data, data.val_split, model.num_classes, model.pretrained_cfg["input_size"][1:])
+    source = open_images(data, data.val_split, model)
     require_known_classes(model, source)
     validation = batches(model, source, data, limit=limit)
     dtype = torch.float32 if isinstance(model, OnnxModel) else pick_dtype(dtype_name, device)
@@ -54,7 +63,7 @@ def evaluate(
     )
 
 
-def open_model(name: str) -> tuple[nn.Module, dict[str, str]]:
+def open_model(name: str) -> tuple[VisionModel, dict[str, str]]:
     """A model folder, a run folder (its latest model), an exported .onnx file, or a timm name; with its data section."""
     path = Path(name)
     if path.is_file():
@@ -76,7 +85,7 @@ def open_model(name: str) -> tuple[nn.Module, dict[str, str]]:
     return build_model(ModelSection(name=name, pretrained=True)), {}
 
 
-def require_known_classes(model: nn.Module, source: object) -> None:
+def require_known_classes(model: VisionModel, source: object) -> None:
     """Labels are positions in the sorted class names: other names would silently mean other classes."""
     known, given = model.pretrained_cfg.get("label_names"), class_names(source)
     if known and given and list(known) != list(given):
@@ -86,9 +95,8 @@ def require_known_classes(model: nn.Module, source: object) -> None:
         )
 
 
-def validation_batches(recipe: Recipe, model: nn.Module) -> Batches:
-    size = model.pretrained_cfg["input_size"][1:]
-    source = open_images(recipe.data, recipe.data.val_split, model.num_classes, size)
+def validation_batches(recipe: Recipe, model: VisionModel) -> Batches:
+    source = open_images(recipe.data, recipe.data.val_split, model)
     return batches(model, source, recipe.data, limit=recipe.data.val_images)
 
 

@@ -34,8 +34,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
     masks = block_masks(model)
     teacher = build_model(recipe.model).requires_grad_(False).to(device) if settings.distill else None
 
-    size = model.pretrained_cfg["input_size"][1:]
-    source = open_images(recipe.data, recipe.data.train_split, model.num_classes, size)
+    source = open_images(recipe.data, recipe.data.train_split, model)
     train = batches(
         model, source, recipe.data, shuffle=True, seed=recipe.seed, transform=transform_for(model, settings.augment)
     )

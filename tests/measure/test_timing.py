@@ -1,0 +1,217 @@
+"""The timing protocol under a clock that only the subjects move."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from lpvit_cli.measure import timing
+from lpvit_cli.measure.statistics import Ratio
+from lpvit_cli.measure.timing import TimingRun, time_interleaved, verdict
+
+CPU = torch.device("cpu")
+
+
+class FakeTime:
+    """Stands in for the `time` module. `spend` passes wall time, `cpu` seconds of it on this thread."""
+
+    def __init__(self) -> None:
+        self.now = self.cpu = 0.0
+
+    def spend(self, seconds: float, cpu: float = 0.0) -> None:
+        self.now += seconds
+        self.cpu += cpu
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return self.cpu
+
+    def perf_counter_ns(self) -> int:
+        return round(self.now * 1e9)
+
+    def thread_time_ns(self) -> int:
+        return round(self.cpu * 1e9)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
+    fake = FakeTime()
+    monkeypatch.setattr(timing, "time", fake)
+    return fake
+
+
+@pytest.fixture
+def one_thread():  # type: ignore[no-untyped-def]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(
+    subjects: Mapping[str, Callable[[], object]], rounds: int = 6, device: torch.device = CPU, warmup: float = 0.1
+) -> TimingRun:
+    return time_interleaved(dict(subjects), device=device, rounds=rounds, warmup_seconds=warmup, on_round=None)
+
+
+def test_rounds_go_there_and_back(clock: FakeTime) -> None:
+    called: list[str] = []
+    rounds: list[tuple[int, int, int]] = []
+
+    def subject(name: str) -> Callable[[], None]:
+        def call() -> None:
+            called.append(name)
+            clock.spend(0.005)
+
+        return call
+
+    subjects: dict[str, Callable[[], object]] = {name: subject(name) for name in "ABC"}
+    time_interleaved(
+        subjects,
+        device=CPU,
+        rounds=6,
+        warmup_seconds=0.1,
+        on_round=lambda done, total: rounds.append((done, total, len(called))),
+    )
+    assert "".join(called[-18:]) == "ABCCBA" * 3
+    start = len(called) - 18
+    assert rounds == [(n, 6, start + 3 * n) for n in range(1, 7)]
+
+
+def test_times_are_per_call_and_short_calls_are_repeated(clock: FakeTime) -> None:
+    result = run({"long": lambda: clock.spend(0.010), "short": lambda: clock.spend(1e-5)})
+    long, short = result.subjects["long"], result.subjects["short"]
+    assert long.calls_per_sample == 1
+    assert long.samples_ms == pytest.approx([10.0] * 6)
+    assert short.calls_per_sample >= 100  # 1 ms or more
+    assert short.samples_ms == pytest.approx([0.01] * 6)
+    assert long.percentiles.p50 == long.mean_ms == pytest.approx(10)
+    assert not long.unstable
+    assert not long.host_bound
+    assert result.ratio("long", "short").value == pytest.approx(1000)
+    json.dumps(asdict(result))
+
+
+def test_warm_up_is_not_in_the_samples_and_is_bounded(clock: FakeTime) -> None:
+    durations = iter([1.0, *[0.02 + 0.01 * (n % 3) for n in range(40)]] + [0.005] * 100)
+    result = run({"a": lambda: clock.spend(next(durations)), "b": lambda: clock.spend(0.005)}, warmup=0.5)
+    assert max(result.subjects["a"].samples_ms) < 100
+    never_steady = iter(range(1, 10**6))
+    clock.now = 0
+    run({"c": lambda: clock.spend(0.001 * (1 + next(never_steady) % 7))}, rounds=6, warmup=2.0)
+    assert clock.now < 2.0 + 0.1 + 6 * 0.05
+
+
+def test_varying_times_are_called_unstable(clock: FakeTime) -> None:
+    calls = iter(range(10**6))
+    result = run(
+        {"calm": lambda: clock.spend(0.005), "nervous": lambda: clock.spend(0.005 + 0.002 * (next(calls) % 2))}, rounds=10
+    )
+    assert result.subjects["nervous"].unstable
+    assert not result.subjects["calm"].unstable
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_cpu_time_of_the_thread_is_told_for_one_thread_only(clock: FakeTime) -> None:
+    subjects = {"a": lambda: clock.spend(0.005, cpu=0.004)}
+    assert run(subjects).subjects["a"].cpu_time_ms == pytest.approx(4)
+    torch.set_num_threads(2)
+    assert run(subjects).subjects["a"].cpu_time_ms is None
+
+
+def test_foreign_load_is_the_share_of_other_processes(clock: FakeTime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cores; this process keeps half of one busy, others 30 % of the machine, a tenth of that stolen by the host."""
+
+    class Stat:
+        def __init__(self, path: str) -> None:
+            assert path == "/proc/stat"
+
+        def read_text(self) -> str:
+            hundredths = 100 * clock.now
+            user, steal = 0.5 * hundredths + 0.54 * hundredths, 0.06 * hundredths
+            idle = 2 * hundredths - user - steal
+            return f"cpu  {user:.0f} 0 0 {idle:.0f} 0 0 0 {steal:.0f} 0 0\ncpu0 1 2 3 4 5 6 7 8 9 10\n"
+
+    monkeypatch.setattr(timing, "Path", Stat)
+    monkeypatch.setattr(timing.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(timing.os, "sysconf", lambda name: 100)
+    result = run({"a": lambda: clock.spend(1.0, cpu=0.5)}, rounds=20)
+    assert result.foreign_load == pytest.approx(0.3, abs=0.01)
+
+
+def test_foreign_load_is_unknown_without_proc_stat(clock: FakeTime, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(path: object) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(timing, "Path", absent)
+    assert run({"a": lambda: clock.spend(0.005)}).foreign_load is None
+
+
+@pytest.mark.parametrize(("launch_ms", "host_bound"), [(1.0, False), (4.5, True)])
+def test_a_gpu_is_host_bound_when_launching_takes_most_of_its_time(
+    clock: FakeTime, monkeypatch: pytest.MonkeyPatch, launch_ms: float, host_bound: bool
+) -> None:
+    """A pretended GPU: launches return after `launch_ms`, its work takes 5 ms after the launch began."""
+    gpu = FakeTime()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = max(gpu.now, clock.now)
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1000 * (other.at - self.at)
+
+        def synchronize(self) -> None:
+            synchronize()
+
+    def synchronize(device: object = None) -> None:
+        clock.now = max(clock.now, gpu.now)
+
+    def call() -> None:
+        gpu.now = max(gpu.now, clock.now) + 0.005
+        clock.spend(launch_ms / 1000)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    timed = run({"a": call}, device=torch.device("cuda")).subjects["a"]
+    assert timed.samples_ms == pytest.approx([5.0] * 6)
+    assert timed.host_bound is host_bound
+    assert timed.cpu_time_ms is None
+
+
+@pytest.fixture
+def calm(clock: FakeTime) -> TimingRun:
+    return replace(run({"sparse": lambda: clock.spend(0.005)}), foreign_load=0.0)
+
+
+def said(calm: TimingRun, low: float, value: float, high: float, load: float = 0.0, **flags: object) -> str:
+    subject = replace(calm.subjects["sparse"], **flags)  # type: ignore[arg-type]
+    result = replace(calm, subjects={"sparse": subject}, foreign_load=load)
+    return verdict("sparse", "dense", Ratio(value, low, high), result, subject)
+
+
+def test_verdict_is_a_sentence(calm: TimingRun) -> None:
+    assert said(calm, 1.27, 1.31, 1.35) == "sparse is 1.31x faster than dense (95 % interval 1.27 to 1.35)"
+    assert said(calm, 0.88, 0.91, 0.93).startswith("sparse is 1.10x slower than dense (")
+    undecided = "sparse is not distinguishable from dense (95 % interval 0.98 to 1.03): "
+    assert said(calm, 0.98, 1.01, 1.03) == undecided + "the difference is smaller than the noise"
+
+
+def test_verdict_gives_the_reason_for_indecision(calm: TimingRun) -> None:
+    assert "host" in said(calm, 0.98, 1.01, 1.03, host_bound=True)
+    assert "other processes used 40" in said(calm, 0.98, 1.01, 1.03, load=0.4)
+    assert "vary" in said(calm, 0.9, 1.01, 1.1, variation=0.2)
+    assert "0.2" not in said(calm, 1.27, 1.31, 1.35, variation=0.2)
