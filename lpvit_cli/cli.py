@@ -115,7 +115,7 @@ def _run_stages(
         from lpvit_cli.models import shrink
 
         recipe = recipe.smoke(*shrink(recipe.model))
-    from lpvit_cli.report.tables import render
+    from lpvit_cli.report.tables import render, summary
     from lpvit_cli.run import Run
 
     run = Run(recipe, output or Path("runs") / recipe.name)
@@ -140,9 +140,14 @@ def _run_stages(
                 why = f" again ({changes[0]})" if changes else ""
                 console.note(f"{position}{stage.command}{why}")
                 report = run.execute(stage, console.progress, resume)
-            console.human(*render(report, run.folder / stage.folder))
-            reports[stage.command] = report.model_dump(mode="json")
-    console.document = reports if len(stages) > 1 else reports[stages[0].command]
+            console.human(*render(report, run.folder / stage.folder), *([""] if len(stages) > 1 else []))
+            reports[stage.command] = report
+    documents = {command: report.model_dump(mode="json") for command, report in reports.items()}
+    if len(stages) > 1:
+        console.human(summary(recipe.name, reports, run.folder))
+        console.document = documents
+    else:
+        console.document = documents[stages[0].command]
 
 
 def _plan(changes: list[str] | None, resume: bool) -> str:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import timm
 import torch
 from lpvit_kernels import BlockSparseMatrix
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -153,7 +153,7 @@ def save_model(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
         }
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     content = {"format": FORMAT, "format_version": 1, **config, "sparsity": sparsity}
     (folder / "config.json").write_text(json.dumps(content, indent=1))
 
@@ -214,9 +214,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise EnvironmentFault(f"{path}: not a readable safetensors file: {error}", "copy or download it again") from error
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file with the permissions of any other file (the library leaves it readable by its owner only)."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def _create(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:

@@ -19,8 +19,11 @@ FEW_TOKENS = 48
 
 def linear(x: Tensor, weight: BlockSparseMatrix, bias: Tensor | None) -> Tensor:
     """x [tokens, in] -> [tokens, out]; differentiable in x, the values and the bias."""
-    y: Tensor = _Linear.apply(x, weight.values, bias, weight)
-    return y
+    tensors = (x, weight.values, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        y: Tensor = _Linear.apply(*tensors, weight)
+        return y
+    return _forward(*tensors, weight)  # an autograd function costs as much as a small product
 
 
 class _Linear(torch.autograd.Function):
@@ -28,7 +31,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, values, bias, weight):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, values)
         ctx.weight = weight
-        return (_batched if len(x) < FEW_TOKENS else _strided)(x, values, bias, weight)
+        return _forward(x, values, bias, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -47,6 +50,10 @@ class _Linear(torch.autograd.Function):
             for (i, j), dw in zip(weight.places, _trimmed(dvalues, weight), strict=True):
                 dw.addmm_(dy_rows[i].T, x_columns[j])
         return dx, dvalues, dy.sum(dim=0) if need_bias else None, None
+
+
+def _forward(x: Tensor, values: Tensor, bias: Tensor | None, weight: BlockSparseMatrix) -> Tensor:
+    return (_batched if len(x) < FEW_TOKENS else _strided)(x, values, bias, weight)
 
 
 def _strided(x: Tensor, values: Tensor, bias: Tensor | None, weight: BlockSparseMatrix) -> Tensor:

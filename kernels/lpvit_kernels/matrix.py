@@ -93,7 +93,7 @@ class BlockSparseMatrix:
         if values.shape != self.values.shape:
             raise ValueError(f"values must be {list(self.values.shape)}, got {list(values.shape)}")
         other = object.__new__(BlockSparseMatrix)
-        other.__dict__.update(self.__dict__, values=values)  # what was derived from the pattern comes along
+        other.__dict__.update(self.__dict__, values=values, block_rows=self.block_rows, places=self.places)
         return other
 
     def to(self, *args: object, **kwargs: object) -> BlockSparseMatrix:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lpvit_cli.errors import EnvironmentFault
+from lpvit_cli.models import write_tensors
 
 FIELDS = ("input_outer", "output_square", "gradient")
 
@@ -52,7 +52,7 @@ def save_statistics(path: Path, statistics: dict[str, LayerStatistics]) -> None:
     tensors = {f"{name}.{field}": getattr(layer, field).contiguous() for name, layer in statistics.items() for field in FIELDS}
     for name, layer in statistics.items():
         tensors[f"{name}.counts"] = torch.tensor([layer.tokens, layer.images])
-    save_file(tensors, path)
+    write_tensors(path, tensors)
 
 
 def load_statistics(path: Path, names: list[str]) -> dict[str, LayerStatistics]:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lpvit_cli.models import write_tensors
 from lpvit_cli.recipe import Distill, FinetuneSection
 from lpvit_cli.report.schema import Epoch
 
@@ -83,7 +84,7 @@ class Trainer:
             tensors |= {f"optimizer.{index}.{name}": value.cpu().contiguous() for name, value in state.items()}
         self.checkpoint.parent.mkdir(exist_ok=True)
         beside = self.checkpoint.with_suffix(".tmp")
-        save_file(tensors, beside, metadata={"history": json.dumps([epoch.model_dump() for epoch in self.history])})
+        write_tensors(beside, tensors, {"history": json.dumps([epoch.model_dump() for epoch in self.history])})
         beside.replace(self.checkpoint)
 
     def epoch(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-from lpvit_cli.report.pictures import blocks_picture, kept_picture, latency_picture
+from lpvit_cli.report.pictures import blocks_picture, latency_picture
 from lpvit_cli.report.schema import BenchReport, FinetuneReport, PruneReport
 
 
@@ -15,11 +15,7 @@ def write_html(path: Path, recipe: str, bench: BenchReport, pruned: PruneReport,
     """Without matplotlib the page has its tables and says how to get the pictures."""
     pictures: list[str] = []
     if find_spec("matplotlib"):
-        pictures = [
-            *(latency_picture(batch) for batch in bench.batches),
-            kept_picture(pruned.layers),
-            blocks_picture(pruned.layers),
-        ]
+        pictures = [*(latency_picture(batch) for batch in bench.batches), blocks_picture(pruned.layers)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

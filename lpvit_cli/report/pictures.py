@@ -47,36 +47,6 @@ def blocks_picture(layers: list[LayerReport]) -> str:
     return _svg(figure)
 
 
-def kept_picture(layers: list[LayerReport]) -> str:
-    """Kept fraction of every layer, one cell each: layer kinds down, depth across."""
-    kinds = list(dict.fromkeys(layer.name.split(".", _depth(layer.name))[-1] for layer in layers))
-    places = list(dict.fromkeys(layer.name.rsplit(".", layer.name.count(".") - _depth(layer.name) + 1)[0] for layer in layers))
-    cells = [[float("nan")] * len(places) for _ in kinds]
-    for layer in layers:
-        kind = layer.name.split(".", _depth(layer.name))[-1]
-        place = layer.name.rsplit(".", layer.name.count(".") - _depth(layer.name) + 1)[0]
-        cells[kinds.index(kind)][places.index(place)] = 100 * layer.kept_fraction
-    figure, axes = _figure(max(4.5, 0.6 * len(places) + 2), 0.5 * len(kinds) + 1.2)
-    image = axes.imshow(cells, cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    axes.set_xticks(range(len(places)), places, rotation=45, ha="right", fontsize=8)
-    axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
-    for row, values in enumerate(cells):
-        for column, value in enumerate(values):
-            if value == value:
-                axes.text(
-                    column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 55 else "black"
-                )
-    figure.colorbar(image, ax=axes, label="kept blocks (%)")
-    axes.set_title("Kept blocks per layer", loc="left")
-    return _svg(figure)
-
-
-def _depth(name: str) -> int:
-    """How many dotted parts name the block a layer sits in: up to and including its last number."""
-    parts = name.split(".")
-    return max((i + 1 for i, part in enumerate(parts) if part.isdigit()), default=0)
-
-
 def _figure(width: float, height: float, *grid: int, **options: Any) -> tuple[Any, Any]:
     import matplotlib
 

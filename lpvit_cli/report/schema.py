@@ -12,6 +12,8 @@ from lpvit_cli.measure.energy import EnergyRun
 from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.measure.timing import TimingRun
 
+BASELINE = "dense"  # the subject every ratio of a bench is against
+
 
 class Report(BaseModel):
     """`device` is the hardware the stage ran on; `notes` are sentences a user should read."""

@@ -9,7 +9,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.report.schema import (
+    BASELINE,
     BenchReport,
     CalibrateReport,
     EvaluateReport,
@@ -36,9 +38,24 @@ def render(report: Report, folder: Path) -> list[Any]:
     return [*renderers[type(report)](report, folder), *notes]
 
 
+def summary(recipe: str, reports: dict[str, Any], folder: Path) -> str:
+    """One paragraph on what a run came to; `reports` by command, as `lpvit run` collects them."""
+    pruned: PruneReport = reports["prune"]
+    last = reports.get("finetune-lora-ga", pruned)
+    bench: BenchReport = reports["bench"]
+    best = max(bench.batches, key=lambda batch: batch.speedup["sparse"].value)
+    dense, now = pruned.accuracy_dense.top1, last.accuracy.top1
+    return (
+        f"[bold]{recipe}[/bold]: top-1 {now:.2f} % (dense {dense:.2f} %), {pruned.flops / pruned.flops_dense:.2f}x the FLOPs, "
+        f"{pruned.bytes / pruned.bytes_dense:.2f}x the size; {best.verdict}\n"
+        f"model: {folder / bench.model}   report: {folder / 'bench' / 'report.html'}"
+    )
+
+
 def table(title: str, *columns: str) -> Table:
     """Text to the left in the first column, numbers to the right in the others."""
     made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    made.min_width = len(title)
     for number, column in enumerate(columns):
         made.add_column(column, justify="left" if number == 0 else "right")
     return made
@@ -50,6 +67,10 @@ def giga(flops: int) -> str:
 
 def size(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
+
+
+def interval(ratio: Ratio) -> str:
+    return f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
 
 
 def percent(fraction: float) -> str:
@@ -65,8 +86,8 @@ def _calibrate(report: CalibrateReport, folder: Path) -> list[Any]:
 
 def _prune(report: PruneReport, folder: Path) -> list[Any]:
     blocks = " ".join(sorted({f"{rows}x{columns}" for rows, columns in (layer.block for layer in report.layers)}))
-    title = f"pruned by {report.method}, blocks of {blocks} (out x in); energy is predicted"
-    rows = table(title, "layer", "blocks", "kept", "distortion", "FLOPs", "uJ/image")
+    title = f"pruned by {report.method}, blocks of {blocks} (out x in)"
+    rows = table(title, "layer", "blocks", "kept", "distortion", "FLOPs", "predicted uJ")
     for layer in report.layers:
         rows.add_row(
             layer.name,
@@ -102,8 +123,8 @@ def _finetune(report: FinetuneReport, folder: Path) -> list[Any]:
 
 def _bench(report: BenchReport, folder: Path) -> list[Any]:
     shown: list[Any] = [f"[bold]{escape(batch.verdict)}[/bold]" for batch in report.batches]
-    columns = ("subject", "batch", "p10", "median", "p90", "p99", "images/s", "x dense (95 % interval)", "J/image")
-    rows = table(f"{report.model} on {report.device}, {report.dtype}; latency in ms", *columns)
+    columns = ("latency in ms", "batch", "p10", "median", "p90", "p99", "images/s", "speed-up (95 %)")
+    rows = table(f"{report.model} on {report.device}, {report.dtype}", *columns)
     for batch in report.batches:
         for name, timing in batch.timing.subjects.items():
             p, ratio = timing.percentiles, batch.speedup.get(name)
@@ -112,18 +133,27 @@ def _bench(report: BenchReport, folder: Path) -> list[Any]:
                 str(batch.batch_size),
                 *(f"{value:.2f}" for value in (p.p10, p.p50, p.p90, p.p99)),
                 f"{batch.images_per_second[name]:.0f}",
-                f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else "1",
-                _joules(batch.energy, name),
+                interval(ratio) if ratio else "1",
             )
-    shown.append(rows)
+    shown += [rows, *_energy(report)]
     for reason in dict.fromkeys(reason for batch in report.batches for reason in batch.energy_reasons):
         shown.append(f"energy   not measured: {escape(reason)}")
     return [*shown, f"report: {folder / 'report.html'}"]
 
 
-def _joules(energy: Any, name: str) -> str:
-    subject = energy.subjects.get(name) if energy else None
-    return f"{subject.joules_per_image:.4g}" if subject and subject.joules_per_image is not None else "not measured"
+def _energy(report: BenchReport) -> list[Any]:
+    measured = [(batch.batch_size, batch.energy) for batch in report.batches if batch.energy and batch.energy.subjects]
+    if not measured:
+        return []
+    source = measured[0][1].source
+    rows = table(f"energy by {source}", "", "batch", "J/image", "above idle", "images/J", "average W", "saving (95 %)")
+    for batch_size, run in measured:
+        for name, energy in run.subjects.items():
+            joules, above = energy.joules_per_image, energy.above_idle_joules_per_image
+            ratio = interval(run.ratio(BASELINE, name)) if name != BASELINE else "1"
+            numbers = (f"{joules:.4g}", f"{above:.4g}", f"{1 / joules:.1f}", f"{energy.average_w:.0f}", ratio)
+            rows.add_row(name, str(batch_size), *numbers)
+    return [rows]
 
 
 def _export(report: ExportReport, folder: Path) -> list[Any]:

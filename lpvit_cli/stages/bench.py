@@ -15,12 +15,10 @@ from lpvit_cli.measure.timing import time_interleaved, verdict
 from lpvit_cli.models import VisionModel, autocast, build_model, describe_device, device_of, load_model, pick_dtype
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.report.html import write_html
-from lpvit_cli.report.schema import BatchBench, BenchReport, FinetuneReport, PruneReport
+from lpvit_cli.report.schema import BASELINE, BatchBench, BenchReport, FinetuneReport, PruneReport
 from lpvit_cli.run import Progress, Run
 from lpvit_cli.sparse import densify
 from lpvit_cli.stages import BENCH, FINETUNE, PRUNE
-
-BASELINE = "dense"
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> BenchReport:
@@ -37,6 +35,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
         pruned = run.report(PRUNE, PruneReport)
         report = BenchReport(
             device=describe_device(device),
+            notes=advice(measured),
             model=source.name,
             dtype=str(dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
@@ -100,6 +99,19 @@ def _bench_batch(
         energy=energy,
         energy_reasons=reasons,
     )
+
+
+def advice(batches: list[BatchBench]) -> list[str]:
+    """Where the sparse model pays, when it does not everywhere."""
+    faster = [batch.batch_size for batch in batches if batch.speedup["sparse"].low > 1]
+    slower = [batch.batch_size for batch in batches if batch.speedup["sparse"].high < 1]
+    if not slower:
+        return []
+    if faster and min(faster) > max(slower):
+        return [
+            f"batch {max(slower)} gives a block too little work; of the batches measured, sparse pays from {min(faster)} on"
+        ]
+    return ["where sparse is slower, blocks are too small or too few are gone: try taller blocks or more sparsity"]
 
 
 def _forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Callable[[], object]:
