@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lpvit_cli import __version__
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.stages import CALIBRATE, FINETUNE, PRUNE, STAGES, Stage
@@ -94,7 +95,7 @@ class Run:
             for key, value in self.recipe.flat().items()
             if any(key == prefix or key.startswith(f"{prefix}.") for prefix in stage.depends_on)
         }
-        inputs |= {f"versions.{package}": version(package) for package in ("lpvit", "torch", "timm")}
+        inputs |= {"versions.lpvit": __version__, "versions.torch": version("torch"), "versions.timm": version("timm")}
         before = self.upstream(stage)
         if before:
             record = self.record(before)

@@ -12,7 +12,7 @@ COLORS = {"dense": "#6b7280", "masked-dense": "#d97706", "sparse": "#2563eb"}
 
 def latency_picture(batch: BatchBench) -> str:
     """Latency distributions of one batch size: the share of calls that took at most so long, one line a subject."""
-    figure, axes = _figure(7, 3.2)
+    figure, axes = _figure(9.5, 3)
     for name, timing in batch.timing.subjects.items():
         samples = sorted(timing.samples_ms)
         shares = [100 * (k + 1) / len(samples) for k in range(len(samples))]
@@ -27,7 +27,7 @@ def latency_picture(batch: BatchBench) -> str:
         axes.axvline(timing.percentiles.p50, color=COLORS.get(name), linewidth=0.8, linestyle=":")
     axes.set(xlabel="latency of one call (ms)", ylabel="calls at most this long (%)", ylim=(0, 101))
     axes.set_title(f"Latency, batch {batch.batch_size}", loc="left")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return _svg(figure)
 
 
@@ -43,6 +43,8 @@ def blocks_picture(layers: list[LayerReport]) -> str:
         kept = [[cell == "#" for cell in row] for row in layer.kept_map]
         axes.imshow(kept, cmap="Blues", vmin=-0.15, vmax=1.15, aspect="auto", interpolation="nearest")
         axes.set(xticks=[], yticks=[])
+        axes.hlines([i - 0.5 for i in range(1, len(kept))], -0.5, len(kept[0]) - 0.5, colors="white", linewidth=0.4)
+        axes.vlines([j - 0.5 for j in range(1, len(kept[0]))], -0.5, len(kept) - 0.5, colors="white", linewidth=0.4)
         axes.set_title(f"{layer.name}\n{layer.kept_fraction:.0%} of {layer.blocks} blocks", fontsize=8, loc="left")
     return _svg(figure)
 
