@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from helpers import Demo, Result, run_cli
 from torch import nn
 
 
@@ -24,30 +25,20 @@ def tiny_vit() -> nn.Module:
     return model.eval()
 
 
-@dataclass
-class Result:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def lpvit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
+def lpvit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
     """Run `lpvit ARGS` in this process, in an empty folder."""
-    from lpvit_cli.cli import app
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    return run_cli
 
-    def run(*args: object) -> Result:
-        capsys.readouterr()
-        try:
-            code = app([str(a) for a in args], standalone_mode=True)
-        except SystemExit as exit:
-            code = exit.code
-        captured = capsys.readouterr()
-        return Result(int(code or 0), captured.out, captured.err)
 
-    return run
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """The shipped demo in full, with half of its epochs and rounds: its folder, and what the command printed."""
+    folder = tmp_path_factory.mktemp("demo") / "runs" / "demo"
+    short = ["finetune.epochs=3", "bench.rounds=8", "bench.batch_sizes=[1,64]", "bench.energy.window_seconds=0.5"]
+    options = [option for change in short for option in ("--set", change)]
+    result = run_cli("run", "digits_vit", "-o", folder, *options)
+    assert result.code == 0, result.err
+    return Demo(folder, options, result)

@@ -1,6 +1,11 @@
-"""Random weights, masks and statistics, and the one measure of numerical error that the tests use."""
+"""Random weights, masks and statistics, the one measure of numerical error that the tests use, and commands in this process."""
 
 from __future__ import annotations
+
+import io
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,3 +35,34 @@ def masked(shape: tuple[int, int], block: tuple[int, int], density: float, seed:
 
 def expanded(mask: Tensor, shape: tuple[int, int], block: tuple[int, int]) -> Tensor:
     return mask.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: shape[0], : shape[1]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A finished run of the demo, the options it was run with, and what it printed."""
+
+    folder: Path
+    options: list[str]
+    result: Result
+
+
+def run_cli(*args: object) -> Result:
+    """`lpvit ARGS` in this process."""
+    from lpvit_cli.cli import app
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            app([str(a) for a in args], standalone_mode=True)
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+    return Result(code, out.getvalue(), err.getvalue())

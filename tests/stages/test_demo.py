@@ -1,0 +1,152 @@
+"""The shipped demo, end to end: what a user holds afterwards."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import onnxruntime
+import pytest
+import torch
+from helpers import Demo, relative, run_cli
+from PIL import Image
+from safetensors import safe_open
+
+from lpvit_cli import Recipe, load_model
+from lpvit_cli.data import transform_for
+from lpvit_cli.run import Run
+from lpvit_cli.sparse import sparse_layers
+from lpvit_cli.stages import STAGES
+
+WEIGHTS = Recipe.load("digits_vit").model.weights
+DIGIT = "examples/digit_3.png"
+
+
+def report(demo: Demo, artefact: str) -> dict:  # type: ignore[type-arg]
+    return json.loads((demo.folder / artefact / "report.json").read_text())
+
+
+def test_dense_accuracy_is_that_of_the_shipped_weights(demo: Demo) -> None:
+    with safe_open(WEIGHTS, "pt") as file:
+        told = float(file.metadata()["top1"])
+    assert report(demo, "pruned")["accuracy_dense"]["top1"] == pytest.approx(told, abs=0.01)
+    assert told >= 95
+
+
+def test_half_of_the_linear_weights_and_within_one_point_of_dense(demo: Demo) -> None:
+    pruned, finetuned = report(demo, "pruned"), report(demo, "finetuned")
+    dense = pruned["accuracy_dense"]["top1"]
+    largest_block = 120 * 60 / sum(layer["shape"][0] * layer["shape"][1] for layer in pruned["layers"])
+    assert 0.5 - largest_block <= pruned["linear_kept_fraction"] <= 0.5
+    assert pruned["accuracy"]["top1"] < dense, "one-shot pruning by half costs something"
+    assert finetuned["accuracy"]["top1"] >= dense - 1
+    assert f"{pruned['accuracy']['top1']:.2f} %" in demo.result.out
+    assert f"{finetuned['accuracy']['top1']:.2f} %" in demo.result.out
+
+
+def test_on_disk_it_is_at_most_six_tenths_of_the_dense_weights(demo: Demo) -> None:
+    dense = WEIGHTS.stat().st_size
+    for artefact in ("pruned", "finetuned"):
+        files = ("model.safetensors", "config.json")
+        assert sum((demo.folder / artefact / name).stat().st_size for name in files) <= 0.6 * dense
+
+
+def test_no_removed_block_came_back(demo: Demo) -> None:
+    pruned, finetuned = (sparse_layers(load_model(demo.folder / name)) for name in ("pruned", "finetuned"))
+    assert pruned.keys() == finetuned.keys()
+    assert len(pruned) == 8
+    for name in pruned:
+        assert torch.equal(pruned[name].cols, finetuned[name].cols)
+        assert torch.equal(pruned[name].row_ptr, finetuned[name].row_ptr)
+        assert not torch.equal(pruned[name].values, finetuned[name].values), "and the kept ones did learn"
+
+
+@pytest.mark.parametrize("model", ["finetuned", "export", "export/model.onnx", ""])
+def test_evaluate_agrees_with_the_report(demo: Demo, model: str) -> None:
+    result = run_cli("evaluate", demo.folder / model, "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["accuracy"] == report(demo, "finetuned")["accuracy"]
+
+
+@pytest.mark.parametrize("model", ["finetuned", "export/model.onnx"])
+def test_predict_recognises_the_example(demo: Demo, model: str) -> None:
+    result = run_cli("predict", demo.folder / model, DIGIT, "--json")
+    assert result.code == 0, result.err
+    (prediction,) = json.loads(result.out)["predictions"]
+    assert (prediction["classes"][0], prediction["names"][0]) == (3, "3")
+    assert len(prediction["classes"]) == 5
+    assert prediction["probabilities"] == sorted(prediction["probabilities"], reverse=True)
+    table = run_cli("predict", demo.folder / model, DIGIT, "--top", 1).out
+    assert re.search(r"3\s+3\s+\d+\.\d %", table)
+
+
+def test_the_exported_file_runs_without_lpvit(demo: Demo) -> None:
+    """onnxruntime alone, with the preprocessing its metadata tells."""
+    session = onnxruntime.InferenceSession(demo.folder / "export" / "model.onnx", providers=["CPUExecutionProvider"])
+    config = json.loads(session.get_modelmeta().custom_metadata_map["lpvit"])
+    assert config["preprocessing"]["input_size"] == [3, 32, 32]
+    assert config["preprocessing"]["label_names"] == [str(digit) for digit in range(10)]
+    model = load_model(demo.folder / "finetuned")
+    x = transform_for(model)(Image.open(DIGIT).convert("RGB")).repeat(3, 1, 1, 1)
+    (logits,) = session.run(["logits"], {"images": x.numpy()})
+    with torch.inference_mode():
+        assert relative(torch.from_numpy(logits), model(x)) < 1e-5
+
+
+def test_the_packed_weights_travel_with_the_export(demo: Demo) -> None:
+    for name in ("model.safetensors", "config.json"):
+        assert (demo.folder / "export" / name).read_bytes() == (demo.folder / "finetuned" / name).read_bytes()
+    assert [parity["batch_size"] for parity in report(demo, "export")["parity"]] == [1, 2, 7]
+
+
+def test_bench_says_a_sentence_and_draws_its_pictures(demo: Demo) -> None:
+    bench = report(demo, "bench")
+    page = (demo.folder / "bench" / "report.html").read_text()
+    for batch in bench["batches"]:
+        assert re.match(r"batch \d+: sparse is (\d+\.\d+x (faster|slower) than|not distinguishable from) dense PyTorch", batch["verdict"])
+        assert batch["verdict"] in page
+        assert set(batch["timing"]["subjects"]) == {"dense", "masked-dense", "sparse"}
+        assert batch["energy"] is not None or batch["energy_reasons"]
+    assert page.count("<svg") == 3
+    assert bench["machine"]["cpu"]
+    assert bench["versions"]["torch"] == torch.__version__.split("+")[0] or bench["versions"]["torch"] == torch.__version__
+
+
+def test_every_artefact_tells_where_it_came_from(demo: Demo) -> None:
+    run = Run(Recipe.load(demo.folder / "recipe.yaml"), demo.folder)
+    for stage in STAGES:
+        record = run.record(stage)
+        assert record is not None
+        assert record["stage"] == stage.command
+        assert record["inputs"]["seed"] == 0
+        assert record["device"]
+        assert record["duration_s"] > 0
+    assert sorted(p.name for p in demo.folder.iterdir()) == sorted([".lock", "recipe.yaml", *(s.folder for s in STAGES)])
+
+
+def test_run_again_skips_everything_and_prints_one_json_document(demo: Demo) -> None:
+    before = {path: path.stat().st_mtime_ns for path in demo.folder.glob("*/*")}
+    result = run_cli("run", "digits_vit", "-o", demo.folder, "--json", *demo.options)
+    assert result.code == 0, result.err
+    assert result.err.count("up to date, skipped") == 5
+    document = json.loads(result.out)
+    assert list(document) == [stage.command for stage in STAGES]
+    assert document["prune"] == report(demo, "pruned")
+    assert {path: path.stat().st_mtime_ns for path in demo.folder.glob("*/*")} == before
+
+
+def test_dry_run_says_which_part_changed(demo: Demo) -> None:
+    result = run_cli("run", "digits_vit", "-o", demo.folder, *demo.options, "--set", "prune.min_keep=0.2", "--dry-run", "--json")
+    assert json.loads(result.out)["stages"] == {
+        "calibrate": "up to date",
+        "prune": "runs again (prune.min_keep: 0.1 -> 0.2)",
+        "finetune-lora-ga": "runs again (pruned: prune.min_keep: 0.1 -> 0.2)",
+        "bench": "runs again (finetuned: pruned: prune.min_keep: 0.1 -> 0.2)",
+        "export": "runs again (finetuned: pruned: prune.min_keep: 0.1 -> 0.2)",
+    }
+
+
+def test_the_run_ends_with_what_was_gained(demo: Demo) -> None:
+    last = demo.result.out.strip().splitlines()[-5:]
+    assert "digits_vit: top-1" in " ".join(last)
+    assert "0.52x the size" in " ".join(last)
