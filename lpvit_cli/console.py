@@ -25,8 +25,8 @@ class Console:
         from rich.console import Console as Rich
 
         self.json_mode, self.quiet, self.verbose = json_mode, quiet, verbose
-        self.out = Rich(stderr=json_mode, highlight=False, soft_wrap=False)
-        self.err = Rich(stderr=True, highlight=False)
+        self.out = Rich(stderr=json_mode, highlight=False, markup=False, emoji=False)
+        self.err = Rich(stderr=True, highlight=False, markup=False, emoji=False)
         self.document: Any = None
         self._bar: Any = None
         self._printed = 0.0
@@ -40,7 +40,7 @@ class Console:
     def note(self, text: str) -> None:
         self._stop_bar()
         if not self.quiet:
-            self.err.print(text, style="dim", markup=False)
+            self.err.print(text, style="dim")
 
     def progress(self, what: str, done: int, total: int, detail: str) -> None:
         """A live bar on a terminal; elsewhere a line every ten seconds, and one when a task is complete."""
@@ -50,7 +50,7 @@ class Console:
             now = time.monotonic()
             if now - self._printed > 10 or done == total:
                 self._printed = now
-                self.err.print(f"{what}: {detail or f'{done}/{total}'}", markup=False)
+                self.err.print(f"{what}: {detail or f'{done}/{total}'}")
             return
         if self._bar is None:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -79,9 +79,9 @@ class Console:
         self._stop_bar()
         if self.json_mode:
             self.document = {"error": {"kind": kind, "message": message, "hint": hint, "exit_code": code}}
-        self.err.print(f"error: {message}", style="bold red", markup=False, soft_wrap=True)
+        self.err.print(f"error: {message}", style="bold red", soft_wrap=True)
         if hint:
-            self.err.print(f"  {hint}", markup=False, soft_wrap=True)
+            self.err.print(f"  {hint}", soft_wrap=True)
 
     @contextmanager
     def command(self) -> Iterator[None]:

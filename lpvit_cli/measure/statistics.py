@@ -31,10 +31,6 @@ class Ratio:
     low: float
     high: float
 
-    @property
-    def excludes_one(self) -> bool:
-        return self.low > 1 or self.high < 1
-
 
 def percentiles(samples: Sequence[float]) -> Percentiles:
     return Percentiles(*(float(p) for p in np.percentile(samples, (10, 50, 90, 95, 99))))

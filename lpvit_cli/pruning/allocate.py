@@ -6,6 +6,7 @@ of slope. Whole hull segments are exact Lagrangian solutions; the last one is cu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -71,7 +72,10 @@ def allocate(curves: dict[str, Curve], budget: float, beta: float | Literal["aut
         removed = (curve.kept_cost[0] - curve.kept_cost[:last]).tolist()
         price = (curve.distortion[:last] + beta * curve.energy[:last]).tolist()
         hull = lower_hull(removed, price)
-        segments += [((price[b] - price[a]) / (removed[b] - removed[a]), name, a, b) for a, b in pairwise(hull)]
+        slope = -math.inf
+        for a, b in pairwise(hull):  # slopes ascend along a hull; rounding must not reorder equal ones
+            slope = max(slope, (price[b] - price[a]) / (removed[b] - removed[a]))
+            segments.append((slope, name, a, b))
     removals = dict.fromkeys(curves, 0)
     for _, name, start, end in sorted(segments, key=lambda s: s[0]):
         for k in range(start, end):

@@ -32,19 +32,15 @@ def count_flops(model: VisionModel, layers: dict[str, nn.Linear]) -> ModelFlops:
     """Count on the meta device, where attention is plain matrix products (the CPU's fused attention escapes the counter)."""
     tokens: dict[str, int] = {}
     meta = _meta_copy(model)
-    handles = [
+    for name in layers:
         meta.get_submodule(name).register_forward_hook(
             lambda _, x, y, name=name: tokens.__setitem__(name, tokens.get(name, 0) + x[0].numel() // x[0].shape[-1])
         )
-        for name in layers
-    ]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         counter = FlopCounterMode(display=False)
         with counter:
             meta(torch.empty(1, *model.pretrained_cfg["input_size"], device="meta"))
-    for handle in handles:
-        handle.remove()
     return ModelFlops(counter.get_total_flops(), tokens)
 
 

@@ -106,6 +106,11 @@ class BenchReport(Report):
     flops: int
     batches: list[BatchBench]
 
+    @property
+    def energy_reasons(self) -> list[str]:
+        """Why energy was not measured, each reason once."""
+        return list(dict.fromkeys(reason for batch in self.batches for reason in batch.energy_reasons))
+
 
 class Parity(BaseModel):
     batch_size: int

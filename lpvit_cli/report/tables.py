@@ -1,4 +1,4 @@
-"""Reports as tables and sentences for the terminal."""
+"""Reports as tables and sentences for the terminal. Plain strings are printed as they are: the console has markup off."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.report.schema import (
@@ -34,21 +34,22 @@ def render(report: Report, folder: Path) -> list[Any]:
         EvaluateReport: _evaluate,
         PredictReport: _predict,
     }
-    notes = [f"[dim]note: {escape(note)}[/dim]" for note in report.notes]
+    notes = [Text(f"note: {note}", "dim") for note in report.notes]
     return [*renderers[type(report)](report, folder), *notes]
 
 
-def summary(recipe: str, reports: dict[str, Any], folder: Path) -> str:
+def summary(recipe: str, reports: dict[str, Any], folder: Path) -> Text:
     """One paragraph on what a run came to; `reports` by command, as `lpvit run` collects them."""
     pruned: PruneReport = reports["prune"]
     last = reports.get("finetune-lora-ga", pruned)
     bench: BenchReport = reports["bench"]
     best = max(bench.batches, key=lambda batch: batch.speedup["sparse"].value)
     dense, now = pruned.accuracy_dense.top1, last.accuracy.top1
-    return (
-        f"[bold]{recipe}[/bold]: top-1 {now:.2f} % (dense {dense:.2f} %), {pruned.flops / pruned.flops_dense:.2f}x the FLOPs, "
-        f"{pruned.bytes / pruned.bytes_dense:.2f}x the size; {best.verdict}\n"
-        f"model: {folder / bench.model}   report: {folder / 'bench' / 'report.html'}"
+    return Text.assemble(
+        (recipe, "bold"),
+        f": top-1 {now:.2f} % (dense {dense:.2f} %), {pruned.flops / pruned.flops_dense:.2f}x the FLOPs, "
+        f"{pruned.bytes / pruned.bytes_dense:.2f}x the size; {best.verdict}\n",
+        f"model: {folder / bench.model}   report: {folder / 'bench' / 'report.html'}",
     )
 
 
@@ -103,7 +104,8 @@ def _prune(report: PruneReport, folder: Path) -> list[Any]:
     summary.add_row(
         "prunable weights kept", "100 %", percent(report.linear_kept_fraction), f"{report.linear_kept_fraction:.2f}"
     )
-    summary.add_row("predicted uJ/image", f"{energy_dense:.0f}", f"{energy:.0f}", f"{energy / energy_dense:.2f}")
+    if energy_dense:
+        summary.add_row("predicted uJ/image", f"{energy_dense:.0f}", f"{energy:.0f}", f"{energy / energy_dense:.2f}")
     summary.add_row("size on disk", size(report.bytes_dense), size(report.bytes), f"{report.bytes / report.bytes_dense:.2f}")
     dense, pruned = report.accuracy_dense, report.accuracy
     change = f"{pruned.top1 - dense.top1:+.2f}"
@@ -122,7 +124,7 @@ def _finetune(report: FinetuneReport, folder: Path) -> list[Any]:
 
 
 def _bench(report: BenchReport, folder: Path) -> list[Any]:
-    shown: list[Any] = [f"[bold]{escape(batch.verdict)}[/bold]" for batch in report.batches]
+    shown: list[Any] = [Text(batch.verdict, "bold") for batch in report.batches]
     columns = ("latency in ms", "batch", "p10", "median", "p90", "p99", "images/s", "speed-up (95 %)")
     rows = table(f"{report.model} on {report.device}, {report.dtype}", *columns)
     for batch in report.batches:
@@ -136,9 +138,8 @@ def _bench(report: BenchReport, folder: Path) -> list[Any]:
                 interval(ratio) if ratio else "1",
             )
     shown += [rows, *_energy(report)]
-    for reason in dict.fromkeys(reason for batch in report.batches for reason in batch.energy_reasons):
-        shown.append(f"energy   not measured: {escape(reason)}")
-    return [*shown, f"report: {folder / 'report.html'}"]
+    reasons = [f"energy   not measured: {reason}" for reason in report.energy_reasons]
+    return [*shown, *reasons, f"report: {folder / 'report.html'}"]
 
 
 def _energy(report: BenchReport) -> list[Any]:
@@ -174,10 +175,10 @@ def _evaluate(report: EvaluateReport, folder: Path) -> list[Any]:
 def _predict(report: PredictReport, folder: Path) -> list[Any]:
     shown = []
     for prediction in report.predictions:
-        rows = table(escape(prediction.image), "class", "index", "probability")
+        rows = table(prediction.image, "class", "index", "probability")
         names = prediction.names or ["" for _ in prediction.classes]
         for name, index, probability in zip(names, prediction.classes, prediction.probabilities, strict=True):
-            rows.add_row(escape(name), str(index), percent(probability))
+            rows.add_row(name, str(index), percent(probability))
         shown.append(rows)
     return shown
 
@@ -185,9 +186,9 @@ def _predict(report: PredictReport, folder: Path) -> list[Any]:
 def findings_table(findings: Iterable[Any]) -> Table:
     rows = Table(box=None, pad_edge=False, show_header=False)
     for finding in findings:
-        mark = "[green]ok[/green]" if finding.ok else "[yellow]--[/yellow]"
-        remedy = f"\n[dim]{escape(finding.remedy)}[/dim]" if finding.remedy and not finding.ok else ""
-        rows.add_row(mark, finding.what, escape(finding.detail) + remedy)
+        mark = Text("ok", "green") if finding.ok else Text("--", "yellow")
+        remedy = f"\n{finding.remedy}" if finding.remedy and not finding.ok else ""
+        rows.add_row(mark, finding.what, Text.assemble(finding.detail, (remedy, "dim")))
     return rows
 
 
@@ -197,5 +198,5 @@ def recipes_table(paths: Iterable[Path]) -> Table:
     for path in paths:
         comments = [line.lstrip("# ").rstrip() for line in path.read_text().splitlines() if line.startswith("#")]
         about = " ".join(line for line in comments[1:] if line).split(". ")[0].rstrip(".")
-        rows.add_row(f"[bold]{path.stem}[/bold]", escape(about))
+        rows.add_row(Text(path.stem, "bold"), about)
     return rows

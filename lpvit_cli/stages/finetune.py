@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
             progress("recovering", step, len(train), f"{at}  loss {loss:.3f}  accuracy {top1:.1f} %  {rate:.0f} images/s")
 
         trainer.epoch(train.epoch(len(trainer.history)), loss_of, precision, scaler, on_step)
+        require_finite(trainer.history[-1].loss, at)
         trainer.save()
 
     merge(model)
@@ -106,6 +108,11 @@ def require_same_masks(before: dict[str, Tensor], after: dict[str, Tensor]) -> N
         raise CheckFailed(
             f"zero blocks were filled in {changed[0] if changed else 'new layers'}", "please report this as a bug"
         )
+
+
+def require_finite(loss: float, at: str) -> None:
+    if not math.isfinite(loss):
+        raise CheckFailed(f"recovery diverged: the loss is {loss} in {at}", "lower finetune.lr, or use --dtype float32")
 
 
 def require_rank(rank: int, model: nn.Module) -> None:

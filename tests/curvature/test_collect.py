@@ -8,7 +8,7 @@ from helpers import relative
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lpvit_cli.curvature import collect, load_statistics, save_statistics
+from lpvit_cli.curvature import LayerStatistics, collect, load_statistics, save_statistics
 from lpvit_cli.curvature.collect import loss_of
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.models import prunable_layers
@@ -88,6 +88,83 @@ def test_file_round_trip_and_damage(tiny_vit: nn.Module, tmp_path) -> None:  # t
         assert torch.equal(back[name].hessian, statistics[name].hessian)
         assert torch.equal(back[name].mean_gradient, statistics[name].mean_gradient)
         assert torch.equal(back[name].output_moment, statistics[name].output_moment)
+        assert (back[name].tokens, back[name].images) == (statistics[name].tokens, statistics[name].images) == (34, 2)
+    with pytest.raises(EnvironmentFault, match="unreadable statistics"):
+        load_statistics(path, ["blocks.9.attn.qkv"])
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(EnvironmentFault, match="unreadable statistics"):
         load_statistics(path, list(layers))
+    path.unlink()
+    with pytest.raises(EnvironmentFault, match="unreadable statistics"):
+        load_statistics(path, list(layers))
+
+
+def test_sums_become_means_over_tokens_or_over_images() -> None:
+    """5 tokens of 2 images: H = 2/5 sum x^T x and S = 1/5 sum d^2 by token, g by image, 2.5 tokens an image."""
+    outer, square, gradient = torch.tensor([[10.0, 5.0], [5.0, 20.0]]), torch.tensor([15.0]), torch.tensor([[6.0, -8.0]])
+    statistics = LayerStatistics(outer, square, gradient, tokens=5, images=2)
+    assert torch.equal(statistics.hessian, torch.tensor([[4.0, 2.0], [2.0, 8.0]]))
+    assert torch.equal(statistics.output_moment, torch.tensor([3.0]))
+    assert torch.equal(statistics.mean_gradient, torch.tensor([[3.0, -4.0]]))
+    assert statistics.tokens_per_image == 2.5
+
+
+class Dropping(nn.Module):
+    """A layer behind dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.dropout = nn.Linear(6, 5), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.dropout(x))
+
+
+def collected(model: nn.Module, gradient: str = "empirical", seed: int = 0) -> LayerStatistics:
+    batches = [(torch.linspace(-1, 1, 24).reshape(4, 6), torch.tensor([0, 1, 2, 3]))] * 2
+    return collect(model, {"layer": model.layer}, batches, gradient, seed, CPU, lambda done: None)["layer"]
+
+
+def test_a_model_in_training_is_measured_as_it_will_be_used() -> None:
+    x = torch.linspace(-1, 1, 24).reshape(4, 6)
+    assert relative(collected(Dropping().train()).input_outer, 2 * x.T @ x) < 1e-6
+
+
+def test_gradients_from_before_do_not_count_and_none_are_left() -> None:
+    expected, model = collected(Dropping()), Dropping()
+    model.layer.weight.grad = torch.full((5, 6), 100.0)
+    assert torch.equal(collected(model).gradient, expected.gradient)
+    assert model.layer.weight.grad is None
+    assert torch.equal(collected(model).gradient, expected.gradient)
+
+
+def test_drawn_labels_follow_the_seed() -> None:
+    torch.manual_seed(1)
+    first = collected(Dropping(), "sampled", seed=3).gradient
+    torch.manual_seed(2)
+    assert torch.equal(collected(Dropping(), "sampled", seed=3).gradient, first)
+    assert not torch.equal(collected(Dropping(), "sampled", seed=4).gradient, first)
+
+
+def test_images_done_are_told_after_every_batch(tiny_vit: nn.Module) -> None:
+    x, labels = images(7)
+    batches = [(x[:4], labels[:4]), (x[4:6], labels[4:6]), (x[6:], labels[6:])]
+    told: list[int] = []
+    collect(tiny_vit, prunable_layers(tiny_vit, Layers()), batches, "logits", 0, CPU, told.append)
+    assert told == [4, 6, 7]
+
+
+def test_layer_whose_output_reaches_no_logit_is_refused() -> None:
+    class Ignoring(Dropping):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ignored = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + self.ignored(x).detach()
+
+    model = Ignoring()
+    layers = {"layer": model.layer, "ignored": model.ignored}
+    with pytest.raises(UsageError, match="ignored is not called as a module"):
+        collect(model, layers, [(torch.randn(2, 6), torch.tensor([0, 1]))], "empirical", 0, CPU, lambda done: None)

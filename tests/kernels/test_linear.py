@@ -8,10 +8,12 @@ from helpers import expanded, masked, relative
 from lpvit_kernels import BACKENDS, BlockSparseMatrix, linear
 from torch.nn import functional as F
 
-# out x in, block, density: dividing, ragged, tall, one block, none kept, all kept
+# out x in, block, density: dividing, ragged, ragged on one side only, tall, one block, none kept, all kept
 CASES = [
     ((64, 96), (32, 16), 0.5),
     ((50, 70), (16, 32), 0.5),
+    ((50, 96), (16, 32), 0.5),
+    ((64, 70), (32, 16), 0.5),
     ((96, 40), (48, 8), 0.3),
     ((20, 24), (32, 32), 1.0),
     ((64, 96), (32, 16), 0.0),
@@ -78,6 +80,7 @@ def test_activation_residual_and_shapes(backend: str) -> None:
         y = linear(x, matrix, activation="gelu", residual=residual, backend=backend)
     assert relative(y, F.gelu(x.double() @ dense.T) + residual) < 1e-6
     assert linear(x[:0], matrix, backend=backend).shape == (0, 3, 50)
+    assert linear(x, matrix, backend=backend).is_contiguous()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -122,3 +125,30 @@ def test_bad_arguments(arguments: dict[str, object], rule: str) -> None:
     matrix = BlockSparseMatrix.from_dense(weight, (32, 16), mask)
     with pytest.raises(ValueError, match=rule):
         linear(**{"x": torch.ones(2, 96), "weight": matrix, **arguments})  # type: ignore[arg-type]
+
+
+def test_autocast_leaves_float64_alone_as_dense_linear_does() -> None:
+    weight, mask = masked((64, 96), (32, 16), 0.5)
+    matrix = BlockSparseMatrix.from_dense(weight.double(), (32, 16), mask)
+    x = torch.randn(3, 96).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x, matrix)
+    assert y.dtype == torch.float64
+    assert relative(y, x @ matrix.to_dense().T) < TOLERANCE[torch.float64]
+
+
+def test_cpu_tensors_go_to_the_cpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, mask = masked((64, 96), (32, 16), 0.5)
+    matrix = BlockSparseMatrix.from_dense(weight, (32, 16), mask)
+    monkeypatch.setitem(BACKENDS, "cpu", lambda x, weight, bias: torch.full((len(x), 64), 7.0))
+    assert linear(torch.ones(2, 96), matrix).tolist() == [[7.0] * 64] * 2
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    weight, mask = masked((64, 96), (32, 16), 0.5)
+    matrix = BlockSparseMatrix.from_dense(weight, (32, 16), mask)
+    x = torch.randn(3, 96, requires_grad=True)
+    values = matrix.values.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(linear(x, matrix.with_values(values)).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()

@@ -47,8 +47,13 @@ def test_with_values_shares_the_pattern_and_carries_gradients() -> None:
     expected = BlockSparseMatrix.from_dense(probe, (2, 4), mask).values
     assert torch.equal(values.grad, expected)
     assert other.cols is matrix.cols
+    assert other.places is matrix.places  # made once, not at every step of training
     with pytest.raises(ValueError, match="values must be"):
         matrix.with_values(values[:-1])
+    with pytest.raises(ValueError, match="values must be"):
+        matrix.with_values(values[:, :1])
+    with pytest.raises(AttributeError, match="cannot assign"):
+        matrix.cols = other.cols  # type: ignore[misc]
 
 
 def test_to_changes_values_only() -> None:
@@ -78,6 +83,8 @@ def index(*numbers: int) -> Tensor:
         ({"values": torch.ones(3, 2, 4, dtype=torch.int32)}, "values must be floating"),
         ({"values": torch.ones(3, 0, 4)}, "R, C > 0"),
         ({"shape": (0, 8)}, "shape must be"),
+        ({"shape": (6, 8, 1)}, "shape must be"),
+        ({"values": torch.ones(3, 2, 4, device="meta")}, "row_ptr is on cpu, values on meta"),
         ({"row_ptr": torch.tensor([0, 2, 2, 3])}, r"row_ptr must be int32 \[4\], got torch.int64"),
         ({"row_ptr": index(0, 2, 3)}, r"row_ptr must be int32 \[4\]"),
         ({"cols": index(0, 1)}, r"cols must be int32 \[3\]"),
@@ -96,6 +103,7 @@ def test_construction_refuses(change: dict[str, object], rule: str) -> None:
         BlockSparseMatrix(**{**GOOD, **change})  # type: ignore[arg-type]
 
 
-def test_a_wrong_mask_is_refused() -> None:
+@pytest.mark.parametrize("mask", [torch.ones(2, 2, dtype=torch.bool), torch.ones(3, 2), torch.ones(3, 2, dtype=torch.uint8)])
+def test_a_wrong_mask_is_refused(mask: Tensor) -> None:
     with pytest.raises(ValueError, match=r"mask must be bool \[3, 2\]"):
-        BlockSparseMatrix.from_dense(torch.ones(6, 8), (2, 4), torch.ones(2, 2, dtype=torch.bool))
+        BlockSparseMatrix.from_dense(torch.ones(6, 8), (2, 4), mask)

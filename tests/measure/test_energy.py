@@ -13,7 +13,7 @@ from dataclasses import asdict
 import pytest
 from synthetic import IDLE_W, Board, constant
 
-from lpvit_cli.measure.energy import EnergyRun
+from lpvit_cli.measure.energy import EnergyRun, measure_energy
 from lpvit_cli.measure.meters import MeterError, Reading
 
 
@@ -69,6 +69,8 @@ def test_a_window_under_ten_ticks_is_refused_naming_the_tick() -> None:
     run = board.measure({"dense": lambda: board.spend(0.005, 300)}, window_s=0.5)
     assert numbers(run) == []
     assert re.search(r"ticks.* (99|10[01]) ms", run.reasons[0])
+    assert board.measure({"dense": lambda: board.spend(0.005, 300)}, window_s=0.85).reasons != []  # nine
+    assert board.measure({"dense": lambda: board.spend(0.005, 300)}, window_s=0.95).reasons == []  # ten
 
 
 def test_a_hot_window_is_repeated() -> None:
@@ -77,6 +79,71 @@ def test_a_hot_window_is_repeated() -> None:
     assert run.reasons == []
     assert run.idle_w == pytest.approx(IDLE_W, rel=0.02)
     assert run.subjects["dense"].joules_per_image == pytest.approx(300 * 0.005 / 8, rel=5e-3)
+
+
+def test_a_window_that_was_hot_for_a_part_of_it_is_repeated() -> None:
+    board = Board(slow_until=5.0)
+    begun: list[float] = []
+
+    def call() -> None:
+        begun.append(board.now)
+        board.spend(0.005, 300)
+
+    assert board.measure({"dense": call}).reasons == []
+    assert begun[0] >= 20  # two idle windows of 10 s
+
+
+def test_work_is_waited_for_before_the_counter_is_read_and_trials_are_told() -> None:
+    """Calls only queue work, as on a GPU; it is done, and its energy spent, when someone synchronises."""
+    board = Board()
+    queued = [0]
+    told: list[tuple[int, int]] = []
+
+    def call() -> None:
+        queued[0] += 1
+
+    def synchronize() -> None:
+        board.spend(0.005 * queued[0], 300)
+        queued[0] = 0
+
+    run = measure_energy(
+        {"dense": call},
+        8,
+        board,
+        trials=6,
+        window_s=10.0,
+        synchronize=synchronize,
+        on_trial=lambda done, total: told.append((done, total)),
+        clock=board.clock,
+        sleep=board.sleep,
+    )
+    assert run.reasons == []
+    assert run.subjects["dense"].joules_per_image == pytest.approx(300 * 0.005 / 8, rel=5e-3)
+    assert told == [(n, 6) for n in range(1, 7)]
+
+
+def test_work_of_the_caller_is_not_in_the_idle_window() -> None:
+    """What was queued before measuring is finished first."""
+    board = Board()
+    queued = [30.0]
+
+    def synchronize() -> None:
+        board.spend(queued[0], 300)
+        queued[0] = 0.0
+
+    def sleep(seconds: float) -> None:
+        assert queued == [0.0], "the idle window began while work was under way"
+        board.sleep(seconds)
+
+    load = {"dense": lambda: board.spend(0.005, 300)}
+    run = measure_energy(load, 8, board, trials=6, window_s=10.0, synchronize=synchronize, clock=board.clock, sleep=sleep)
+    assert run.idle_w == pytest.approx(IDLE_W, rel=0.02)
+
+
+def test_fewer_trials_than_an_interval_needs_are_refused() -> None:
+    board = Board()
+    with pytest.raises(ValueError, match="needs at least 6 trials, got 5"):
+        board.measure({"dense": lambda: board.spend(0.005, 300)}, trials=5)
 
 
 def test_a_board_that_stays_hot_has_no_energy_after_four_windows() -> None:

@@ -68,3 +68,7 @@ def test_too_few_or_unequal_pairs_are_refused() -> None:
         paired_ratio([1.0, 2.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="pairs"):
         paired_ratio([1.0] * 8, [1.0] * 9)
+    with pytest.raises(ValueError, match="needs at least 6 pairs, got 5 and 5"):
+        paired_ratio([1.0] * 5, [1.0] * 5)
+    ratio = paired_ratio([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1.0] * 6)
+    assert (ratio.low, ratio.value, ratio.high) == (1.0, 3.5, 6.0)

@@ -121,6 +121,18 @@ def test_a_board_without_mig_event_reasons_or_sensors_still_counts(library: Path
     assert run["subjects"]["dense"]["joules_per_image"] == pytest.approx(350 * 0.005 / 8, rel=5e-3)
 
 
+def test_only_heat_and_brakes_count_as_slowed_down(library: Path) -> None:
+    """Bits of nvmlClocksEventReasons in nvml.h; a power cap, user clocks or an idle board are how it is meant to run."""
+    code = OPEN + f"meter = NvmlMeter({UUID!r}, allow_fake=True)\n"
+    code += """
+def slowed(bit):
+    os.environ["FAKE_NVML_CLOCKS"] = str(bit)
+    return meter.read().slowed_down
+print(json.dumps([1 << n for n in range(9) if slowed(1 << n)]))
+"""
+    assert python(code, str(library)) == [0x8, 0x20, 0x40, 0x80]
+
+
 @pytest.mark.parametrize(("code", "said"), [(15, "lost"), (16, "reset"), (10, "code 10"), (999, "code 999")])
 def test_a_board_that_dies_midway_leaves_its_code_and_no_number(library: Path, code: int, said: str) -> None:
     script = OPEN + MEASURE + f"meter = NvmlMeter({UUID!r}, allow_fake=True)\n"

@@ -99,6 +99,8 @@ def test_times_are_per_call_and_short_calls_are_repeated(clock: FakeTime) -> Non
     assert not long.host_bound
     assert result.ratio("long", "short").value == pytest.approx(1000)
     json.dumps(asdict(result))
+    first = iter([1.0])
+    assert run({"cold": lambda: clock.spend(next(first, 1e-5))}).subjects["cold"].calls_per_sample >= 100
 
 
 def test_warm_up_is_not_in_the_samples_and_is_bounded(clock: FakeTime) -> None:
@@ -109,6 +111,17 @@ def test_warm_up_is_not_in_the_samples_and_is_bounded(clock: FakeTime) -> None:
     clock.now = 0
     run({"c": lambda: clock.spend(0.001 * (1 + next(never_steady) % 7))}, rounds=6, warmup=2.0)
     assert clock.now < 2.0 + 0.1 + 6 * 0.05
+
+
+def test_warm_up_ends_once_the_last_calls_agree_and_not_before_ten(clock: FakeTime) -> None:
+    called: list[float] = []
+
+    def call() -> None:
+        called.append(clock.now)
+        clock.spend(1.0 if len(called) == 1 else 0.005)  # the first call pays for everything
+
+    run({"a": call}, warmup=60)
+    assert len(called) == 10 + 6
 
 
 def test_varying_times_are_called_unstable(clock: FakeTime) -> None:
@@ -122,8 +135,11 @@ def test_varying_times_are_called_unstable(clock: FakeTime) -> None:
 
 @pytest.mark.usefixtures("one_thread")
 def test_cpu_time_of_the_thread_is_told_for_one_thread_only(clock: FakeTime) -> None:
-    subjects = {"a": lambda: clock.spend(0.005, cpu=0.004)}
-    assert run(subjects).subjects["a"].cpu_time_ms == pytest.approx(4)
+    subjects = {"a": lambda: clock.spend(0.005, cpu=0.0045)}
+    assert run(subjects).subjects["a"].cpu_time_ms == pytest.approx(4.5)
+    assert not run(subjects).subjects["a"].host_bound  # the CPU is the device
+    short = run({"short": lambda: clock.spend(1e-5, cpu=8e-6)}).subjects["short"]
+    assert short.cpu_time_ms == pytest.approx(0.008), "of one call, not of all in a sample"
     torch.set_num_threads(2)
     assert run(subjects).subjects["a"].cpu_time_ms is None
 
@@ -139,7 +155,9 @@ def test_foreign_load_is_the_share_of_other_processes(clock: FakeTime, monkeypat
             hundredths = 100 * clock.now
             user, steal = 0.5 * hundredths + 0.54 * hundredths, 0.06 * hundredths
             idle = 2 * hundredths - user - steal
-            return f"cpu  {user:.0f} 0 0 {idle:.0f} 0 0 0 {steal:.0f} 0 0\ncpu0 1 2 3 4 5 6 7 8 9 10\n"
+            fifth = f"{user / 5:.0f}"  # user, nice, system, irq and softirq are all busy; waiting for a disk is not
+            fields = [fifth, fifth, fifth, f"{idle / 2:.0f}", f"{idle / 2:.0f}", fifth, fifth, f"{steal:.0f}"]
+            return f"cpu  {' '.join(fields)} 0 0\ncpu0 1 2 3 4 5 6 7 8 9 10\n"
 
     monkeypatch.setattr(timing, "Path", Stat)
     monkeypatch.setattr(timing.os, "cpu_count", lambda: 2)
@@ -208,10 +226,13 @@ def test_verdict_is_a_sentence(calm: TimingRun) -> None:
     assert said(calm, 0.88, 0.91, 0.93).startswith("sparse is 1.10x slower than dense (")
     undecided = "sparse is not distinguishable from dense (95 % interval 0.98 to 1.03): "
     assert said(calm, 0.98, 1.01, 1.03) == undecided + "the difference is smaller than the noise"
+    assert said(calm, 0.9, 0.96, 1.02).startswith("sparse is not distinguishable")
+    assert said(calm, 1.0, 1.04, 1.08).startswith("sparse is not distinguishable")
 
 
 def test_verdict_gives_the_reason_for_indecision(calm: TimingRun) -> None:
     assert "host" in said(calm, 0.98, 1.01, 1.03, host_bound=True)
     assert "other processes used 40" in said(calm, 0.98, 1.01, 1.03, load=0.4)
+    assert "noise" in said(calm, 0.98, 1.01, 1.03, load=0.05)
     assert "vary" in said(calm, 0.9, 1.01, 1.1, variation=0.2)
     assert "0.2" not in said(calm, 1.27, 1.31, 1.35, variation=0.2)

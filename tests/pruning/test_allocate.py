@@ -6,7 +6,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lpvit_cli.errors import UsageError
@@ -29,6 +29,7 @@ steps = st.lists(st.floats(0.0, 10.0), min_size=1, max_size=5)
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(steps, min_size=1, max_size=3), st.floats(0.0, 1.0), st.floats(0.0, 3.0))
+@example([[4.035291254366876] * 4 + [0.4283508905822454]], 0.0, 0.0)  # equal slopes that rounding puts out of order
 def test_convex_curves_are_solved_exactly(layers: list[list[float]], fraction: float, beta: float) -> None:
     """For convex curves of unit cost, walking the hulls is the optimum; brute force over all allocations agrees."""
     curves = {str(i): curve(sorted(layer), energy=1.0 + i) for i, layer in enumerate(layers)}
@@ -91,3 +92,46 @@ def test_automatic_beta_balances_the_steepest_slopes() -> None:
     """mean max D' / mean max |P'|, both by removed fraction: (4 * 4 + 2 * 2) / (4 * 3 + 2 * 5)."""
     curves = {"a": curve([1, 2, 3, 4], energy=3.0), "b": curve([1, 2], energy=5.0)}
     assert automatic_beta(curves) == pytest.approx(20 / 22)
+
+
+def test_automatic_beta_is_of_the_hull_of_what_may_be_removed() -> None:
+    """Distortions 0 3 4 and then a cliff that min_keep forbids; their hull is one segment of slope 2; 3 blocks of energy 2."""
+    forbidden = curve([3, 1, 100], energy=2.0, keep=1)
+    assert automatic_beta({"a": forbidden}) == pytest.approx(2 * 3 / (2 * 3))
+
+
+def test_automatic_beta_takes_the_steepest_power() -> None:
+    """Blocks of unequal energy, as ragged ones are: power falls by 1 and then by 4."""
+    ragged = curve([2, 2])
+    ragged = Curve(ragged.distortion, torch.tensor([5.0, 4.0, 0.0]).double(), ragged.kept_cost, ragged.most_removals)
+    assert automatic_beta({"a": ragged}) == pytest.approx(2 / 4)
+
+
+@pytest.mark.parametrize(
+    ("made", "beta"),
+    [(curve([-1.0, -2.0]), 0.0), (curve([0.0, 0.0]), 0.0), (curve([3.0], energy=0.0), 3.0), (curve([3.0], keep=1), 0.0)],
+    ids=["falling distortion", "no distortion", "no power", "nothing to remove"],
+)
+def test_automatic_beta_of_degenerate_curves(made: Curve, beta: float) -> None:
+    assert automatic_beta({"a": made}) == pytest.approx(beta)
+    assert allocate({"a": made}, float(made.kept_cost[0])) == {"a": 0}
+
+
+def test_automatic_beta_is_what_allocation_uses_by_default() -> None:
+    curves = {"thrifty": curve([1.0] * 10, energy=1.0), "hungry": curve([1.1] * 10, energy=5.0)}
+    assert allocate(curves, 10) == allocate(curves, 10, automatic_beta(curves)) == {"thrifty": 0, "hungry": 10}
+
+
+def test_a_removal_is_judged_by_what_it_saves() -> None:
+    """Blocks of `large` cost four times as much and distort twice as much: they are the cheaper way to save."""
+    curves = {"small": curve([1.0] * 8, cost=1.0), "large": curve([2.0] * 8, cost=4.0)}
+    assert allocate(curves, 8.0, beta=0.0) == {"small": 0, "large": 8}
+
+
+@pytest.mark.parametrize("kept", range(11))
+@pytest.mark.parametrize("cost", [0.1, 1 / 3, 0.7])
+def test_rounding_neither_costs_a_block_nor_makes_a_budget_impossible(cost: float, kept: int) -> None:
+    """Budgets of so many tenths of the cost, each computed in another way than the sums they are compared with."""
+    budget = sum([cost] * kept)
+    for keep in (0, kept):
+        assert allocate({"a": curve([1.0] * 10, cost=cost, keep=keep)}, budget)["a"] == 10 - kept

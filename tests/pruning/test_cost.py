@@ -68,3 +68,18 @@ def test_layer_cost_is_macs_and_bytes() -> None:
     nothing = torch.zeros(2, 2, dtype=torch.bool)
     assert cost.predicted_energy_uj(~nothing) == pytest.approx((2 * 480 + 3 * 48 + 1680) * 1e-6)
     assert cost.predicted_energy_uj(nothing) == pytest.approx(1680e-6)
+
+
+def test_tokens_of_a_layer_that_is_called_twice_add_up() -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.pretrained_cfg = torch.nn.Linear(4, 4), {"input_size": (3, 2, 4)}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.layer(x)[:, :1])
+
+    model = Twice()
+    counted = count_flops(model, {"layer": model.layer})  # type: ignore[arg-type]
+    assert counted.tokens == {"layer": 6 + 2}
+    assert counted.total == 2 * 4 * 4 * (6 + 2)

@@ -63,12 +63,29 @@ def test_cost_along_the_order_counts_ragged_blocks() -> None:
     shape, block = (10, 15), (4, 6)
     removal = METHODS["magnitude"](weight_of(shape), random_statistics(*shape), block)
     kept = removal.along(block_elements(shape, block))
+    assert kept.dtype == block_elements(shape, block).dtype == torch.float64
     for k in range(len(removal.order) + 1):
         assert float(kept[k]) == int(expand(removal.mask(k), shape, block).sum())
     assert float(kept[0]) == 150
     assert float(kept[-1]) == 0
 
 
-def test_block_larger_than_layer() -> None:
-    with pytest.raises(UsageError, match=r"64x32 is larger than layer blocks.0 \(32x64, out x in\)"):
-        require_fit("blocks.0", (32, 64), (64, 32))
+def test_lpvit_removes_in_the_order_of_the_taylor_score() -> None:
+    weight, statistics = weight_of((12, 16)), random_statistics(12, 16)
+    orders = [METHODS[method](weight, statistics, (4, 4)).order.tolist() for method in ("lpvit", "taylor", "magnitude")]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_blocks_that_differ_less_than_float32_can_tell_are_ordered() -> None:
+    weight = torch.tensor([[1.0, 1e-5, 1.0, 0.0]])  # squares sum to 1 + 1e-10 and to 1
+    assert METHODS["magnitude"](weight, random_statistics(1, 4), (1, 2)).order.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("block", [(64, 32), (32, 65), (33, 64)])
+def test_block_larger_than_layer(block: tuple[int, int]) -> None:
+    with pytest.raises(UsageError, match=rf"{block[0]}x{block[1]} is larger than layer blocks.0 \(32x64, out x in\)"):
+        require_fit("blocks.0", (32, 64), block)
+
+
+def test_a_block_may_be_the_whole_layer() -> None:
+    require_fit("blocks.0", (32, 64), (32, 64))

@@ -17,7 +17,9 @@ BLOCK = (8, 16)
 
 def random_masks(model: nn.Module, density: float = 0.5) -> dict[str, torch.Tensor]:
     layers = prunable_layers(model, Layers())
-    return {name: masked(tuple(layer.weight.shape), BLOCK, density, seed)[1] for seed, (name, layer) in enumerate(layers.items())}
+    return {
+        name: masked(tuple(layer.weight.shape), BLOCK, density, seed)[1] for seed, (name, layer) in enumerate(layers.items())
+    }
 
 
 def test_sparsified_model_computes_what_the_masked_dense_one_does(tiny_vit: nn.Module) -> None:

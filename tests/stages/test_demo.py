@@ -103,7 +103,9 @@ def test_bench_says_a_sentence_and_draws_its_pictures(demo: Demo) -> None:
     bench = report(demo, "bench")
     page = (demo.folder / "bench" / "report.html").read_text()
     for batch in bench["batches"]:
-        assert re.match(r"batch \d+: sparse is (\d+\.\d+x (faster|slower) than|not distinguishable from) dense PyTorch", batch["verdict"])
+        assert re.match(
+            r"batch \d+: sparse is (\d+\.\d+x (faster|slower) than|not distinguishable from) dense PyTorch", batch["verdict"]
+        )
         assert batch["verdict"] in page
         assert set(batch["timing"]["subjects"]) == {"dense", "masked-dense", "sparse"}
         assert batch["energy"] is not None or batch["energy_reasons"]
@@ -136,7 +138,9 @@ def test_run_again_skips_everything_and_prints_one_json_document(demo: Demo) -> 
 
 
 def test_dry_run_says_which_part_changed(demo: Demo) -> None:
-    result = run_cli("run", "digits_vit", "-o", demo.folder, *demo.options, "--set", "prune.min_keep=0.2", "--dry-run", "--json")
+    result = run_cli(
+        "run", "digits_vit", "-o", demo.folder, *demo.options, "--set", "prune.min_keep=0.2", "--dry-run", "--json"
+    )
     assert json.loads(result.out)["stages"] == {
         "calibrate": "up to date",
         "prune": "runs again (prune.min_keep: 0.1 -> 0.2)",

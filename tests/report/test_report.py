@@ -1,0 +1,592 @@
+"""Reports made by hand: what the terminal and the page show of them, and that nothing is cut, invented or executed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from lpvit_cli.console import Console
+from lpvit_cli.doctor import Finding
+from lpvit_cli.measure.accuracy import Accuracy
+from lpvit_cli.measure.energy import Energy, EnergyRun
+from lpvit_cli.measure.statistics import Ratio, percentiles
+from lpvit_cli.measure.timing import Timing, TimingRun
+from lpvit_cli.recipe import shipped_recipes
+from lpvit_cli.report import html
+from lpvit_cli.report.html import write_html
+from lpvit_cli.report.pictures import blocks_picture, latency_picture
+from lpvit_cli.report.schema import (
+    REPORTS,
+    BatchBench,
+    BenchReport,
+    CalibrateReport,
+    Epoch,
+    EvaluateReport,
+    ExportReport,
+    FinetuneReport,
+    LayerReport,
+    Parity,
+    Prediction,
+    PredictReport,
+    PruneReport,
+    Report,
+)
+from lpvit_cli.report.tables import findings_table, giga, recipes_table, render, summary
+from lpvit_cli.stages import STAGES
+
+FOLDER = Path("runs/deit_base_50/stage")
+CPU = "AMD EPYC 9V74 80-Core Processor"
+NO_METER = "RAPL: /sys/class/powercap absent (virtual machine?)"
+DEAD_METER = "the GPU was lost"
+NVML = "NVML energy counter of NVIDIA H200, driver 570.124.06"
+FACTORS = {"dense": 1.0, "masked-dense": 1.01, "sparse": 0.75}  # times and energies relative to dense
+HOSTILE = ["[red]", "[/red]", "[bold]b[/bold]", "<script>alert(1)</script>", "a & b", "\\"]
+
+
+def timed(milliseconds: float) -> Timing:
+    samples = [milliseconds * (1 + 0.001 * k) for k in range(30)]
+    return Timing(samples, percentiles(samples), sum(samples) / 30, 0.009, 1, cpu_time_ms=None, host_bound=False)
+
+
+def metered(joules: float) -> Energy:
+    return Energy(joules, 0.8 * joules, average_w=412.3, trials_joules_per_image=[joules * (1 + 0.001 * k) for k in range(8)])
+
+
+def energy_run(joules: float) -> EnergyRun:
+    return EnergyRun(NVML, 71.5, {name: metered(joules * factor) for name, factor in FACTORS.items()})
+
+
+def batch_bench(
+    batch_size: int, milliseconds: float, energy: EnergyRun | None = None, reasons: tuple[str, ...] = (), note: str = ""
+) -> BatchBench:
+    timing = TimingRun({name: timed(milliseconds * factor) for name, factor in FACTORS.items()}, threads=2, foreign_load=0.0)
+    return BatchBench(
+        batch_size=batch_size,
+        timing=timing,
+        speedup={name: timing.ratio("dense", name) for name in FACTORS if name != "dense"},
+        images_per_second={name: 1000 * batch_size / run.percentiles.p50 for name, run in timing.subjects.items()},
+        verdict=f"batch {batch_size}: sparse is 1.33x faster than dense PyTorch (95 % interval 1.33 to 1.33){note}",
+        energy=energy,
+        energy_reasons=list(reasons),
+    )
+
+
+def bench(*batches: BatchBench, **changes: Any) -> BenchReport:
+    """Batches of 1 and 64 images; seconds a call, as a ViT-B takes on a CPU."""
+    made = batches or (batch_bench(1, 81.37, reasons=(NO_METER,)), batch_bench(64, 5234.56, reasons=(NO_METER,)))
+    facts: dict[str, Any] = {
+        "device": CPU,
+        "model": "finetuned",
+        "dtype": "float32",
+        "threads": 2,
+        "machine": {"cpu": CPU, "cores": 2, "system": "Linux", "python": "3.12.3"},
+        "versions": {"lpvit": "0.1.0", "torch": "2.7.0", "timm": "1.0.15", "triton": None},
+        "flops_dense": 35_127_656_448,
+        "flops": 17_563_828_224,
+        "batches": list(made),
+    }
+    return BenchReport(**facts | changes)
+
+
+def measured_bench() -> BenchReport:
+    return bench(batch_bench(1, 8.1, energy_run(1.2345)), batch_bench(128, 61.9, energy_run(0.2468)))
+
+
+def layer(name: str, out: int, features: int) -> LayerReport:
+    rows, columns = out // 64, features // 32
+    kept_map = ["#" * (columns // 2) + "." * (columns - columns // 2)] * rows
+    dense = 2 * 197 * out * features
+    return LayerReport(
+        name=name,
+        shape=(out, features),
+        block=(64, 32),
+        blocks=rows * columns,
+        kept_blocks=rows * (columns // 2),
+        kept_map=kept_map,
+        distortion=1.234e-05,
+        flops_dense=dense,
+        flops=dense // 2,
+        energy_uj_dense=4123.4,
+        energy_uj=2061.7,
+    )
+
+
+def deit_base_layers(depth: int = 12) -> list[LayerReport]:
+    shapes = {"attn.qkv": (2304, 768), "attn.proj": (768, 768), "mlp.fc1": (3072, 768), "mlp.fc2": (768, 3072)}
+    return [layer(f"blocks.{n}.{name}", *shape) for n in range(depth) for name, shape in shapes.items()]
+
+
+def prune(**changes: Any) -> PruneReport:
+    facts: dict[str, Any] = {
+        "device": CPU,
+        "method": "lpvit",
+        "beta": 0.25,
+        "layers": deit_base_layers(),
+        "flops_dense": 35_127_656_448,
+        "flops": 17_563_828_224,
+        "linear_kept_fraction": 0.4876,
+        "bytes_dense": 346_000_000,
+        "bytes": 181_000_000,
+        "accuracy_dense": Accuracy(81.83, 95.61, 50_000),
+        "accuracy": Accuracy(74.29, 91.52, 50_000),
+        "skipped_images": 3,
+    }
+    return PruneReport(**facts | changes)
+
+
+def finetune(**changes: Any) -> FinetuneReport:
+    facts: dict[str, Any] = {
+        "device": CPU,
+        "rank": 16,
+        "trainable_parameters": 2_654_208,
+        "all_parameters": 86_567_656,
+        "accuracy_dense": Accuracy(81.83, 95.61, 50_000),
+        "accuracy_pruned": Accuracy(74.29, 91.52, 50_000),
+        "accuracy": Accuracy(80.47, 94.98, 50_000),
+        "history": [Epoch(epoch=k, loss=1.0 / k, top1=70.0 + k, images_per_second=812.5) for k in (1, 2, 3)],
+        "skipped_images": 0,
+    }
+    return FinetuneReport(**facts | changes)
+
+
+def export(**changes: Any) -> ExportReport:
+    facts: dict[str, Any] = {
+        "device": CPU,
+        "model": "finetuned",
+        "file": "model.onnx",
+        "bytes": 346_234_567,
+        "opset": 18,
+        "parity": [
+            Parity(batch_size=1, relative_error=3.21e-7, agreement=1.0),
+            Parity(batch_size=8, relative_error=4.56e-7, agreement=0.875),
+        ],
+        "accuracy": Accuracy(80.47, 94.98, 256),
+        "versions": {"onnx": "1.18.0", "onnxruntime": None},
+    }
+    return ExportReport(**facts | changes)
+
+
+def evaluate(**changes: Any) -> EvaluateReport:
+    facts: dict[str, Any] = {"device": CPU, "model": "runs/a/pruned", "dataset": "folder/imagenet", "skipped_images": 2}
+    return EvaluateReport(**facts | {"accuracy": Accuracy(74.29, 91.52, 49_998)} | changes)
+
+
+def predict(image: str = "cat.jpg", names: list[str] | None = None) -> PredictReport:
+    prediction = Prediction(image=image, classes=[281, 285, 282], names=names, probabilities=[0.8125, 0.125, 0.0625])
+    return PredictReport(device=CPU, model="runs/a/pruned", predictions=[prediction])
+
+
+def calibrate() -> CalibrateReport:
+    return CalibrateReport(device=CPU, images=1024, gradient="empirical", layers=48, statistics_bytes=5 * 2**19)
+
+
+ALL: dict[str, Callable[[], Report]] = {
+    "calibrate": calibrate,
+    "prune": prune,
+    "finetune": finetune,
+    "bench": bench,
+    "bench with energy": measured_bench,
+    "export": export,
+    "evaluate": evaluate,
+    "predict": predict,
+    "predict with names": lambda: predict(names=["tabby, tabby cat", "Egyptian cat", "tiger cat"]),
+}
+
+
+def printed(*renderables: Any, width: int = 80) -> str:
+    """As the command line prints them, on a terminal of `width` columns."""
+    out = StringIO()
+    console = Console()
+    console.out.file, console.out.width = out, width
+    console.human(*renderables)
+    return out.getvalue()
+
+
+def shown(report: Report, folder: Path = FOLDER, width: int = 80) -> str:
+    return printed(*render(report, folder), width=width)
+
+
+def words(text: str) -> str:
+    """Without line breaks and columns' padding, which depend on the width."""
+    return " ".join(text.split())
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its tags, its visible text, and every row of its tables."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.rows, self.cell = "", [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        self.cell = tag in ("td", "th")
+        if self.cell:
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.cell = self.cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.cell:
+            self.rows[-1][-1] += data
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def page(folder: Path, report: BenchReport, pruned: PruneReport | None = None, finetuned: FinetuneReport | None = None) -> str:
+    write_html(folder / "report.html", "deit_base_50", report, pruned or prune(layers=deit_base_layers(1)), finetuned)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without matplotlib."""
+    monkeypatch.setattr(html, "find_spec", lambda name: None)
+
+
+# the terminal
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_nothing_is_wider_than_80_columns_or_cut(kind: str) -> None:
+    text = shown(ALL[kind]())
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "…" not in text
+
+
+def test_every_layer_of_deit_base_has_a_whole_row() -> None:
+    rows = [line.split() for line in shown(prune()).splitlines() if line.startswith("blocks.")]
+    assert [row[0] for row in rows] == [layer.name for layer in deit_base_layers()]
+    assert rows[-1] == ["blocks.11.mlp.fc2", "576/1152", "50.0", "%", "1.2e-05", "0.46", "G", "2061.7"]
+
+
+@pytest.mark.parametrize(
+    ("flops", "text"), [(17_563_828_224, "17.56 G"), (100_000_000, "0.10 G"), (99_940_000, "99.9 M"), (12_345, "0.0 M")]
+)
+def test_flops_have_a_unit_that_fits_them(flops: int, text: str) -> None:
+    assert giga(flops) == text
+
+
+def test_calibration_shows_what_was_gathered() -> None:
+    expected = "calibrated 48 layers on 1024 images (gradient: empirical), 2.5 MiB of statistics in"
+    assert words(shown(calibrate())) == f"{expected} {FOLDER}"
+
+
+def test_pruning_shows_dense_pruned_and_their_ratio() -> None:
+    text = shown(prune())
+    lines = [words(line) for line in text.splitlines()]
+    assert "pruned by lpvit, blocks of 64x32 (out x in)" in lines
+    assert "FLOPs 35.13 G 17.56 G 0.50" in lines
+    assert "prunable weights kept 100 % 48.8 % 0.49" in lines
+    assert f"predicted uJ/image {48 * 4123.4:.0f} {48 * 2061.7:.0f} 0.50" in lines
+    assert "size on disk 330.0 MiB 172.6 MiB 0.52" in lines
+    assert "top-1, one-shot 81.83 % 74.29 % -7.54" in lines
+    assert f"model folder: {FOLDER}" in lines
+
+
+def test_recovery_shows_both_accuracies_and_what_was_trained() -> None:
+    text = shown(finetune())
+    lines = [words(line) for line in text.splitlines()]
+    assert "top-1 81.83 % 74.29 % 80.47 % -1.36" in lines
+    assert "top-5 95.61 % 91.52 % 94.98 % -0.63" in lines
+    assert "3 epochs, 2,654,208 of 86,567,656 parameters trained, rank 16; zero blocks checked" in words(text)
+
+
+def test_bench_shows_verdicts_first_then_every_subject_of_every_batch() -> None:
+    report = bench()
+    text = shown(report, width=120)
+    lines = [words(line) for line in text.splitlines()]
+    assert lines[:2] == [batch.verdict for batch in report.batches]
+    assert f"finetuned on {CPU}, float32" in lines
+    for batch in report.batches:
+        for name, timing in batch.timing.subjects.items():
+            p, ratio = timing.percentiles, batch.speedup.get(name)
+            gain = f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "1"
+            numbers = f"{p.p10:.2f} {p.p50:.2f} {p.p90:.2f} {p.p99:.2f} {batch.images_per_second[name]:.0f}"
+            assert f"{name} {batch.batch_size} {numbers} {gain}" in lines
+    assert f"report: {FOLDER}/report.html" in lines
+
+
+def test_measured_energy_is_shown_with_its_units_and_source() -> None:
+    text = shown(measured_bench(), width=120)
+    lines = [words(line) for line in text.splitlines()]
+    assert f"energy by {NVML}" in lines
+    assert "batch J/image above idle images/J average W saving (95 %)" in lines
+    assert "dense 1 1.234 0.9876 0.8 412 1" in lines
+    assert "sparse 1 0.9259 0.7407 1.1 412 1.33 (1.33-1.33)" in lines
+    assert "sparse 128 0.1851 0.1481 5.4 412 1.33 (1.33-1.33)" in lines
+    assert "not measured" not in text
+
+
+@pytest.mark.parametrize(
+    ("energy", "reason"), [(None, NO_METER), (EnergyRun(NVML, reasons=[DEAD_METER]), DEAD_METER)], ids=["no meter", "died"]
+)
+def test_unmeasured_energy_is_a_reason_told_once_and_never_a_number(energy: EnergyRun | None, reason: str) -> None:
+    report = bench(*(batch_bench(size, 81.37, energy, (reason,)) for size in (1, 64)))
+    text = words(shown(report))
+    assert text.count(f"energy not measured: {reason}") == 1
+    assert "J/image" not in text
+    assert "energy by" not in text
+
+
+def test_a_batch_without_energy_does_not_hide_the_other() -> None:
+    text = shown(bench(batch_bench(1, 8.1, energy_run(1.2345)), batch_bench(64, 61.9, None, (DEAD_METER,))), width=120)
+    lines = [words(line) for line in text.splitlines()]
+    assert "dense 1 1.234 0.9876 0.8 412 1" in lines
+    assert f"energy not measured: {DEAD_METER}" in lines
+    assert sum(line.startswith("dense 64 ") for line in lines) == 1  # its latency, and no energy
+
+
+def test_export_shows_parity_of_every_batch_size() -> None:
+    lines = [words(line) for line in shown(export(), width=160).splitlines()]
+    assert "1 3.2e-07 100.0 %" in lines
+    assert "8 4.6e-07 87.5 %" in lines
+    assert f"{FOLDER}/model.onnx: 330.2 MiB, opset 18, top-1 80.47 % on 256 images" in lines
+
+
+@pytest.mark.parametrize(("skipped", "tail"), [(0, ""), (2, ", 2 unreadable images skipped")])
+def test_evaluation_is_one_sentence_that_counts_skipped_images(skipped: int, tail: str) -> None:
+    text = words(shown(evaluate(skipped_images=skipped)))
+    assert text == f"runs/a/pruned: top-1 74.29 %, top-5 91.52 % on 49998 images of folder/imagenet{tail}"
+
+
+def test_predictions_show_names_indices_and_probabilities() -> None:
+    lines = [words(line) for line in shown(predict(names=["tabby", "Egyptian cat", "tiger cat"])).splitlines()]
+    assert lines == ["cat.jpg", "class index probability", "tabby 281 81.2 %", "Egyptian cat 285 12.5 %", "tiger cat 282 6.2 %"]
+    assert "281 81.2 %" in [words(line) for line in shown(predict()).splitlines()]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_notes_come_last(kind: str) -> None:
+    report = ALL[kind]().model_copy(update={"notes": ["resumed after epoch 2", "see [docs]"]})
+    assert shown(report).splitlines()[-2:] == ["note: resumed after epoch 2", "note: see [docs]"]
+
+
+def test_the_summary_of_a_run_quotes_its_last_model_and_best_batch() -> None:
+    slow = batch_bench(1, 81.37).model_copy(update={"speedup": {"sparse": Ratio(0.9, 0.8, 0.95)}, "verdict": "batch 1: slower"})
+    reports = {"prune": prune(), "finetune-lora-ga": finetune(), "bench": bench(slow, batch_bench(64, 5234.56))}
+    text = words(printed(summary("deit_base_50", reports, Path("runs/a"))))
+    assert text.startswith("deit_base_50: top-1 80.47 % (dense 81.83 %), 0.50x the FLOPs, 0.52x the size; batch 64: sparse is")
+    assert text.endswith("model: runs/a/finetuned report: runs/a/bench/report.html")
+    assert "batch 1:" not in text
+    del reports["finetune-lora-ga"]
+    assert "top-1 74.29 %" in words(printed(summary("deit_base_50", reports, Path("runs/a"))))
+
+
+def named_layer(name: str) -> PruneReport:
+    return prune(layers=[layer(name, 768, 768)])
+
+
+MARKED: dict[str, Callable[[str], list[Any]]] = {
+    "a cell": lambda name: render(predict(names=[name, "b", "c"]), FOLDER),
+    "a title": lambda name: render(bench(device=name), FOLDER),
+    "a sentence": lambda name: render(evaluate(model=name), FOLDER),
+    "a verdict": lambda name: render(bench(batch_bench(1, 81.37, note=name)), FOLDER),
+    "a reason": lambda name: render(bench(batch_bench(1, 81.37, reasons=(name,))), FOLDER),
+    "a note": lambda name: render(calibrate().model_copy(update={"notes": [name]}), FOLDER),
+    "a finding": lambda name: [findings_table([Finding("GPU", False, "none", name)])],
+    "a folder": lambda name: render(bench(), Path(name)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("place", MARKED)
+def test_markup_in_a_name_is_shown_as_it_is(place: str, name: str) -> None:
+    assert name in printed(*MARKED[place](name), width=200)
+
+
+def test_every_finding_is_listed_with_a_remedy_where_it_is_not_ok() -> None:
+    findings = [
+        Finding("torch", True, "2.7.0", "never needed"),
+        Finding("GPU", False, "no usable CUDA device", "install a CUDA build of torch"),
+        Finding("onnx", False, "not installed", "pip install 'lpvit[export]'"),
+    ]
+    lines = [words(line) for line in printed(findings_table(findings)).splitlines()]
+    assert lines == [
+        "ok torch 2.7.0",
+        "-- GPU no usable CUDA device",
+        "install a CUDA build of torch",
+        "-- onnx not installed",
+        "pip install 'lpvit[export]'",
+    ]
+
+
+def test_every_shipped_recipe_is_listed_with_what_it_is_for() -> None:
+    paths = list(shipped_recipes())
+    text = printed(recipes_table(paths))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "…" not in text
+    listed = {line.split()[0] for line in text.splitlines() if not line.startswith(" ")}
+    assert listed == {path.stem for path in paths}
+    assert "DeiT-B at half its FLOPs" in text
+    assert "data.root" not in text
+
+
+@pytest.mark.parametrize(("head", "about"), [("# lpvit run a\n#\n# For [red] things. More.\n", "For [red] things"), ("", "")])
+def test_a_recipe_without_a_comment_is_listed_all_the_same(tmp_path: Path, head: str, about: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"{head}name: mine\n")
+    assert words(printed(recipes_table([path]))) == f"mine {about}".strip()
+
+
+# the page
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+    text = page(tmp_path, measured_bench(), finetuned=finetune())
+    made = Page(text)
+    links = [v for _, attributes in made.tags for k, v in attributes.items() if k in ("src", "href", "xlink:href", "srcset")]
+    assert links
+    assert all(link is not None and link.startswith(("data:", "#")) for link in links)
+    assert made.count("script") == 0
+    assert "@import" not in text
+    assert re.findall(r"url\((?!#)[^)]*\)", text) == []
+
+
+def test_the_page_has_its_verdicts_and_a_picture_of_each_batch_and_of_the_blocks(tmp_path: Path) -> None:
+    report = bench()
+    text = page(tmp_path, report)
+    assert text.count("<svg") == text.count("</svg>") == 3
+    assert all(f'<p class="verdict">{batch.verdict}</p>' in text for batch in report.batches)
+    assert "<?xml" not in text
+    assert "matplotlib is not installed" not in text
+
+
+def test_pictures_are_of_their_own_numbers() -> None:
+    drawn = latency_picture(batch_bench(64, 5234.56))
+    assert drawn.startswith("<svg")
+    assert "<!-- Latency, batch 64 -->" in drawn
+    assert "<!-- sparse, median 3982.85 ms -->" in drawn
+    blocks = blocks_picture(deit_base_layers(2))
+    assert "<!-- blocks.1.mlp.fc2 -->" in blocks
+    assert blocks.count("<!-- 50% of 1152 blocks -->") == 4
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_without_matplotlib_the_page_keeps_its_tables_and_says_how_to_get_pictures(tmp_path: Path) -> None:
+    text = page(tmp_path, bench(), finetuned=finetune())
+    made = Page(text)
+    assert made.count("svg") == 0
+    assert made.count("table") == 3
+    assert "pip install 'lpvit[plots]'" in made.text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_page_shows_the_numbers_of_the_reports(tmp_path: Path) -> None:
+    report = measured_bench()
+    rows = [[words(cell) for cell in row] for row in Page(page(tmp_path, report, finetuned=finetune())).rows]
+    assert ["", "dense", "pruned, one-shot", "recovered"] in rows
+    assert ["top-1", "81.83 %", "74.29 %", "80.47 %"] in rows
+    assert ["GFLOPs per image", "35.1277", "17.5638", "17.5638"] in rows
+    assert ["MiB on disk", "329.97", "172.62", "172.62"] in rows
+    for batch in report.batches:
+        for name, timing in batch.timing.subjects.items():
+            p, ratio = timing.percentiles, batch.speedup.get(name)
+            times = [f"{value:.2f}" for value in (p.p10, p.p50, p.p90, p.p95, p.p99)]
+            gain = f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "1"
+            assert [name, str(batch.batch_size), *times, f"{batch.images_per_second[name]:.0f}", gain] in rows
+    expected = ["blocks.0.mlp.fc2", "768 x 3072", "64 x 32", "576 of 1152", "50.0 %", "1.23e-05", "464.78", "2061.7"]
+    assert expected in rows
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_page_of_a_run_without_recovery_has_no_column_for_it(tmp_path: Path) -> None:
+    rows = Page(page(tmp_path, bench())).rows
+    assert ["top-1", "81.83 %", "74.29 %"] in rows
+    assert "recovered" not in [cell for row in rows for cell in row]
+
+
+ENERGY = ["J/image", "J/image above idle", "images/J", "average W", "saving (95 % interval)"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_page_shows_measured_energy_with_units_and_source(tmp_path: Path) -> None:
+    made = Page(page(tmp_path, measured_bench()))
+    rows = made.rows
+    for batch, expected in [
+        ("batch 1", [["1.234", "0.9876", "0.8", "412", "1"], ["0.9259", "0.7407", "1.1", "412", "1.33 (1.33-1.33)"]]),
+        ("batch 128", [["0.2468", "0.1974", "4.1", "412", "1"], ["0.1851", "0.1481", "5.4", "412", "1.33 (1.33-1.33)"]]),
+    ]:
+        start = rows.index([batch, *ENERGY])
+        assert [rows[start + 1], rows[start + 3]] == [["dense", *expected[0]], ["sparse", *expected[1]]]
+    assert f"Measured by {NVML}; idle power 71.5 W" in made.text
+    assert "ot measured:" not in made.text
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("energy", [None, EnergyRun(NVML, reasons=[NO_METER])], ids=["no meter", "died"])
+def test_the_page_says_not_measured_and_why(tmp_path: Path, energy: EnergyRun | None) -> None:
+    made = Page(page(tmp_path, bench(*(batch_bench(size, 81.37, energy, (NO_METER,)) for size in (1, 64)))))
+    assert made.text.count(f"Not measured: {NO_METER}") == 1
+    assert not any("J/image" in row for row in made.rows)
+    assert "Measured by" not in made.text
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
+def test_the_page_says_why_one_of_two_batches_has_no_energy(tmp_path: Path, first: bool) -> None:
+    batches = [batch_bench(1, 8.1, energy_run(1.2345)), batch_bench(64, 61.9, None, (DEAD_METER,))]
+    made = Page(page(tmp_path, bench(*(batches[::-1] if first else batches))))
+    assert ["batch 1", *ENERGY] in made.rows
+    assert ["batch 64", *ENERGY] not in made.rows
+    assert f"ot measured: {DEAD_METER}" in made.text
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_the_page_shows_hostile_names_as_text(tmp_path: Path, name: str) -> None:
+    report = bench(
+        batch_bench(1, 81.37, reasons=(f"reason {name}",), note=f" verdict {name}"),
+        device=f"device {name}",
+        notes=[f"note {name}"],
+        machine={"cpu": f"cpu {name}"},
+        versions={"torch": f"torch {name}"},
+    )
+    text = page(tmp_path, report, prune(layers=[layer(f"layer {name}", 768, 768)]))
+    made = Page(text)
+    for place in ("reason", "verdict", "device", "note", "cpu", "torch", "layer"):
+        assert f"{place} {name}" in made.text
+    assert made.count("script") == 0
+    assert made.count("svg") == 2
+
+
+# the files
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_reports_come_back_from_json_as_they_were(kind: str) -> None:
+    report = ALL[kind]()
+    text = report.model_dump_json(indent=1)
+    assert type(report).model_validate_json(text) == report
+    assert json.loads(text)["schema_version"] == 1
+
+
+def test_a_report_with_an_unknown_key_is_refused() -> None:
+    content = json.loads(calibrate().model_dump_json())
+    with pytest.raises(ValidationError, match="surprise"):
+        CalibrateReport.model_validate({**content, "surprise": 1})
+
+
+def test_a_power_model_of_zero_predicts_nothing() -> None:
+    free = [made.model_copy(update={"energy_uj": 0.0, "energy_uj_dense": 0.0}) for made in deit_base_layers(1)]
+    assert "predicted uJ/image" not in words(shown(prune(layers=free)))
+
+
+def test_every_stage_has_a_report_that_can_be_rendered() -> None:
+    assert set(REPORTS) == {stage.command for stage in STAGES}
+    rendered = {type(make()) for make in ALL.values()}
+    assert set(REPORTS.values()) <= rendered

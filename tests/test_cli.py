@@ -1,0 +1,224 @@
+"""The command line as scripts and people meet it: exit codes, streams, one JSON document, no torch for --help."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import Result
+
+from lpvit_cli import __version__
+from lpvit_cli.stages import STAGES
+
+Cli = Callable[..., Result]
+COMMANDS = [*(stage.command for stage in STAGES), "run", "evaluate", "predict", "doctor", "recipes"]
+
+
+@pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS), ["recipes", "list"]], ids=" ".join)
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom lpvit_cli.cli import app\n"
+        "try:\n    app(sys.argv[1:] + ['--help'])\nexcept SystemExit as exit:\n    assert not exit.code\n"
+        "heavy = {'torch', 'timm', 'numpy', 'yaml', 'onnx', 'matplotlib'} & sys.modules.keys()\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+def test_version_and_every_command_in_help(lpvit: Cli) -> None:
+    assert lpvit("--version").out == f"lpvit {__version__}\n"
+    text = lpvit("--help").out
+    assert all(command in text for command in COMMANDS)
+    assert lpvit("frobnicate").code == 2
+
+
+@pytest.mark.parametrize("command", [*(stage.command for stage in STAGES), "run"])
+def test_stage_commands_share_their_options(lpvit: Cli, command: str) -> None:
+    text = lpvit(command, "--help").out
+    options = ("--set", "--output", "-o", "--resume", "--no-resume", "--overwrite", "--device", "--dtype", "--batch-size")
+    for option in (*options, "--seed", "--smoke", "--dry-run", "--json", "--quiet", "-q", "--verbose", "-v"):
+        assert option in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message", "hint"),
+    [
+        (["run", "digits_vti"], 2, "no recipe 'digits_vti'", "did you mean 'digits_vit'?"),
+        (["run", "digits_vit", "--set", "prune.bugdet=1"], 2, "prune.bugdet: unknown key", "did you mean 'budget'?"),
+        (["run", "digits_vit", "--set", "prune.min_keep=much"], 2, "prune.min_keep: should be a valid number", "change"),
+        (["run", "digits_vit", "--set", "prune"], 2, "not of the form key=value", "for example"),
+        (
+            ["calibrate", "digits_vit", "--set", "model.name=vit_tiny_patch61_224"],
+            2,
+            "timm has no model",
+            "vit_tiny_patch16_224",
+        ),
+        (["calibrate", "digits_vit", "--set", "model.weights=gone.safetensors"], 2, "no such weights file", "check the path"),
+        (["calibrate", "digits_vit", "--device", "cuda:99"], 3, "device 'cuda:99'", "lpvit doctor"),
+        (["calibrate", "digits_vit", "--device", "abacus"], 2, "device 'abacus'", "use auto, cpu"),
+        (["calibrate", "digits_vit", "--dtype", "float8"], 2, "dtype", "change dtype"),
+        (["calibrate", "deit_small_50", "--set", "model.pretrained=false"], 2, "dataset 'folder' needs a place", "data.root"),
+        (["prune", "digits_vit"], 2, "nothing from `calibrate` there yet", "run: lpvit calibrate digits_vit"),
+        (["bench", "digits_vit"], 2, "nothing from `prune` there yet", "run: lpvit prune digits_vit"),
+        (["evaluate", "runs/none"], 2, "runs/none: no such model folder or file", "timm name"),
+        (["evaluate", "vit_tiny_patch61_224"], 2, "timm has no model", "vit_tiny_patch16_224"),
+        (["evaluate", "."], 2, "no config.json", "give a model folder"),
+        (["predict", "runs/none/model.onnx", "x.png"], 2, "no such model folder or file", "runs/NAME"),
+        (["recipes", "show", "digits"], 2, "no recipe 'digits'", "digits_vit"),
+        (["recipes", "validate", "none.yaml"], 2, "no recipe 'none.yaml'", "shipped recipes: deit_base_50"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input(lpvit: Cli, arguments: list[str], code: int, message: str, hint: str) -> None:
+    result = lpvit(*arguments)
+    assert result.code == code, result.err
+    assert message in result.err
+    assert hint in result.err
+    assert result.out == ""
+    assert len(result.err.strip().splitlines()) <= 4, "a stage's name, then one to three lines"
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("prune.block=[2048,32]", "2048x32 is larger than layer blocks.0.attn.qkv (720x240, out x in)"),
+        ("prune.budget.sparsity=0.95", "impossible: with min_keep the prunable layers keep at least"),
+        ("prune.budget.flops=0.01", "impossible"),
+        ("prune.layers.include=[nothing.*]", "no linear layer matches"),
+    ],
+)
+def test_impossible_pruning_leaves_the_calibration_and_nothing_else(lpvit: Cli, change: str, message: str) -> None:
+    calibration = ["digits_vit", "-o", "run", "--set", "calibrate.images=8", "-q", "--set", "data.val_images=8"]
+    layers = ["--set", change] if "layers" in change else []
+    result = lpvit("calibrate", *calibration, *layers)
+    if not layers:
+        assert result.code == 0, result.err
+        result = lpvit("prune", *calibration, "--set", change)
+    assert result.code == 2
+    assert message in result.err
+    assert {p.name for p in Path("run").iterdir()} <= {".lock", "recipe.yaml", "calibration"}
+
+
+def test_errors_are_json_too(lpvit: Cli) -> None:
+    result = lpvit("run", "digits_vti", "--json")
+    assert json.loads(result.out) == {
+        "error": {
+            "kind": "UsageError",
+            "message": "no recipe 'digits_vti': neither a file nor a shipped recipe",
+            "hint": "did you mean 'digits_vit'?",
+            "exit_code": 2,
+        }
+    }
+
+
+def test_a_bug_is_a_traceback_and_exit_code_1(lpvit: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("lpvit_cli.doctor.examine", broken)
+    result = lpvit("doctor", "--json")
+    assert result.code == 1
+    assert "Traceback" in result.err
+    assert "please report it" in result.err
+    assert json.loads(result.out)["error"]["kind"] == "Bug"
+
+
+def test_causes_are_shown_when_asked_for(lpvit: Cli) -> None:
+    Path("w.safetensors").write_bytes(b"nonsense")
+    arguments = ["calibrate", "digits_vit", "--set", "model.weights=w.safetensors"]
+    quiet, verbose = lpvit(*arguments), lpvit(*arguments, "-v")
+    assert (quiet.code, verbose.code) == (3, 3)
+    assert "Traceback" not in quiet.err
+    assert "SafetensorError" in verbose.err
+
+
+def test_dry_run_writes_nothing(lpvit: Cli, tmp_path: Path) -> None:
+    result = lpvit("run", "digits_vit", "--dry-run")
+    assert result.code == 0
+    assert "# output: runs/digits_vit" in result.out
+    assert "sparsity: 0.5" in result.out
+    assert list(tmp_path.iterdir()) == []
+    document = json.loads(lpvit("run", "digits_vit", "--dry-run", "--json").out)
+    assert document["recipe"]["prune"]["min_keep"] == 0.1
+    assert document["stages"] == dict.fromkeys((stage.command for stage in STAGES), "runs")
+
+
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [("calibrate", "calibrate.batch_size"), ("bench", "bench.batch_sizes"), ("run", "data.batch_size")],
+)
+def test_options_are_recipe_keys(lpvit: Cli, command: str, key: str) -> None:
+    options = ["--batch-size", 5, "--seed", 7, "--device", "cpu", "--dtype", "bfloat16"]
+    recipe = json.loads(lpvit(command, "digits_vit", *options, "--dry-run", "--json").out)["recipe"]
+    section, name = key.split(".")
+    assert recipe[section][name] == ([5] if name == "batch_sizes" else 5)
+    assert (recipe["seed"], recipe["device"], recipe["dtype"]) == (7, "cpu", "bfloat16")
+
+
+def test_finetune_can_be_left_out(lpvit: Cli) -> None:
+    document = json.loads(lpvit("run", "digits_vit", "--set", "finetune=null", "--dry-run", "--json").out)
+    assert list(document["stages"]) == ["calibrate", "prune", "bench", "export"]
+
+
+def test_recipes_are_listed_shown_and_validated(lpvit: Cli) -> None:
+    listed = json.loads(lpvit("recipes", "list", "--json").out)
+    assert listed == ["deit_base_50", "deit_base_70", "deit_small_50", "digits_vit", "swin_tiny_77"]
+    table = lpvit("recipes", "list").out
+    assert all(name in table for name in listed)
+    assert lpvit("recipes", "show", "digits_vit").out.startswith("# lpvit run digits_vit\n")
+    assert json.loads(lpvit("recipes", "show", "digits_vit", "--json").out)["prune"]["min_keep"] == 0.1
+    assert lpvit("recipes", "validate", "deit_base_70").out == "deit_base_70: valid\n"
+    result = lpvit("recipes", "validate", "deit_base_70", "--set", "prune.blocks=1", "--json")
+    assert (result.code, json.loads(result.out)["error"]["hint"]) == (2, "did you mean 'block'?")
+
+
+def test_quiet_prints_errors_only(lpvit: Cli) -> None:
+    arguments = ["calibrate", "digits_vit", "--set", "calibrate.images=8", "-q"]
+    result = lpvit(*arguments)
+    assert (result.code, result.out, result.err) == (0, "", "")
+    assert lpvit("prune", "digits_vit", "-q").err != ""
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "line"),
+    [
+        ("calibrate", "sklearn", "pip install 'lpvit[digits]'"),
+        ("export", "onnxruntime", "pip install 'lpvit[export]'"),
+        ("export", "onnxscript", "pip install 'lpvit[export]'"),
+    ],
+)
+def test_missing_optional_package(
+    lpvit: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    demo,
+    command: str,
+    package: str,
+    line: str,  # type: ignore[no-untyped-def]
+) -> None:
+    import importlib.util
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    extra = ["-o", demo.folder, *demo.options, "--no-resume"] if command == "export" else []
+    result = lpvit(command, "digits_vit", *extra)
+    assert result.code == 3
+    assert f"the package '{package}' is not installed" in result.err
+    assert line in result.err
+
+
+def test_doctor_names_what_is_there_and_how_to_get_what_is_not(lpvit: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lpvit_cli.doctor.installed", lambda package: None if package == "matplotlib" else "1.2.3")
+    findings = {finding["what"]: finding for finding in json.loads(lpvit("doctor", "--json").out)}
+    assert {"lpvit", "torch", "CPU", "triton", "GPU energy (NVML)", "CPU energy (RAPL)", "onnxruntime"} <= findings.keys()
+    assert findings["matplotlib"]["ok"] is False
+    assert findings["matplotlib"]["remedy"] == "pip install 'lpvit[plots]'"
+    table = lpvit("doctor").out
+    assert "pip install 'lpvit[plots]'" in table
+    assert "1.2.3" in table
