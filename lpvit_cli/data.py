@@ -6,6 +6,7 @@ A `reader` is anything with timm's reader protocol: `reader[i] -> (file or PIL i
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from lpvit_cli.models import VisionModel
 from lpvit_cli.recipe import DataSection
 
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "test")}
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for damaged images
 Batch = tuple[Tensor, Tensor]  # images [n, 3, H, W] float32, labels [n] int64
 
 
@@ -65,16 +67,18 @@ def open_images(data: DataSection, split: str, model: VisionModel) -> Reader | I
 
 def class_names(reader: object) -> tuple[str, ...] | None:
     """Class names in label order; ImageNet's synset ids are put into words."""
-    classes = getattr(reader, "class_to_idx", None) or getattr(getattr(reader, "reader", None), "class_to_idx", None)
-    if not classes:
+    names = ("class_to_idx", "class_name_to_idx")  # timm's readers of folders and of tar files; datasets hold a reader
+    places = [getattr(place, name, None) for place in (reader, getattr(reader, "reader", None)) for name in names]
+    classes = next(filter(None, places), None)
+    if classes is None:
         return None
-    names = sorted(classes, key=classes.__getitem__)
-    if len(names) == 1000 and all(n.startswith("n") and n[1:].isdigit() for n in names):
+    ordered = sorted(classes, key=classes.__getitem__)
+    if len(ordered) == 1000 and all(n.startswith("n") and n[1:].isdigit() for n in ordered):
         from timm.data import ImageNetInfo
 
         info = ImageNetInfo()
-        return tuple(info.label_name_to_description(name) for name in names)
-    return tuple(str(name) for name in names)
+        return tuple(info.label_name_to_description(name) for name in ordered)
+    return tuple(str(name) for name in ordered)
 
 
 def require_same_classes(train: object, val: object) -> None:
@@ -147,7 +151,9 @@ def _read_files(data: DataSection, split: str) -> Reader:
         )
     try:
         reader: Reader = create_reader("", str(place))
-    except RuntimeError as error:
+    except tarfile.TarError as error:
+        raise EnvironmentFault(f"{place}: not a readable tar file: {error}", "copy or download it again") from error
+    except (RuntimeError, ValueError) as error:  # timm unpacks an empty list where a tar file holds no images
         raise UsageError(f"{place}: holds no images", "put images into one folder per class below it") from error
     return reader
 
@@ -170,7 +176,7 @@ def _read_remote(data: DataSection, split: str) -> Any:
 
 def transform_for(model: nn.Module, augment: bool = False) -> Any:
     """The model's own preprocessing: PIL image -> [3, H, W] float32, normalised."""
-    auto_augment = "rand-m9-mstd0.5-inc1" if augment else None
+    auto_augment = "rand-m9-mstd0.5-mmax9-inc1" if augment else None  # at 10, posterize would be to 0 bits: refused by Pillow
     return create_transform(**resolve_model_data_config(model), is_training=augment, auto_augment=auto_augment)
 
 
@@ -191,7 +197,7 @@ class _Guarded(Dataset):
                 with image:
                     image = Image.open(image).convert("RGB")
             return self.transform(image.convert("RGB")), label
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except UNREADABLE:
             return self.reader.filename(index)
 
 
@@ -285,5 +291,5 @@ def read_image(path: Path) -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such image", "check the path") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise EnvironmentFault(f"{path}: not a readable image", "give a PNG, JPEG or another format Pillow reads") from error

@@ -57,7 +57,8 @@ def shrink(section: ModelSection) -> tuple[str, dict[str, Any]]:
         {"img_size": 64},
         {},
     ]
-    if (section.kwargs.get("img_size") or 65) <= 64:
+    size = section.kwargs.get("img_size") or 65
+    if (size if isinstance(size, int) else max(size)) <= 64:
         candidates = [{"depth": 2}, *candidates[2:]]
     for candidate in candidates:
         kwargs = {**section.kwargs, **candidate}
@@ -164,7 +165,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise ValueError("not an lpvit model")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"{folder}: no config.json there", "give a model folder, such as runs/NAME/pruned") from error
     except (OSError, ValueError) as error:
         raise EnvironmentFault(f"{path}: unreadable: {error}", "make the model folder again with `lpvit run`") from error
@@ -187,9 +188,12 @@ def load_model(path: str | Path) -> VisionModel:
             values = tensors[f"{name}.values"]
             if list(values.shape[1:]) != layer["block"]:
                 raise ValueError(f"{name}: blocks of {list(values.shape[1:])}, config.json says {layer['block']}")
+            dense = model.get_submodule(name)
+            if not isinstance(dense, nn.Linear) or list(dense.weight.shape) != layer["shape"]:
+                raise ValueError(f"{name}: config.json says {layer['shape']}, the architecture something else")
             weight = BlockSparseMatrix(values, tensors[f"{name}.row_ptr"], tensors[f"{name}.cols"], tuple(layer["shape"]))
-            model.set_submodule(name, BlockSparseLinear(weight, tensors.get(f"{name}.bias")))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+            model.set_submodule(name, BlockSparseLinear(weight, dense.bias))
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
         raise EnvironmentFault(f"{damaged}: {error}", "make the model folder again with `lpvit run`") from error
     _load_strictly(model, tensors, folder / "model.safetensors")
     return model.eval()
@@ -198,20 +202,22 @@ def load_model(path: str | Path) -> VisionModel:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file. Pickled checkpoints run code when loaded, so they are refused with the way to convert them."""
     if not path.is_file():
-        raise UsageError(f"{path}: no such weights file", "check the path (model.weights is relative to the recipe)")
-    with path.open("rb") as file:
-        head = file.read(4)
-    if path.suffix in PICKLES or head[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+        raise UsageError(f"{path}: no such weights file", "check the path; in a recipe it is relative to the recipe's folder")
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise EnvironmentFault(f"{path}: cannot be read: {error}", "check its permissions and the disk") from error
+    except (SafetensorError, ValueError, KeyError) as error:
+        with path.open("rb") as file:
+            head = file.read(2)
+        if path.suffix not in PICKLES and not head.startswith((b"PK", b"\x80")):
+            raise EnvironmentFault(f"{path}: not a readable safetensors file: {error}", "copy or download it again") from error
         convert = f"torch.load('{path.name}', weights_only=True)"
         raise EnvironmentFault(
             f"{path}: is a pickled checkpoint; loading one can run any code, so lpvit reads safetensors only",
             f'convert: python -c "import torch, safetensors.torch as s; c = {convert}; '
             f"s.save_file(c.get('model', c.get('state_dict', c)), '{path.stem}.safetensors')\"",
-        )
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise EnvironmentFault(f"{path}: not a readable safetensors file: {error}", "copy or download it again") from error
+        ) from error
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -224,7 +230,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def _create(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
     hub = name.startswith("hf-hub:")
-    if not hub and not timm.is_model(name):
+    if not hub and not _exists(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         raise UsageError(
             f"model.name: timm has no model {name!r}",
@@ -235,9 +241,10 @@ def _create(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
     except Exception as error:  # the hub client and timm raise many kinds; each means: these weights or arguments do not work
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
         if pretrained:
+            from_file = "pass the file: --set model.pretrained=false --set model.weights=FILE.safetensors"
             raise EnvironmentFault(
                 f"model.name: cannot get the pretrained weights of {name!r} ({reason})",
-                "connect to the hub once, or pass the file: --set model.pretrained=false --set model.weights=FILE.safetensors",
+                f"connect to the hub once, or {'give a timm name and ' if hub else ''}{from_file}",
             ) from error
         raise UsageError(
             f"model.kwargs: timm cannot build {name!r} with {kwargs} ({reason})", "correct model.kwargs"
@@ -245,6 +252,11 @@ def _create(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
     if not any(isinstance(module, nn.Linear) for module in model.modules()):
         raise UsageError(f"model.name: {name!r} has no linear layers to prune", "choose a vision transformer")
     return model
+
+
+def _exists(name: str) -> bool:
+    architecture, _, tag = name.partition(".")
+    return timm.is_model(architecture) and (not tag or name in timm.list_pretrained(architecture + "*"))
 
 
 def _input_size(model: VisionModel, kwargs: dict[str, Any]) -> tuple[int, int, int]:
