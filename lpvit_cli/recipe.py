@@ -291,12 +291,13 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _resolved(path: Path | None, info: ValidationInfo) -> Path | None:
-    """A relative path is meant from the recipe's folder; one that is not there (given by --set), from the current one."""
+    """A relative path is meant from the recipe's folder, or from that of the shipped recipes (in a copy of one); one that is
+    in neither (given by --set), from the current folder."""
     if path is None or path.is_absolute():
         return path
     path = path.expanduser()
-    beside = (info.context or {}).get("folder", Path()) / path
-    return beside.resolve() if beside.exists() else path.resolve()
+    places = [(info.context or {}).get("folder", Path()) / path, recipes_folder() / path]
+    return next((place for place in places if place.exists()), path).resolve()
 
 
 def _apply(content: dict[str, Any], override: str) -> tuple[str, ...]:

@@ -238,9 +238,8 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        raise EnvironmentFault(
-            f"{path}: cannot write: {error.strerror}", "free space or permissions, or choose another --output"
-        ) from error
+        what = f"{error.filename}: {error.strerror}" if error.filename else f"{path}: cannot write: {error.strerror}"
+        raise EnvironmentFault(what, "check permissions and free space, or choose another --output") from error
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         if not code or int(code[1]) not in DISK_ERRORS:

@@ -142,3 +142,13 @@ def test_paths_are_relative_to_the_recipe_else_to_the_current_folder(tmp_path: P
 def test_pretrained_and_weights_exclude_each_other(tmp_path: Path) -> None:
     message, _ = problem(tmp_path, "model: {name: x, pretrained: true, weights: a.safetensors}\ndata: {dataset: digits}\n")
     assert "either pretrained: true or weights" in message
+
+
+def test_a_copy_of_a_shipped_recipe_finds_its_weights(tmp_path: Path) -> None:
+    shipped = Recipe.load("digits_vit")
+    copied = Recipe.load(written(tmp_path, next(p for p in shipped_recipes() if p.stem == "digits_vit").read_text()))
+    assert copied.model.weights == shipped.model.weights
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "digits_vit.safetensors").touch()
+    beside = Recipe.load(tmp_path / "mine.yaml")
+    assert beside.model.weights == tmp_path / "weights" / "digits_vit.safetensors"

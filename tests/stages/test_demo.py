@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -19,7 +20,7 @@ from lpvit_cli.sparse import sparse_layers
 from lpvit_cli.stages import STAGES
 
 WEIGHTS = Recipe.load("digits_vit").model.weights
-DIGIT = "examples/digit_3.png"
+DIGIT = Path(__file__).parents[2] / "examples" / "digit_3.png"
 
 
 def report(demo: Demo, artefact: str) -> dict:  # type: ignore[type-arg]
