@@ -124,11 +124,11 @@ class PruneSection(Section):
     """Which blocks go. `beta` weighs power against distortion; where every layer sees the same number of tokens (a plain
     ViT) a block costs the same power in every layer, and beta changes nothing."""
 
-    method: Literal["magnitude", "taylor", "lpvit"] = "lpvit"
+    method: Literal["obs", "lpvit", "taylor", "wanda", "magnitude"] = "obs"
     block: Block = (64, 32)  # output features x input features
     budget: Budget = Budget(flops=0.5)
     beta: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
-    min_keep: Fraction = 0.1  # of each layer's blocks
+    min_keep: Fraction = 0.05  # of each layer's blocks
     layers: Layers = Layers()
     power: Power = Power()
 

@@ -89,7 +89,7 @@ def test_bad_input(lpvit: Cli, arguments: list[str], code: int, message: str, hi
     ("change", "message"),
     [
         ("prune.block=[2048,32]", "2048x32 is larger than layer blocks.0.attn.qkv (720x240, out x in)"),
-        ("prune.budget.sparsity=0.95", "impossible: with min_keep the prunable layers keep at least"),
+        ("prune.budget.sparsity=0.96", "impossible: with min_keep the prunable layers keep at least"),
         ("prune.budget.flops=0.01", "impossible"),
         ("prune.layers.include=[nothing.*]", "no linear layer matches"),
     ],
@@ -146,7 +146,7 @@ def test_dry_run_writes_nothing(lpvit: Cli, tmp_path: Path) -> None:
     assert "sparsity: 0.5" in result.out
     assert list(tmp_path.iterdir()) == []
     document = json.loads(lpvit("run", "digits_vit", "--dry-run", "--json").out)
-    assert document["recipe"]["prune"]["min_keep"] == 0.1
+    assert document["recipe"]["prune"]["min_keep"] == 0.05
     assert document["stages"] == dict.fromkeys((stage.command for stage in STAGES), "runs")
 
 
@@ -173,7 +173,7 @@ def test_recipes_are_listed_shown_and_validated(lpvit: Cli) -> None:
     table = lpvit("recipes", "list").out
     assert all(name in table for name in listed)
     assert lpvit("recipes", "show", "digits_vit").out.startswith("# lpvit run digits_vit\n")
-    assert json.loads(lpvit("recipes", "show", "digits_vit", "--json").out)["prune"]["min_keep"] == 0.1
+    assert json.loads(lpvit("recipes", "show", "digits_vit", "--json").out)["prune"]["min_keep"] == 0.05
     assert lpvit("recipes", "validate", "deit_base_70").out == "deit_base_70: valid\n"
     result = lpvit("recipes", "validate", "deit_base_70", "--set", "prune.blocks=1", "--json")
     assert (result.code, json.loads(result.out)["error"]["hint"]) == (2, "did you mean 'block'?")

@@ -57,7 +57,7 @@ def test_published_artefact_is_skipped_until_its_inputs_change(tmp_path: Path, w
         assert run.changes(PRUNE) == []
     other = make(tmp_path / "r", "prune.min_keep=0.2")
     assert other.changes(CALIBRATE) == []
-    assert other.changes(PRUNE) == ["prune.min_keep: 0.1 -> 0.2"]
+    assert other.changes(PRUNE) == ["prune.min_keep: 0.05 -> 0.2"]
     earlier = make(tmp_path / "r", "calibrate.images=7")
     assert earlier.changes(CALIBRATE) == ["calibrate.images: 1437 -> 7"]
     assert earlier.changes(PRUNE) == ["calibration: calibrate.images: 1437 -> 7"]
@@ -348,7 +348,7 @@ def test_another_pruned_model_makes_the_recovered_one_stale(tmp_path: Path, work
         for stage in (CALIBRATE, PRUNE, FINETUNE):
             run.execute(stage, quiet)
     assert run.changes(FINETUNE) == []
-    assert make(tmp_path / "r", "prune.min_keep=0.2").changes(FINETUNE) == ["pruned: prune.min_keep: 0.1 -> 0.2"]
+    assert make(tmp_path / "r", "prune.min_keep=0.2").changes(FINETUNE) == ["pruned: prune.min_keep: 0.05 -> 0.2"]
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:

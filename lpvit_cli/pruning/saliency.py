@@ -1,7 +1,7 @@
 """What removing blocks of a layer costs: a score that orders them, and the layer's distortion along that order.
 
 Each method is one function `(weight [out, in], statistics, block) -> Removal`; the very order a curve was made of is the
-order the mask is made of. Distortions of `taylor` and `lpvit` are in units of the per-image loss, so that layers compare.
+order the mask is made of. Distortions of `taylor`, `lpvit` and `obs` are in units of the per-image loss, so that layers compare.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lpvit_cli.curvature import LayerStatistics
 from lpvit_cli.pruning.blocks import Block, block_sums, grid
+from lpvit_cli.pruning.surgeon import merged, removal_order
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ def taylor(weight: Tensor, statistics: LayerStatistics, block: Block) -> Removal
     return _additive(_first_order(weight, statistics, block))
 
 
+def wanda(weight: Tensor, statistics: LayerStatistics, block: Block) -> Removal:
+    """Sum of |w| times the norm of its input (Wanda, arXiv 2306.11695), over each block. Not in units of loss."""
+    norms = statistics.input_outer.diagonal().double().sqrt()
+    return _additive(block_sums(weight.double().abs() * norms, block))
+
+
 def lpvit(weight: Tensor, statistics: LayerStatistics, block: Block) -> Removal:
     """LPViT (arXiv 2407.02068): blocks ordered by the Taylor score, distortion to second order along that order,
     D = sum |g w| + 1/2 d^T F d, d the weights removed so far, F the layer's Fisher block.
@@ -64,10 +71,19 @@ def lpvit(weight: Tensor, statistics: LayerStatistics, block: Block) -> Removal:
     return Removal(order, _cumulative((first + second).flatten()[order]), (rows, cols))
 
 
+def obs(weight: Tensor, statistics: LayerStatistics, block: Block) -> Removal:
+    """Exact greedy removal with compensation (surgeon.py), each output's error weighted by its own T S_r: units of loss."""
+    row_weights = statistics.tokens_per_image * statistics.output_moment
+    order, errors = merged(*removal_order(weight, statistics.hessian / 2, block, row_weights))
+    return Removal(order, _cumulative(errors), grid((weight.shape[0], weight.shape[1]), block))
+
+
 METHODS: dict[str, Callable[[Tensor, LayerStatistics, Block], Removal]] = {
     "magnitude": magnitude,
+    "wanda": wanda,
     "taylor": taylor,
     "lpvit": lpvit,
+    "obs": obs,
 }
 
 

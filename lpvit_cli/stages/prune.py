@@ -23,6 +23,7 @@ from lpvit_cli.pruning.allocate import Curve, allocate, automatic_beta
 from lpvit_cli.pruning.blocks import Block, require_fit
 from lpvit_cli.pruning.cost import LayerCost, ModelFlops, count_flops, layer_cost
 from lpvit_cli.pruning.saliency import METHODS, Removal
+from lpvit_cli.pruning.surgeon import compensated
 from lpvit_cli.recipe import PruneSection, Recipe
 from lpvit_cli.report.schema import LayerReport, PruneReport
 from lpvit_cli.run import Progress, Run
@@ -52,7 +53,13 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Prune
 
     bytes_dense = len(save(model.state_dict()))
     dense = evaluate_model(model, validation, recipe, device, progress, "evaluating the dense model")
-    sparsify(model.cpu(), masks, settings.block)
+    model.cpu()
+    if settings.method == "obs":
+        for done, (name, layer) in enumerate(layers.items(), start=1):
+            new = compensated(layer.weight.detach(), statistics[name].hessian, masks[name], settings.block)
+            layer.weight.data = new
+            progress("compensating", done, len(layers), name)
+    sparsify(model, masks, settings.block)
     pruned = evaluate_model(model, validation, recipe, device, progress, "evaluating the pruned model")
     names = class_names(validation.source)
     if names:

@@ -37,9 +37,9 @@ def test_dense_accuracy_is_that_of_the_shipped_weights(demo: Demo) -> None:
 def test_half_of_the_linear_weights_and_within_one_point_of_dense(demo: Demo) -> None:
     pruned, finetuned = report(demo, "pruned"), report(demo, "finetuned")
     dense = pruned["accuracy_dense"]["top1"]
-    largest_block = 120 * 60 / sum(layer["shape"][0] * layer["shape"][1] for layer in pruned["layers"])
+    largest_block = 240 * 60 / sum(layer["shape"][0] * layer["shape"][1] for layer in pruned["layers"])
     assert 0.5 - largest_block <= pruned["linear_kept_fraction"] <= 0.5
-    assert pruned["accuracy"]["top1"] < dense, "one-shot pruning by half costs something"
+    assert pruned["accuracy"]["top1"] >= dense - 1, "one-shot, nothing trained"
     assert finetuned["accuracy"]["top1"] >= dense - 1
     assert f"{pruned['accuracy']['top1']:.2f} %" in demo.result.out
     assert f"{finetuned['accuracy']['top1']:.2f} %" in demo.result.out
@@ -144,10 +144,10 @@ def test_dry_run_says_which_part_changed(demo: Demo) -> None:
     )
     assert json.loads(result.out)["stages"] == {
         "calibrate": "up to date",
-        "prune": "runs again (prune.min_keep: 0.1 -> 0.2)",
-        "finetune-lora-ga": "runs again (pruned: prune.min_keep: 0.1 -> 0.2)",
-        "bench": "runs again (finetuned: pruned: prune.min_keep: 0.1 -> 0.2)",
-        "export": "runs again (finetuned: pruned: prune.min_keep: 0.1 -> 0.2)",
+        "prune": "runs again (prune.min_keep: 0.05 -> 0.2)",
+        "finetune-lora-ga": "runs again (pruned: prune.min_keep: 0.05 -> 0.2)",
+        "bench": "runs again (finetuned: pruned: prune.min_keep: 0.05 -> 0.2)",
+        "export": "runs again (finetuned: pruned: prune.min_keep: 0.05 -> 0.2)",
     }
 
 

@@ -1,0 +1,154 @@
+"""Block OBS against least squares solved from scratch in float64 for every candidate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import expanded, masked, relative
+from torch import Tensor
+
+from lpvit_cli.pruning import surgeon
+from lpvit_cli.pruning.blocks import grid
+from lpvit_cli.pruning.surgeon import compensated, damped, merged, prune_layer, removal_order
+
+Shape = tuple[int, int]
+# dividing, wide, one block a row, ragged rows and columns, single weights
+CASES = [((8, 12), (4, 3)), ((8, 12), (2, 6)), ((8, 12), (4, 12)), ((7, 10), (3, 4)), ((6, 5), (1, 1))]
+
+
+def problem(shape: Shape, tokens: int = 50, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, the Hessian of correlated inputs, weights of the output features."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, shape[1], generator=generator) @ torch.randn(shape[1], shape[1], generator=generator)
+    return torch.randn(shape, generator=generator), 2 / tokens * x.T @ x, torch.rand(shape[0], generator=generator)
+
+
+def best(weight: Tensor, hessian: Tensor, columns: Tensor) -> Tensor:
+    """argmin over W' that is zero outside `columns` of tr((W' - W) H (W' - W)^T), by solving the normal equations."""
+    h = damped(hessian.double())
+    new = torch.zeros_like(weight, dtype=torch.float64)
+    if len(columns):
+        new[:, columns] = torch.linalg.solve(h[columns[:, None], columns], h[columns] @ weight.double().T).T
+    return new
+
+
+def error(new: Tensor, weight: Tensor, hessian: Tensor, row_weights: Tensor) -> float:
+    d = new - weight.double()
+    return float((row_weights.double() * torch.einsum("ri,ij,rj->r", d, damped(hessian.double()), d)).sum()) / 2
+
+
+def greedy_by_brute_force(weight: Tensor, hessian: Tensor, width: int, row_weights: Tensor) -> tuple[list[int], list[float]]:
+    """One block row: at each step try every removal, solve for all kept weights anew, take the cheapest."""
+    features = weight.shape[1]
+
+    def total(blocks: list[int]) -> float:
+        columns = [torch.arange(b * width, min(features, (b + 1) * width)) for b in blocks]
+        return error(
+            best(weight, hessian, torch.cat(columns) if columns else torch.empty(0).long()), weight, hessian, row_weights
+        )
+
+    kept, order, errors, before = list(range(-(-features // width))), [], [], 0.0
+    while kept:
+        costs = {b: total([k for k in kept if k != b]) for b in kept}
+        chosen = min(kept, key=costs.__getitem__)
+        kept.remove(chosen)
+        order.append(chosen)
+        errors.append(costs[chosen] - before)
+        before = costs[chosen]
+    return order, errors
+
+
+@pytest.mark.parametrize(("shape", "block"), CASES)
+def test_order_and_errors_are_those_of_exact_greedy_removal(shape: Shape, block: Shape) -> None:
+    weight, hessian, row_weights = problem(shape)
+    order, errors = removal_order(weight, hessian, block, row_weights)
+    for i in range(grid(shape, block)[0]):
+        rows = slice(i * block[0], (i + 1) * block[0])
+        expected = greedy_by_brute_force(weight[rows], hessian, block[1], row_weights[rows])
+        assert order[i].tolist() == expected[0]
+        assert relative(errors[i], torch.tensor(expected[1])) < 1e-4
+
+
+@pytest.mark.parametrize(("shape", "block"), CASES)
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+def test_kept_weights_are_the_least_squares_solution(shape: Shape, block: Shape, density: float) -> None:
+    weight, hessian, _ = problem(shape)
+    _, mask = masked(shape, block, density)
+    new = compensated(weight, hessian, mask, block)
+    elements = expanded(mask, shape, block)
+    assert not new[~elements].any()
+    expected = torch.stack(
+        [best(row[None], hessian, kept.nonzero()[:, 0])[0] for row, kept in zip(weight, elements, strict=True)]
+    )
+    assert float((new - expected).norm()) <= 1e-5 * float(weight.norm())
+
+
+@pytest.mark.parametrize(("shape", "block"), CASES)
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.7, 1.0])
+def test_pruning_a_layer_costs_what_was_predicted(shape: Shape, block: Shape, fraction: float) -> None:
+    weight, hessian, _ = problem(shape)
+    rows, cols = grid(shape, block)
+    keep = round(fraction * rows * cols)
+    new, mask, errors = prune_layer(weight, hessian, block, keep)
+    assert int(mask.sum()) == keep
+    assert len(errors) == rows * cols - keep
+    assert not new[~expanded(mask, shape, block)].any()
+    measured = error(new.double(), weight, hessian, torch.ones(shape[0]))
+    assert measured == pytest.approx(float(errors.sum()), rel=1e-4, abs=1e-6)
+
+
+def test_compensation_beats_plain_removal() -> None:
+    weight, hessian, _ = problem((16, 24))
+    new, mask, _ = prune_layer(weight, hessian, (4, 4), keep=12)
+    plain = weight * expanded(mask, (16, 24), (4, 4))
+    ones = torch.ones(16)
+    assert error(new.double(), weight, hessian, ones) < 0.7 * error(plain.double(), weight, hessian, ones)
+
+
+def test_merging_follows_the_errors_but_never_overtakes_within_a_block_row() -> None:
+    order = torch.tensor([[2, 0, 1], [1, 2, 0]])
+    errors = torch.tensor([[5.0, 1.0, 9.0], [2.0, 6.0, 7.0]], dtype=torch.float64)
+    flat, steps = merged(order, errors)
+    assert flat.tolist() == [4, 2, 0, 5, 3, 1]  # the 1.0 waits for the 5.0 before it
+    assert steps.tolist() == [2, 5, 1, 6, 7, 9]
+
+
+def test_inputs_that_are_always_zero_go_first_and_cost_nothing() -> None:
+    weight, hessian, _ = problem((8, 12))
+    hessian[3:6] = hessian[:, 3:6] = 0
+    order, errors = removal_order(weight, hessian, (4, 3))
+    assert order[:, 0].tolist() == [1, 1]
+    assert bool((errors[:, 0] < 0.05 * errors[:, 1]).all())
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_a_hessian_of_low_rank_is_damped(rank: int) -> None:
+    """Fewer tokens than inputs, down to none at all."""
+    weight, _, _ = problem((8, 12))
+    x = torch.randn(rank, 12, generator=torch.Generator().manual_seed(4))
+    new, mask, errors = prune_layer(weight, x.T @ x, (4, 3), keep=4)
+    assert new.isfinite().all()
+    assert errors.isfinite().all()
+    assert int(mask.sum()) == 4
+
+
+def test_a_group_of_block_rows_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian, row_weights = problem((16, 24))
+    together = removal_order(weight, hessian, (2, 4), row_weights)
+    monkeypatch.setattr(surgeon, "GROUP_BYTES", 3 * 24 * 24 * 4)
+    apart = removal_order(weight, hessian, (2, 4), row_weights)
+    assert torch.equal(together[0], apart[0])
+    assert relative(apart[1], together[1]) < 1e-5
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-2])
+def test_badly_conditioned_inputs_do_not_disturb_the_order(monkeypatch: pytest.MonkeyPatch, damping: float) -> None:
+    """Inputs whose sizes span three powers of ten: H has a condition of 1e6 and more."""
+    monkeypatch.setattr(surgeon, "DAMPING", damping)
+    weight, hessian, row_weights = problem((8, 12))
+    scale = torch.logspace(-1.5, 1.5, 12)
+    hessian = scale[:, None] * hessian * scale
+    order, errors = removal_order(weight, hessian, (8, 3), row_weights)
+    expected = greedy_by_brute_force(weight, hessian, 3, row_weights)
+    assert order[0].tolist() == expected[0]
+    assert relative(errors[0], torch.tensor(expected[1])) < 1e-3
