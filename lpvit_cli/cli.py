@@ -10,7 +10,7 @@ import typer
 
 from lpvit_cli import __version__
 from lpvit_cli.console import Console
-from lpvit_cli.stages import BENCH, CALIBRATE, FINETUNE, STAGES, Stage
+from lpvit_cli.stages import BENCH, CALIBRATE, FINETUNE, PRUNE, STAGES, SWEEP, Stage
 
 app = typer.Typer(
     name="lpvit",
@@ -69,6 +69,9 @@ BATCH_SIZE_KEYS = {CALIBRATE.command: "calibrate.batch_size={}", BENCH.command: 
 def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -> None:
     """All commands that take a recipe have the same options, and differ in the stages they run."""
 
+    help_ = "Prune to each of these budgets instead, for example 0.3,0.5,0.7 (of the kind of prune.budget)."
+    sweep_option = typer.Option(None, "--sweep", metavar="BUDGETS", help=help_, hidden=command != PRUNE.command)
+
     @app.command(command, help=summary)
     def recipe_command(
         recipe: RecipeArgument,
@@ -85,16 +88,20 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
         json_: Json = False,
         quiet: Quiet = False,
         verbose: Verbose = False,
+        sweep: str | None = sweep_option,
     ) -> None:
         console = _console(json_, quiet, verbose)
         with console.command():
             overrides = list(set_ or [])
+            overrides += [f"sweep=[{sweep}]"] * (sweep is not None)
             overrides += [f"device={device}"] * (device is not None)
             overrides += [f"dtype={dtype}"] * (dtype is not None)
             overrides += [f"seed={seed}"] * (seed is not None)
             if batch_size is not None:
                 overrides.append(BATCH_SIZE_KEYS.get(command, "data.batch_size={}").format(batch_size))
-            _run_stages(console, stages, recipe, overrides, output, resume, overwrite, smoke, dry_run)
+            _run_stages(
+                console, stages if sweep is None else (SWEEP,), recipe, overrides, output, resume, overwrite, smoke, dry_run
+            )
 
 
 def _run_stages(

@@ -90,18 +90,22 @@ class CalibrateSection(Section):
 
 
 class Budget(Section):
-    """How much to keep: `flops` = kept fraction of the whole model's FLOPs, `sparsity` = removed part of the weights."""
+    """How much to keep: `flops` = kept fraction of the whole model's FLOPs, `sparsity` = removed fraction of the prunable
+    weights, `max_drop` = points of top-1 that may be lost before recovery (the sparsest such model is searched)."""
 
     flops: float | None = Field(default=None, gt=0, le=1)
     sparsity: float | None = Field(default=None, ge=0, lt=1)
+    max_drop: float | None = Field(default=None, ge=0, le=100)
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if (self.flops is None) == (self.sparsity is None):
-            raise ValueError(
-                "give exactly one of flops (kept fraction of the FLOPs) and sparsity (removed fraction of the weights)"
-            )
+        if [self.flops, self.sparsity, self.max_drop].count(None) != 2:
+            raise ValueError("give exactly one of flops, sparsity and max_drop (lpvit recipes show digits_vit)")
         return self
+
+    @property
+    def kind(self) -> str:
+        return next(iter(self.model_dump(exclude_none=True)))
 
 
 class Power(Section):
@@ -189,9 +193,17 @@ class Recipe(Section):
     data: DataSection
     calibrate: CalibrateSection = CalibrateSection()
     prune: PruneSection = PruneSection()
+    sweep: tuple[float, ...] = ()  # budgets of `lpvit prune --sweep`, of the same kind as prune.budget
     finetune: FinetuneSection | None = FinetuneSection()
     bench: BenchSection = BenchSection()
     export: ExportSection = ExportSection()
+
+    @field_validator("sweep")
+    @classmethod
+    def _sweep_holds_budgets(cls, sweep: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        for value in sweep:
+            Budget.model_validate({info.data["prune"].budget.kind: value}) if "prune" in info.data else None
+        return sweep
 
     @classmethod
     def load(cls, path_or_name: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:

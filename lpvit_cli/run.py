@@ -27,7 +27,7 @@ from typing import Any
 from lpvit_cli import __version__
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.recipe import Recipe
-from lpvit_cli.stages import CALIBRATE, FINETUNE, PRUNE, STAGES, Stage
+from lpvit_cli.stages import CALIBRATE, FINETUNE, PRUNE, STAGES, SWEEP, Stage
 
 Progress = Callable[[str, int, int, str], None]  # what is being done, steps done, steps in all, detail
 
@@ -71,7 +71,7 @@ class Run:
                 f"holds a run of recipe {name[1]!r}, not {self.recipe.name!r}" if name else "is not empty and not a run folder"
             )
             raise UsageError(f"{self.folder}: {what}", "choose another --output, or pass --overwrite to take it over")
-        for stage in STAGES:
+        for stage in (*STAGES, SWEEP):
             shutil.rmtree(self.folder / stage.folder, ignore_errors=True)
             self._clear(f".{stage.folder}.*")
 
@@ -81,7 +81,7 @@ class Run:
         """The stage whose artefact this one reads. Bench and export take the recovered model when there is one."""
         if stage is CALIBRATE:
             return None
-        if stage is PRUNE:
+        if stage in (PRUNE, SWEEP):
             return CALIBRATE
         if stage is FINETUNE:
             return PRUNE

@@ -1,7 +1,7 @@
 """What removing blocks of a layer costs: a score that orders them, and the layer's distortion along that order.
 
 Each method is one function `(weight [out, in], statistics, block) -> Removal`; the very order a curve was made of is the
-order the mask is made of. Distortions of `taylor`, `lpvit` and `obs` are in units of the per-image loss, so that layers compare.
+order the mask is made of. `taylor`, `lpvit` and `obs` give distortions in units of the per-image loss: layers compare.
 """
 
 from __future__ import annotations

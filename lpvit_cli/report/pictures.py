@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from lpvit_cli.report.schema import BatchBench, LayerReport
+from lpvit_cli.report.schema import BatchBench, LayerReport, SweepReport
 
 COLORS = {"dense": "#6b7280", "masked-dense": "#d97706", "sparse": "#2563eb"}
 
@@ -46,6 +46,20 @@ def blocks_picture(layers: list[LayerReport]) -> str:
         axes.hlines([i - 0.5 for i in range(1, len(kept))], -0.5, len(kept[0]) - 0.5, colors="white", linewidth=0.4)
         axes.vlines([j - 0.5 for j in range(1, len(kept[0]))], -0.5, len(kept) - 0.5, colors="white", linewidth=0.4)
         axes.set_title(f"{layer.name}\n{layer.kept_fraction:.0%} of {layer.blocks} blocks", fontsize=8, loc="left")
+    return _svg(figure)
+
+
+def sweep_picture(report: SweepReport) -> str:
+    """One-shot accuracy against the FLOPs left."""
+    figure, axes = _figure(6.5, 4)
+    points = sorted((p.report.flops / p.report.flops_dense, p.report.accuracy.top1, f"{p.budget:g}") for p in report.points)
+    dense = report.points[0].report.accuracy_dense.top1
+    axes.axhline(dense, color=COLORS["dense"], linestyle=":", label=f"dense, {dense:.2f} %")
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=COLORS["sparse"], label="pruned, one-shot")
+    for x, y, name in points:
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(0, -14), ha="center", fontsize=8)
+    axes.set(xlabel="FLOPs, fraction of dense", ylabel="top-1 (%)", xlim=(0, 1.02))
+    axes.legend(frameon=False, loc="lower right")
     return _svg(figure)
 
 

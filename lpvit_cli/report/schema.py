@@ -66,6 +66,17 @@ class PruneReport(Report):
     skipped_images: int
 
 
+class SweepPoint(BaseModel):
+    budget: float
+    folder: str
+    report: PruneReport
+
+
+class SweepReport(Report):
+    kind: str  # what the budgets count: flops, sparsity or max_drop
+    points: list[SweepPoint]
+
+
 class Epoch(BaseModel):
     epoch: int
     loss: float
@@ -152,6 +163,7 @@ class PredictReport(Report):
 REPORTS: dict[str, type[Report]] = {
     "calibrate": CalibrateReport,
     "prune": PruneReport,
+    "sweep": SweepReport,
     "finetune-lora-ga": FinetuneReport,
     "bench": BenchReport,
     "export": ExportReport,

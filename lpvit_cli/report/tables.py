@@ -20,6 +20,7 @@ from lpvit_cli.report.schema import (
     PredictReport,
     PruneReport,
     Report,
+    SweepReport,
 )
 
 
@@ -28,6 +29,7 @@ def render(report: Report, folder: Path) -> list[Any]:
     renderers: dict[type[Report], Any] = {
         CalibrateReport: _calibrate,
         PruneReport: _prune,
+        SweepReport: _sweep,
         FinetuneReport: _finetune,
         BenchReport: _bench,
         ExportReport: _export,
@@ -111,6 +113,24 @@ def _prune(report: PruneReport, folder: Path) -> list[Any]:
     change = f"{pruned.top1 - dense.top1:+.2f}"
     summary.add_row("top-1, one-shot", f"{dense.top1:.2f} %", f"{pruned.top1:.2f} %", change)
     return [rows, summary, f"model folder: {folder}"]
+
+
+def _sweep(report: SweepReport, folder: Path) -> list[Any]:
+    first = report.points[0].report
+    rows = table(f"one-shot, by {first.method}", report.kind, "weights kept", "FLOPs", "size", "top-1", "- dense", "folder")
+    rows.add_row("dense", "100 %", "1.00", "1.00", f"{first.accuracy_dense.top1:.2f} %", "", "")
+    for point in report.points:
+        made = point.report
+        rows.add_row(
+            f"{point.budget:g}",
+            percent(made.linear_kept_fraction),
+            f"{made.flops / made.flops_dense:.2f}",
+            f"{made.bytes / made.bytes_dense:.2f}",
+            f"{made.accuracy.top1:.2f} %",
+            f"{made.accuracy.top1 - made.accuracy_dense.top1:+.2f}",
+            str(folder / point.folder),
+        )
+    return [rows, f"picture: {folder / 'sweep.svg'}"]
 
 
 def _finetune(report: FinetuneReport, folder: Path) -> list[Any]:

@@ -51,6 +51,13 @@ PRUNE = Stage(
     ("seed", "dtype", "data.val_split", "data.val_images", "prune"),
     "Choose the blocks to remove under the budget and write the block-sparse model.",
 )
+SWEEP = Stage(
+    "sweep",
+    "sweep",
+    "sweep",
+    (*PRUNE.depends_on, "sweep"),
+    "Prune to several budgets from one calibration.",
+)
 FINETUNE = Stage(
     "finetune-lora-ga",
     "finetuned",

@@ -1,8 +1,13 @@
-"""prune: curves, allocation under the budget, masks -> RUN/pruned/, a model folder with packed weights."""
+"""prune: curves, allocation, masks, compensated weights -> RUN/pruned/, a model folder with packed weights.
+
+A `Plan` holds all that does not depend on the budget, so that a sweep and the search for an accuracy make many models of one.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,20 +16,15 @@ from torch import nn
 
 from lpvit_cli.curvature import LayerStatistics, load_statistics
 from lpvit_cli.data import Batches, class_names
-from lpvit_cli.models import (
-    build_model,
-    describe_device,
-    device_of,
-    model_config,
-    prunable_layers,
-    save_model,
-)
+from lpvit_cli.errors import UsageError
+from lpvit_cli.measure.accuracy import Accuracy
+from lpvit_cli.models import VisionModel, build_model, describe_device, device_of, model_config, prunable_layers, save_model
 from lpvit_cli.pruning.allocate import Curve, allocate, automatic_beta
 from lpvit_cli.pruning.blocks import Block, require_fit
 from lpvit_cli.pruning.cost import LayerCost, ModelFlops, count_flops, layer_cost
 from lpvit_cli.pruning.saliency import METHODS, Removal
 from lpvit_cli.pruning.surgeon import compensated
-from lpvit_cli.recipe import PruneSection, Recipe
+from lpvit_cli.recipe import Budget, PruneSection, Recipe
 from lpvit_cli.report.schema import LayerReport, PruneReport
 from lpvit_cli.run import Progress, Run
 from lpvit_cli.sparse import sparsify
@@ -32,88 +32,155 @@ from lpvit_cli.stages import CALIBRATE
 from lpvit_cli.stages.calibrate import STATISTICS
 from lpvit_cli.stages.evaluate import evaluate_model, validation_batches
 
+SEARCH_STEP = 0.01  # of the FLOPs: how finely the search for an accuracy looks
+
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> PruneReport:
+    plan = make_plan(recipe, run, progress)
+    dense = plan.evaluate(plan.model, progress, "evaluating the dense model")
+    budget = recipe.prune.budget
+    if budget.max_drop is not None:
+        budget = search(plan, dense.top1 - budget.max_drop, progress)
+    return prune_to(plan, budget, dense, work, progress)
+
+
+@dataclass
+class Plan:
+    """What one calibration says about every pruning of a model."""
+
+    recipe: Recipe
+    model: VisionModel  # dense, on the CPU between evaluations
+    layers: dict[str, nn.Linear]
+    statistics: dict[str, LayerStatistics]
+    flops: ModelFlops
+    costs: dict[str, LayerCost]
+    removals: dict[str, Removal]
+    validation: Batches
+
+    @property
+    def settings(self) -> PruneSection:
+        return self.recipe.prune
+
+    def allocation(self, budget: Budget) -> tuple[dict[str, int], float]:
+        """Removals of every layer under a FLOPs or sparsity budget, and the beta they were chosen with."""
+        curves = {name: self._curve(name, by_flops=budget.flops is not None) for name in self.layers}
+        beta = automatic_beta(curves) if self.settings.beta == "auto" else self.settings.beta
+        return allocate(curves, self._allowance(budget), beta), beta
+
+    def pruned(self, removed: dict[str, int], progress: Progress) -> VisionModel:
+        """A block-sparse copy of the model; with `obs` the kept weights make up for the removed ones."""
+        model = copy.deepcopy(self.model)
+        masks = {name: removal.mask(removed[name]) for name, removal in self.removals.items()}
+        if self.settings.method == "obs":
+            for done, (name, layer) in enumerate(self.layers.items(), start=1):
+                hessian = self.statistics[name].hessian
+                new = compensated(layer.weight.detach(), hessian, masks[name], self.settings.block)
+                model.get_submodule(name).weight.data = new
+                progress("compensating", done, len(self.layers), name)
+        sparsify(model, masks, self.settings.block)
+        return model
+
+    def evaluate(self, model: VisionModel, progress: Progress, what: str) -> Accuracy:
+        result = evaluate_model(model, self.validation, self.recipe, device_of(self.recipe), progress, what)
+        model.cpu()
+        return result
+
+    def lowest_flops(self) -> float:
+        """The fraction of the model's FLOPs that min_keep allows to reach."""
+        least = sum(float(self._curve(name, by_flops=True).kept_cost[self._most(name)]) for name in self.layers)
+        return (self._fixed_flops() + least) / self.flops.total
+
+    def _most(self, name: str) -> int:
+        blocks = len(self.removals[name].order)
+        return blocks - math.ceil(self.settings.min_keep * blocks)
+
+    def _curve(self, name: str, by_flops: bool) -> Curve:
+        removal, cost = self.removals[name], self.costs[name]
+        counted = cost.flops if by_flops else cost.weights
+        return Curve(removal.distortion, removal.along(cost.energy_pj), removal.along(counted), self._most(name))
+
+    def _fixed_flops(self) -> float:
+        return self.flops.total - sum(float(cost.flops.sum()) for cost in self.costs.values())
+
+    def _allowance(self, budget: Budget) -> float:
+        """What the prunable layers may keep, in the unit the budget counts."""
+        if budget.flops is not None:
+            return budget.flops * self.flops.total - self._fixed_flops()
+        assert budget.sparsity is not None
+        return (1 - budget.sparsity) * sum(float(cost.weights.sum()) for cost in self.costs.values())
+
+
+def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Plan:
     torch.manual_seed(recipe.seed)
-    device, settings = device_of(recipe), recipe.prune
+    settings = recipe.prune
     model = build_model(recipe.model)
     layers = prunable_layers(model, settings.layers)
     for name, layer in layers.items():
         require_fit(name, (layer.out_features, layer.in_features), settings.block)
     validation = validation_batches(recipe, model)
-    statistics = load_statistics(run.artefact(CALIBRATE) / STATISTICS, list(layers))
-
-    flops = count_flops(model, layers)
-    costs = {name: layer_cost(layer, flops.tokens[name], settings.block, settings.power) for name, layer in layers.items()}
-    removals = remove_order(layers, statistics, settings, progress)
-    curves = {name: _curve(removals[name], costs[name], settings) for name in layers}
-    beta = automatic_beta(curves) if settings.beta == "auto" else settings.beta
-    removed = allocate(curves, _allowance(flops, costs, settings), beta)
-    masks = {name: removals[name].mask(removed[name]) for name in layers}
-
-    bytes_dense = len(save(model.state_dict()))
-    dense = evaluate_model(model, validation, recipe, device, progress, "evaluating the dense model")
-    model.cpu()
-    if settings.method == "obs":
-        for done, (name, layer) in enumerate(layers.items(), start=1):
-            new = compensated(layer.weight.detach(), statistics[name].hessian, masks[name], settings.block)
-            layer.weight.data = new
-            progress("compensating", done, len(layers), name)
-    sparsify(model, masks, settings.block)
-    pruned = evaluate_model(model, validation, recipe, device, progress, "evaluating the pruned model")
     names = class_names(validation.source)
     if names:
         model.pretrained_cfg["label_names"] = names
+    statistics = load_statistics(run.artefact(CALIBRATE) / STATISTICS, list(layers))
+    flops = count_flops(model, layers)
+    costs = {name: layer_cost(layer, flops.tokens[name], settings.block, settings.power) for name, layer in layers.items()}
+    removals = {}
+    for done, (name, layer) in enumerate(layers.items(), start=1):
+        removals[name] = METHODS[settings.method](layer.weight.detach(), statistics[name], settings.block)
+        progress("layer curves", done, len(layers), name)
+    return Plan(recipe, model, layers, statistics, flops, costs, removals, validation)
+
+
+def prune_to(plan: Plan, budget: Budget, dense: Accuracy, work: Path, progress: Progress) -> PruneReport:
+    """Prune to a budget, evaluate, and write the model folder `work`."""
+    recipe, settings = plan.recipe, plan.settings
+    removed, beta = plan.allocation(budget)
+    model = plan.pruned(removed, progress)
+    accuracy = plan.evaluate(model, progress, "evaluating the pruned model")
     data = {"dataset": recipe.data.dataset, "root": str(recipe.data.root or ""), "split": recipe.data.val_split}
     save_model(work, model, model_config(recipe.model, model, data=data, parent=recipe.model.model_dump(mode="json")))
 
-    reports = [_layer_report(name, settings.block, removals[name], masks[name], removed[name], costs[name]) for name in layers]
-    saved = sum(layer.flops_dense - layer.flops for layer in reports)
+    layers = [_layer_report(name, settings.block, plan.removals[name], removed[name], plan.costs[name]) for name in plan.layers]
+    kept = sum(float(cost.weights[plan.removals[name].mask(removed[name])].sum()) for name, cost in plan.costs.items())
     return PruneReport(
-        device=describe_device(device),
-        notes=_notes(validation, flops, costs, settings),
+        device=describe_device(device_of(recipe)),
+        notes=_notes(plan),
         method=settings.method,
         beta=beta,
-        layers=reports,
-        flops_dense=flops.total,
-        flops=flops.total - saved,
-        linear_kept_fraction=_weights_kept(costs, masks),
-        bytes_dense=bytes_dense,
+        layers=layers,
+        flops_dense=plan.flops.total,
+        flops=plan.flops.total - sum(layer.flops_dense - layer.flops for layer in layers),
+        linear_kept_fraction=kept / sum(float(cost.weights.sum()) for cost in plan.costs.values()),
+        bytes_dense=len(save(plan.model.state_dict())),
         bytes=sum(path.stat().st_size for path in work.iterdir()),
         accuracy_dense=dense,
-        accuracy=pruned,
-        skipped_images=len(validation.skipped),
+        accuracy=accuracy,
+        skipped_images=len(plan.validation.skipped),
     )
 
 
-def remove_order(
-    layers: dict[str, nn.Linear], statistics: dict[str, LayerStatistics], settings: PruneSection, progress: Progress
-) -> dict[str, Removal]:
-    method = METHODS[settings.method]
-    removals = {}
-    for done, (name, layer) in enumerate(layers.items(), start=1):
-        removals[name] = method(layer.weight.detach(), statistics[name], settings.block)
-        progress("layer curves", done, len(layers), name)
-    return removals
+def search(plan: Plan, least_top1: float, progress: Progress) -> Budget:
+    """The lowest FLOPs budget whose one-shot model still has `least_top1` %, by bisection to a hundredth of the FLOPs.
+
+    Raises UsageError when not even the largest budget below dense reaches it.
+    """
+    low, high = math.ceil(plan.lowest_flops() / SEARCH_STEP), round(1 / SEARCH_STEP)  # high holds: it is the dense model
+    while high - low > 0:
+        middle = (low + high) // 2
+        budget = Budget(flops=middle * SEARCH_STEP)
+        model = plan.pruned(plan.allocation(budget)[0], progress)
+        top1 = plan.evaluate(model, progress, f"evaluating at {middle * SEARCH_STEP:.0%} of the FLOPs").top1
+        low, high = (low, middle) if top1 >= least_top1 else (middle + 1, high)
+    if high * SEARCH_STEP >= 1:
+        raise UsageError(
+            f"prune.budget: no pruned model keeps a top-1 of {least_top1:.2f} % without recovery",
+            "allow a larger max_drop, or give a flops budget and let finetune-lora-ga recover",
+        )
+    return Budget(flops=high * SEARCH_STEP)
 
 
-def _curve(removal: Removal, cost: LayerCost, settings: PruneSection) -> Curve:
-    counted = cost.flops if settings.budget.flops is not None else cost.weights
-    blocks = len(removal.order)
-    must_keep = math.ceil(settings.min_keep * blocks)
-    return Curve(removal.distortion, removal.along(cost.energy_pj), removal.along(counted), most_removals=blocks - must_keep)
-
-
-def _allowance(flops: ModelFlops, costs: dict[str, LayerCost], settings: PruneSection) -> float:
-    """What the prunable layers may keep, in the unit the budget counts."""
-    if settings.budget.flops is not None:
-        fixed = flops.total - sum(float(cost.flops.sum()) for cost in costs.values())
-        return settings.budget.flops * flops.total - fixed
-    assert settings.budget.sparsity is not None
-    return (1 - settings.budget.sparsity) * sum(float(cost.weights.sum()) for cost in costs.values())
-
-
-def _layer_report(name: str, block: Block, removal: Removal, mask: torch.Tensor, removed: int, cost: LayerCost) -> LayerReport:
+def _layer_report(name: str, block: Block, removal: Removal, removed: int, cost: LayerCost) -> LayerReport:
+    mask = removal.mask(removed)
     whole = torch.ones_like(mask)
     return LayerReport(
         name=name,
@@ -130,16 +197,11 @@ def _layer_report(name: str, block: Block, removal: Removal, mask: torch.Tensor,
     )
 
 
-def _weights_kept(costs: dict[str, LayerCost], masks: dict[str, torch.Tensor]) -> float:
-    kept = sum(float(costs[name].weights[mask].sum()) for name, mask in masks.items())
-    return kept / sum(float(cost.weights.sum()) for cost in costs.values())
-
-
-def _notes(validation: Batches, flops: ModelFlops, costs: dict[str, LayerCost], settings: PruneSection) -> list[str]:
+def _notes(plan: Plan) -> list[str]:
     notes = []
-    if validation.skipped:
-        notes.append(f"{len(validation.skipped)} unreadable images skipped (first: {validation.skipped[0]})")
-    if len({flops.tokens[name] for name in costs}) == 1:
+    if plan.validation.skipped:
+        notes.append(f"{len(plan.validation.skipped)} unreadable images skipped (first: {plan.validation.skipped[0]})")
+    if len({plan.flops.tokens[name] for name in plan.costs}) == 1:
         notes.append(
             "every layer sees the same number of tokens, so a block costs the same power everywhere: beta changes nothing"
         )
