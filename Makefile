@@ -28,9 +28,9 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python scripts/bench_linear.py --threads 1 --output benchmarks/results/linear_cpu.json | head -n -1
+	$(BIN)/python scripts/bench_linear.py --threads 1 --output benchmarks/results/linear_cpu.json
 	$(BIN)/lpvit run digits_vit --output runs/bench --no-resume --json > benchmarks/results/digits_vit_cpu.json
 
 clean:
-	rm -rf .venv runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv runs/demo runs/bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,7 +39,8 @@ Dtype = Annotated[str | None, typer.Option("--dtype", help="Compute type: auto, 
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Batch size of this command.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what would run; do nothing.")]
-Smoke = Annotated[bool, typer.Option("--smoke", help="Take the whole path with a small random model and generated images.")]
+SMOKE_HELP = "Rehearse with a small random model and generated images; its sizes override --set."
+Smoke = Annotated[bool, typer.Option("--smoke", help=SMOKE_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show causes of errors and library warnings.")]
@@ -47,6 +49,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show causes of e
 def _console(json_mode: bool, quiet: bool, verbose: bool) -> Console:
     if not verbose:
         warnings.filterwarnings("ignore")
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return Console(json_mode, quiet, verbose)
 
 
@@ -95,7 +98,8 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
             overrides = list(set_ or [])
             overrides += [f"sweep=[{sweep}]"] * (sweep is not None)
             overrides += [f"device={device}"] * (device is not None)
-            overrides += [f"dtype={dtype}"] * (dtype is not None)
+            if dtype is not None:
+                overrides.append(f"bench.dtype={dtype}" if command == BENCH.command else f"dtype={dtype}")
             overrides += [f"seed={seed}"] * (seed is not None)
             if batch_size is not None:
                 overrides.append(BATCH_SIZE_KEYS.get(command, "data.batch_size={}").format(batch_size))
@@ -143,11 +147,13 @@ def _run_stages(
 
                 report = run.report(stage, REPORTS[stage.command])
                 console.note(f"{position}{stage.command}: up to date, skipped ({run.folder / stage.folder})")
+                if len(stages) == 1:
+                    console.human(*render(report, run.folder / stage.folder))
             else:
                 why = f" again ({changes[0]})" if changes else ""
                 console.note(f"{position}{stage.command}{why}")
                 report = run.execute(stage, console.progress, resume)
-            console.human(*render(report, run.folder / stage.folder), *([""] if len(stages) > 1 else []))
+                console.human(*render(report, run.folder / stage.folder), *([""] if len(stages) > 1 else []))
             reports[stage.command] = report
     documents = {command: report.model_dump(mode="json") for command, report in reports.items()}
     if len(stages) > 1:

@@ -46,7 +46,7 @@ def open_images(data: DataSection, split: str, model: VisionModel) -> Reader | I
     elif data.dataset in ("folder", "tar"):
         reader = _read_files(data, split)
     elif prefix in ("hfds", "wds") and name:
-        require({"hfds": "datasets", "wds": "webdataset"}[prefix], {"hfds": "datasets", "wds": "webdataset"}[prefix])
+        require({"hfds": "datasets", "wds": "webdataset"}[prefix])
         reader = _read_remote(data, split)
     else:
         raise UsageError(
@@ -97,7 +97,7 @@ class DigitsReader:
     class_to_idx = {str(digit): digit for digit in range(10)}  # noqa: RUF012
 
     def __init__(self, split: str):
-        require("sklearn", "digits")
+        require("sklearn", install="scikit-learn")
         from sklearn.datasets import load_digits
 
         if split not in SPLIT_NAMES:
@@ -253,10 +253,14 @@ class Batches:
             indices = generator.permutation(indices)
         dataset = _Guarded(self.source, self.transform, indices.tolist())
         loader = DataLoader(dataset, self.batch_size, num_workers=self.workers, collate_fn=_collate)
+        empty = True
         for images, labels, unreadable in loader:
             self._count(unreadable, len(indices))
             if len(images):
+                empty = False
                 yield images, labels
+        if empty:
+            raise EnvironmentFault("data: not one image could be read", "check data.root and the split")
 
     def _count(self, unreadable: list[str], total: int) -> None:
         self.skipped += [name for name in unreadable if name not in self.skipped]

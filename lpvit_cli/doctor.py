@@ -9,13 +9,13 @@ from lpvit_cli.measure.machine import cpu_name, installed
 from lpvit_cli.measure.meters import open_meter
 
 OPTIONAL = {
-    "onnx": ("export", "pip install 'lpvit[export]'"),
-    "onnxscript": ("export", "pip install 'lpvit[export]'"),
-    "onnxruntime": ("export, predict on .onnx files", "pip install 'lpvit[export]'"),
-    "matplotlib": ("pictures in report.html", "pip install 'lpvit[plots]'"),
-    "scikit-learn": ("the built-in digits", "pip install 'lpvit[digits]'"),
-    "datasets": ("hfds/ datasets", "pip install datasets"),
-    "webdataset": ("wds/ datasets", "pip install webdataset"),
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export, predict on .onnx files",
+    "matplotlib": "pictures in report.html",
+    "scikit-learn": "the built-in digits",
+    "datasets": "hfds/ datasets",
+    "webdataset": "wds/ datasets",
 }
 
 
@@ -55,7 +55,7 @@ def examine() -> list[Finding]:
         findings.append(
             Finding(name, meter is not None, "readable" if meter else "; ".join(reasons), "energy is reported as not measured")
         )
-    for package, (use, remedy) in OPTIONAL.items():
+    for package, use in OPTIONAL.items():
         found = installed(package)
-        findings.append(Finding(package, bool(found), found or f"not installed; needed for {use}", "" if found else remedy))
+        findings.append(Finding(package, bool(found), found or f"not installed; needed for {use}", f"pip install {package}"))
     return findings

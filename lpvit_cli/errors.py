@@ -30,13 +30,10 @@ class CheckFailed(LpvitError):
     exit_code = 4
 
 
-def require(module: str, extra: str) -> None:
-    """Raise unless an optional package can be imported, naming it and the line that installs it.
-
-    `extra` is one of lpvit's extras, or a package name of its own.
-    """
+def require(*modules: str, install: str = "") -> None:
+    """Raise unless optional packages can be imported, naming the missing one and the line that installs it (and its kin)."""
     from importlib.util import find_spec
 
-    if find_spec(module) is None:
-        target = f"'lpvit[{extra}]'" if extra in ("export", "plots", "digits") else extra
-        raise EnvironmentFault(f"the package {module!r} is not installed", f"pip install {target}")
+    for module in modules:
+        if find_spec(module) is None:
+            raise EnvironmentFault(f"the package {module!r} is not installed", f"pip install {install or ' '.join(modules)}")

@@ -216,7 +216,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise EnvironmentFault(
             f"{path}: is a pickled checkpoint; loading one can run any code, so lpvit reads safetensors only",
             f'convert: python -c "import torch, safetensors.torch as s; c = {convert}; '
-            f"s.save_file(c.get('model', c.get('state_dict', c)), '{path.stem}.safetensors')\"",
+            f"s.save_file(c.get('model', c.get('state_dict', c)), '{path.stem}.converted.safetensors')\"",
         ) from error
 
 

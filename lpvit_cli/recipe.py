@@ -26,6 +26,10 @@ from lpvit_cli.errors import UsageError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Block = tuple[PositiveInt, PositiveInt]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+PATHS = {("model", "weights"), ("data", "root")}
 
 
 class Section(BaseModel):
@@ -171,6 +175,7 @@ class BenchSection(Section):
     batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)
     rounds: int = Field(default=30, ge=6)
     warmup_seconds: float = Field(default=2.0, ge=0)
+    dtype: Dtype | None = None  # None: the recipe's
     threads: PositiveInt | None = None  # CPU threads; None: torch's default
     energy: EnergySection = EnergySection()
 
@@ -188,7 +193,7 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     seed: int = Field(default=0, ge=0)
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # compute type; auto: bfloat16 on GPUs, float32 on CPUs
+    dtype: Dtype = "auto"  # compute type; auto: bfloat16 on GPUs, float32 on CPUs
     model: ModelSection
     data: DataSection
     calibrate: CalibrateSection = CalibrateSection()
@@ -303,13 +308,12 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _resolved(path: Path | None, info: ValidationInfo) -> Path | None:
-    """A relative path is meant from the recipe's folder, or from that of the shipped recipes (in a copy of one); one that is
-    in neither (given by --set), from the current folder."""
-    if path is None or path.is_absolute():
-        return path
-    path = path.expanduser()
-    places = [(info.context or {}).get("folder", Path()) / path, recipes_folder() / path]
-    return next((place for place in places if place.exists()), path).resolve()
+    """A relative path is meant from the recipe's folder; in a copy of a shipped recipe, also from that of the original."""
+    if path is None or path.is_absolute() or not info.context:
+        return path and path.expanduser().resolve()
+    beside = info.context["folder"] / path.expanduser()
+    shipped = recipes_folder() / path
+    return (shipped if shipped.exists() and not beside.exists() else beside).resolve()
 
 
 def _apply(content: dict[str, Any], override: str) -> tuple[str, ...]:
@@ -332,6 +336,8 @@ def _apply(content: dict[str, Any], override: str) -> tuple[str, ...]:
         node = child
     if keys[:2] == ("prune", "budget") and len(keys) == 3:
         node.clear()  # a budget is one of several kinds: naming one replaces the other
+    if keys in PATHS and isinstance(value, str):
+        value = str(Path(value).expanduser().resolve())  # typed in a shell: from the current folder
     node[keys[-1]] = value
     return keys
 

@@ -27,7 +27,7 @@ from typing import Any
 from lpvit_cli import __version__
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.recipe import Recipe
-from lpvit_cli.stages import CALIBRATE, FINETUNE, PRUNE, STAGES, SWEEP, Stage
+from lpvit_cli.stages import BENCH, CALIBRATE, FINETUNE, PRUNE, STAGES, SWEEP, Stage
 
 Progress = Callable[[str, int, int, str], None]  # what is being done, steps done, steps in all, detail
 
@@ -42,7 +42,9 @@ class Run:
     @contextmanager
     def open(self, overwrite: bool = False) -> Iterator[None]:
         """Claim the folder for this recipe and process; refuse one that belongs to something else."""
-        self._refuse_foreign(overwrite)
+        foreign = self._foreign()
+        if foreign and not overwrite:
+            raise UsageError(f"{self.folder}: {foreign}", "choose another --output, or pass --overwrite to take it over")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -54,26 +56,35 @@ class Run:
                 raise EnvironmentFault(
                     f"{self.folder}: another lpvit is working in this folder", "wait for it, or choose another --output"
                 ) from error
+            self._tidy(take_over=bool(foreign))
             replace_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
             yield
 
-    def _refuse_foreign(self, overwrite: bool) -> None:
+    def _foreign(self) -> str:
+        """What the folder holds that is not this recipe's run; empty when it is free or ours."""
         made_by = self.folder / "recipe.yaml"
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"{self.folder}: is a file, a run needs a folder", "choose another --output")
         if not self.folder.is_dir() or not any(p.name != ".lock" for p in self.folder.iterdir()):
-            return
+            return ""
         name = re.search(r"^name: (.*)$", made_by.read_text(), re.MULTILINE) if made_by.is_file() else None
-        if name and name[1].strip("'\"") == self.recipe.name:
-            return
-        if not overwrite:
-            what = (
-                f"holds a run of recipe {name[1]!r}, not {self.recipe.name!r}" if name else "is not empty and not a run folder"
-            )
-            raise UsageError(f"{self.folder}: {what}", "choose another --output, or pass --overwrite to take it over")
+        if name is None:
+            return "is not empty and not a run folder"
+        return (
+            "" if name[1].strip("'\"") == self.recipe.name else f"holds a run of recipe {name[1]!r}, not {self.recipe.name!r}"
+        )
+
+    def _tidy(self, take_over: bool) -> None:
+        """With the lock held: finish an interrupted publication, and remove what a run taken over has made."""
         for stage in (*STAGES, SWEEP):
-            shutil.rmtree(self.folder / stage.folder, ignore_errors=True)
-            self._clear(f".{stage.folder}.*")
+            artefact, old = self.folder / stage.folder, self.folder / f".{stage.folder}.old"
+            if old.is_dir() and not artefact.exists():
+                old.rename(artefact)
+            if artefact.exists() and not (artefact / "stage.json").is_file():
+                raise UsageError(f"{artefact}: is in the way and not made by lpvit", "move it, or choose another --output")
+            if take_over:
+                shutil.rmtree(artefact, ignore_errors=True)
+                self._clear(f".{stage.folder}.*")
 
     # what an artefact depends on
 
@@ -102,6 +113,10 @@ class Run:
             inputs[before.folder] = record["fingerprint"] if record else None
         else:
             inputs |= self._contents
+        if stage is BENCH:
+            from lpvit_cli.models import describe_device, device_of
+
+            inputs["measured on"] = describe_device(device_of(self.recipe))
         return inputs
 
     @cached_property
@@ -128,10 +143,11 @@ class Run:
         if before and (earlier := self.changes(before)):
             return [f"{before.folder}: {earlier[0]}"]
         old, new = record["inputs"], self.inputs(stage)
+        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        artefacts = {stage.folder for stage in STAGES}
         return [
-            f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
+            f"{key} was made again" if key in artefacts else f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}"
+            for key in changed
         ]
 
     def artefact(self, stage: Stage) -> Path:
@@ -267,9 +283,12 @@ def content_id(path: Path) -> str | None:
 
 def git_commit() -> str | None:
     """The commit of lpvit itself, when it runs from a checkout."""
+    checkout = Path(__file__).parent.parent
+    if not (checkout / ".git").exists():
+        return None
     try:
         done = subprocess.run(
-            ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+            ["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -369,7 +369,7 @@ def test_the_hint_for_pickles_converts_them(
     assert (before, after) == ("convert: python -c ", "")
     monkeypatch.chdir(tmp_path)
     exec(code, {})
-    converted = read_tensors(tmp_path / "x.safetensors")
+    converted = read_tensors(tmp_path / "x.converted.safetensors")
     assert converted.keys() == tensors.keys()
     assert all(torch.equal(converted[name], tensor) for name, tensor in tensors.items())
 

@@ -75,7 +75,7 @@ def test_a_new_calibration_makes_the_pruned_model_stale(tmp_path: Path, work_of:
     with changed.open():
         changed.execute(CALIBRATE, quiet)
         (stale,) = changed.changes(PRUNE) or [""]
-        assert stale.startswith("calibration: ")
+        assert stale == "calibration was made again"
 
 
 def test_changed_weights_are_noticed(tmp_path: Path, work_of: Callable[..., None]) -> None:
@@ -357,3 +357,45 @@ def test_a_machine_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(run_module.subprocess, "run", absent)
     assert run_module.git_commit() is None
+
+
+def test_taking_over_spares_folders_lpvit_did_not_make(tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="export: is in the way and not made by lpvit"), make(tmp_path).open(overwrite=True):
+        pass
+    assert (tmp_path / "export" / "thesis.txt").read_text() == "mine"
+
+
+def test_taking_over_waits_for_the_lock(tmp_path: Path, work_of: Callable[..., None]) -> None:
+    work_of(lambda work: None)
+    run, other = make(tmp_path / "r"), Run(Recipe.load("deit_small_50"), tmp_path / "r")
+    with run.open():
+        run.execute(CALIBRATE, quiet)
+        with pytest.raises(EnvironmentFault, match="another lpvit is working"), other.open(overwrite=True):
+            pass
+        assert run.changes(CALIBRATE) == []
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path, work_of: Callable[..., None]) -> None:
+    work_of(lambda work: None)
+    run = make(tmp_path / "r")
+    with run.open():
+        run.execute(CALIBRATE, quiet)
+    (run.folder / "calibration").rename(run.folder / ".calibration.old")
+    with run.open():
+        assert run.changes(CALIBRATE) == []
+
+
+def test_a_bench_does_not_hold_on_another_machine(
+    tmp_path: Path, work_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work_of(lambda work: None)
+    run = make(tmp_path / "r", "finetune=null")
+    with run.open():
+        for stage in (CALIBRATE, PRUNE, BENCH):
+            run.execute(stage, quiet)
+    monkeypatch.setattr("lpvit_cli.models.describe_device", lambda device: "a faster one")
+    (change,) = run.changes(BENCH) or [""]
+    assert change.endswith("-> a faster one")
+    assert run.changes(PRUNE) == []

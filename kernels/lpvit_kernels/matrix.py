@@ -21,7 +21,7 @@ class BlockSparseMatrix:
     cols     [nnz] int32: block column of each value, ascending within a block row
     shape    (out, in); R and C need not divide it
 
-    Construction checks all of this and raises ValueError.
+    Construction checks shapes, types, devices and indices, and raises ValueError. Padding of ragged edges is not read.
     """
 
     values: Tensor

@@ -49,7 +49,12 @@ def linear(
         raise ValueError(
             f"x is {x.dtype}, the weight {weight.values.dtype}, the bias {bias.dtype if bias is not None else None}"
         )
-    y = BACKENDS[backend](x.reshape(-1, x.shape[-1]), weight, bias).unflatten(0, x.shape[:-1])
+    out = (*x.shape[:-1], weight.shape[0])
+    if bias is not None and bias.shape != out[-1:]:
+        raise ValueError(f"bias must be {list(out[-1:])}, got {list(bias.shape)}")
+    if residual is not None and residual.shape != out:
+        raise ValueError(f"residual must be {list(out)}, got {list(residual.shape)}")
+    y = BACKENDS[backend](x.reshape(-1, x.shape[-1]), weight, bias).reshape(out)
     if activation == "gelu":
         y = F.gelu(y)
     return y if residual is None else y + residual

@@ -22,7 +22,7 @@ class OnnxModel(VisionModel):
 
     def __init__(self, path: Path):
         super().__init__()
-        require("onnxruntime", "export")
+        require("onnxruntime")
         import onnxruntime
 
         try:

@@ -20,8 +20,6 @@ class MaskedLoraLinear(nn.Module):
     plain LoRA (A Gaussian, B zero); see `lora_ga_init` for the start from the gradient.
     """
 
-    values: Tensor  # [nnz, R, C]: W0, frozen
-
     def __init__(self, base: BlockSparseLinear, rank: int, alpha: float = 16.0):
         super().__init__()
         self.base = base
@@ -38,7 +36,8 @@ class MaskedLoraLinear(nn.Module):
         _, block_rows, block_cols = pattern.values.shape
         a = _pad_to_multiple(self.lora_a.T, block_cols).unflatten(0, (-1, block_cols))  # [in/C, C, r]
         b = _pad_to_multiple(self.lora_b, block_rows).unflatten(0, (-1, block_rows))  # [out/R, R, r]
-        return self.eta * torch.bmm(b[pattern.block_rows], a[pattern.cols.long()].transpose(1, 2))
+        with torch.autocast(a.device.type, enabled=False):  # W0 nearly cancels it: rounding it first would show
+            return self.eta * torch.bmm(b[pattern.block_rows], a[pattern.cols.long()].transpose(1, 2))
 
     def delta_weight(self) -> BlockSparseMatrix:
         """M o (eta B A) as a block-sparse matrix [out, in]."""

@@ -46,6 +46,11 @@ class TimingRun:
     threads: int
     foreign_load: float | None  # share of all cores' time used by other processes; None: /proc/stat cannot be read
 
+    @property
+    def busy(self) -> bool:
+        """Whether others used so much of the machine that times are doubtful."""
+        return self.foreign_load is not None and self.foreign_load > BUSY
+
     def ratio(self, baseline: str, subject: str) -> Ratio:
         """How many times faster `subject` is than `baseline`, round by round."""
         return paired_ratio(self.subjects[baseline].samples_ms, self.subjects[subject].samples_ms)
@@ -82,14 +87,16 @@ def time_interleaved(
 def verdict(name: str, baseline: str, ratio: Ratio, run: TimingRun, subject: Timing) -> str:
     """One sentence: faster, slower, or not distinguishable and the likeliest reason."""
     interval = f"95 % interval {ratio.low:.2f} to {ratio.high:.2f}"
+    busy = f"other processes used {run.foreign_load:.0%} of the machine" if run.busy else ""
+    doubt = f"; doubtful, {busy}: measure again" if busy else ""
     if ratio.low > 1:
-        return f"{name} is {ratio.value:.2f}x faster than {baseline} ({interval})"
+        return f"{name} is {ratio.value:.2f}x faster than {baseline} ({interval}){doubt}"
     if ratio.high < 1:
-        return f"{name} is {1 / ratio.value:.2f}x slower than {baseline} (speed {ratio.value:.2f}x, {interval})"
+        return f"{name} is {1 / ratio.value:.2f}x slower than {baseline} (speed {ratio.value:.2f}x, {interval}){doubt}"
     if subject.host_bound:
         reason = "the host cannot feed the device fast enough; try a larger batch"
-    elif run.foreign_load is not None and run.foreign_load > BUSY:
-        reason = f"other processes used {run.foreign_load:.0%} of the machine"
+    elif busy:
+        reason = busy
     elif subject.unstable:
         reason = f"its times vary by {subject.variation:.0%}; measure on a quieter machine or for more rounds"
     else:

@@ -1,7 +1,8 @@
 """How many blocks each layer loses: minimise sum_l D_l + beta P_l under a budget on the kept cost (METHOD: LPViT's objective).
 
 For a multiplier the problem separates by layer, so the solution walks the lower convex hulls of the layers' curves in order
-of slope. Whole hull segments are exact Lagrangian solutions; the last one is cut where the budget is met, within one block.
+of slope and stops as soon as the budget is met. Whole hull segments are exact Lagrangian solutions; the last one is cut where
+the budget is met, within one block.
 """
 
 from __future__ import annotations

@@ -45,12 +45,12 @@ def summary(recipe: str, reports: dict[str, Any], folder: Path) -> Text:
     pruned: PruneReport = reports["prune"]
     last = reports.get("finetune-lora-ga", pruned)
     bench: BenchReport = reports["bench"]
-    best = max(bench.batches, key=lambda batch: batch.speedup["sparse"].value)
+    speed = ", ".join(f"{batch.speedup['sparse'].value:.2f}x at batch {batch.batch_size}" for batch in bench.batches)
     dense, now = pruned.accuracy_dense.top1, last.accuracy.top1
     return Text.assemble(
         (recipe, "bold"),
         f": top-1 {now:.2f} % (dense {dense:.2f} %), {pruned.flops / pruned.flops_dense:.2f}x the FLOPs, "
-        f"{pruned.bytes / pruned.bytes_dense:.2f}x the size; {best.verdict}\n",
+        f"{pruned.bytes / pruned.bytes_dense:.2f}x the size, speed {speed}\n",
         f"model: {folder / bench.model}   report: {folder / 'bench' / 'report.html'}",
     )
 
@@ -117,8 +117,8 @@ def _prune(report: PruneReport, folder: Path) -> list[Any]:
 
 def _sweep(report: SweepReport, folder: Path) -> list[Any]:
     first = report.points[0].report
-    rows = table(f"one-shot, by {first.method}", report.kind, "weights kept", "FLOPs", "size", "top-1", "- dense", "folder")
-    rows.add_row("dense", "100 %", "1.00", "1.00", f"{first.accuracy_dense.top1:.2f} %", "", "")
+    rows = table(f"one-shot, by {first.method}", report.kind, "weights kept", "FLOPs", "size", "top-1", "- dense")
+    rows.add_row("dense", "100 %", "1.00", "1.00", f"{first.accuracy_dense.top1:.2f} %", "")
     for point in report.points:
         made = point.report
         rows.add_row(
@@ -128,9 +128,8 @@ def _sweep(report: SweepReport, folder: Path) -> list[Any]:
             f"{made.bytes / made.bytes_dense:.2f}",
             f"{made.accuracy.top1:.2f} %",
             f"{made.accuracy.top1 - made.accuracy_dense.top1:+.2f}",
-            str(folder / point.folder),
         )
-    return [rows, f"picture: {folder / 'sweep.svg'}"]
+    return [rows, f"model folders and picture (sweep.svg): {folder}"]
 
 
 def _finetune(report: FinetuneReport, folder: Path) -> list[Any]:
@@ -139,7 +138,7 @@ def _finetune(report: FinetuneReport, folder: Path) -> list[Any]:
         dense, pruned, recovered = (getattr(a, name) for a in (report.accuracy_dense, report.accuracy_pruned, report.accuracy))
         label = "top-1" if name == "top1" else "top-5"
         rows.add_row(label, f"{dense:.2f} %", f"{pruned:.2f} %", f"{recovered:.2f} %", f"{recovered - dense:+.2f}")
-    trained = f"{report.trainable_parameters:,} of {report.all_parameters:,} parameters trained, rank {report.rank}"
+    trained = f"{report.trainable_parameters:,} parameters trained (rank {report.rank}), {report.all_parameters:,} in the model"
     return [rows, f"{len(report.history)} epochs, {trained}; zero blocks checked; model folder: {folder}"]
 
 

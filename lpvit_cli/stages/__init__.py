@@ -33,13 +33,13 @@ CALIBRATE = Stage(
     "calibrate",
     (
         "seed",
-        "dtype",
         "model",
         "data.dataset",
         "data.root",
         "data.train_split",
         "data.max_corrupt",
-        "calibrate",
+        "calibrate.images",
+        "calibrate.gradient",
         "prune.layers",
     ),
     "Gather statistics of the dense model on calibration images.",
@@ -48,7 +48,7 @@ PRUNE = Stage(
     "prune",
     "pruned",
     "prune",
-    ("seed", "dtype", "data.val_split", "data.val_images", "prune"),
+    ("data.val_split", "data.val_images", "prune"),
     "Choose the blocks to remove under the budget and write the block-sparse model.",
 )
 SWEEP = Stage(
@@ -69,14 +69,14 @@ BENCH = Stage(
     "bench",
     "bench",
     "bench",
-    ("seed", "dtype", "device", "bench"),
+    ("bench", "dtype"),
     "Measure latency and energy of dense, masked-dense and sparse.",
 )
 EXPORT = Stage(
     "export",
     "export",
     "export",
-    ("seed", "export"),
+    ("export",),
     "Write ONNX, checked against the model on real images.",
 )
 STAGES = (CALIBRATE, PRUNE, FINETUNE, BENCH, EXPORT)

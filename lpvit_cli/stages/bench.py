@@ -12,7 +12,7 @@ from lpvit_cli.measure.energy import measure_energy
 from lpvit_cli.measure.machine import installed, machine
 from lpvit_cli.measure.meters import open_meter
 from lpvit_cli.measure.timing import time_interleaved, verdict
-from lpvit_cli.models import VisionModel, autocast, build_model, describe_device, device_of, load_model, pick_dtype
+from lpvit_cli.models import VisionModel, build_model, describe_device, device_of, load_model, pick_dtype
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.report.html import write_html
 from lpvit_cli.report.schema import BASELINE, BatchBench, BenchReport, FinetuneReport, PruneReport
@@ -24,13 +24,13 @@ from lpvit_cli.stages import BENCH, FINETUNE, PRUNE
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> BenchReport:
     torch.manual_seed(recipe.seed)
     settings, device = recipe.bench, device_of(recipe)
-    dtype = pick_dtype(recipe.dtype, device)
+    dtype = pick_dtype(settings.dtype or recipe.dtype, device)
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads or before)
     try:
         source = run.model_artefact(BENCH)
-        sparse = load_model(source).to(device)
-        models = {BASELINE: build_model(recipe.model).to(device), "masked-dense": densify(sparse), "sparse": sparse}
+        sparse = load_model(source).to(device, dtype)
+        models = {BASELINE: build_model(recipe.model).to(device, dtype), "masked-dense": densify(sparse), "sparse": sparse}
         measured = [_bench_batch(models, size, recipe, device, dtype, progress) for size in settings.batch_sizes]
         pruned = run.report(PRUNE, PruneReport)
         report = BenchReport(
@@ -65,7 +65,7 @@ def _bench_batch(
     model = models[BASELINE]
     generator = torch.Generator().manual_seed(recipe.seed)
     images = torch.randn(batch_size, *model.pretrained_cfg["input_size"], generator=generator).to(device)
-    subjects = {name: _forward(model, images, dtype) for name, model in models.items()}
+    subjects = {name: _forward(model, images.to(dtype)) for name, model in models.items()}
     what = f"timing batch {batch_size}"
     timing = time_interleaved(
         subjects,
@@ -102,21 +102,25 @@ def _bench_batch(
 
 
 def advice(batches: list[BatchBench]) -> list[str]:
-    """Where the sparse model pays, when it does not everywhere."""
+    """Where the sparse model pays, when it does not everywhere; and how far the tails can be trusted."""
+    rounds = min(len(timed.samples_ms) for batch in batches for timed in batch.timing.subjects.values())
+    notes = [f"{rounds} rounds: p99 is close to the slowest of them"] if rounds < 100 else []
+    if any(batch.timing.busy for batch in batches):
+        return notes
     faster = [batch.batch_size for batch in batches if batch.speedup["sparse"].low > 1]
     slower = [batch.batch_size for batch in batches if batch.speedup["sparse"].high < 1]
-    if not slower:
-        return []
-    if faster and min(faster) > max(slower):
-        return [
+    if slower and faster and min(faster) > max(slower):
+        notes.append(
             f"batch {max(slower)} gives a block too little work; of the batches measured, sparse pays from {min(faster)} on"
-        ]
-    return ["where sparse is slower, blocks are too small or too few are gone: try taller blocks or more sparsity"]
+        )
+    elif slower:
+        notes.append("where sparse is slower, blocks are too small or too few are gone: try taller blocks or more sparsity")
+    return notes
 
 
-def _forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Callable[[], object]:
+def _forward(model: nn.Module, images: Tensor) -> Callable[[], object]:
     def forward() -> None:
-        with torch.inference_mode(), autocast(images.device, dtype):
+        with torch.inference_mode():
             model(images)
 
     return forward

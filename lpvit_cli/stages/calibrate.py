@@ -44,7 +44,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Calib
     save_statistics(work / STATISTICS, statistics)
     used = next(iter(statistics.values())).images
     notes = []
-    if used < recipe.calibrate.images:
+    if used < recipe.calibrate.images and not images.skipped:
         notes.append(f"{used} calibration images, fewer than the {recipe.calibrate.images} asked for: the split holds no more")
     if images.skipped:
         notes.append(f"{len(images.skipped)} unreadable images skipped (first: {images.skipped[0]})")

@@ -25,8 +25,7 @@ BATCH_SIZES = (1, 2, 7)
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> ExportReport:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        require(package, "export")
+    require("onnx", "onnxscript", "onnxruntime")
     parent = run.model_artefact(EXPORT)
     model = load_model(parent)
     validation = validation_batches(recipe, model)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from lpvit_cli.data import batches, open_images, require_same_classes, transform_for
 from lpvit_cli.errors import CheckFailed, UsageError
@@ -36,6 +37,11 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
     teacher = build_model(recipe.model).requires_grad_(False).to(device) if settings.distill else None
 
     source = open_images(recipe.data, recipe.data.train_split, model)
+    if isinstance(source, IterableDataset):
+        raise UsageError(
+            f"data.dataset: recovery needs shuffled epochs, which {recipe.data.dataset!r} as a stream cannot give",
+            "use a folder, tar or hfds/ dataset, or leave recovery out: --set finetune=null",
+        )
     train = batches(
         model, source, recipe.data, shuffle=True, seed=recipe.seed, transform=transform_for(model, settings.augment)
     )

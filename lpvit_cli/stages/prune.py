@@ -92,7 +92,7 @@ class Plan:
 
     def _most(self, name: str) -> int:
         blocks = len(self.removals[name].order)
-        return blocks - math.ceil(self.settings.min_keep * blocks)
+        return blocks - math.ceil(self.settings.min_keep * blocks - 1e-9)
 
     def _curve(self, name: str, by_flops: bool) -> Curve:
         removal, cost = self.removals[name], self.costs[name]

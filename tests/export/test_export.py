@@ -90,7 +90,7 @@ def test_files_lpvit_did_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EnvironmentFault, match="'onnxruntime' is not installed") as caught:
         OnnxModel(tmp_path / "text.onnx")
-    assert caught.value.hint == "pip install 'lpvit[export]'"
+    assert caught.value.hint == "pip install onnxruntime"
 
 
 def test_first_images_repeat_a_short_split() -> None:

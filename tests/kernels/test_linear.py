@@ -152,3 +152,14 @@ def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
     (dx,) = torch.autograd.grad(linear(x, matrix.with_values(values)).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+def test_biases_and_residuals_of_other_shapes_are_refused_and_vectors_are_not() -> None:
+    weight, mask = masked((64, 96), (32, 16), 0.5)
+    matrix = BlockSparseMatrix.from_dense(weight, (32, 16), mask)
+    x = torch.randn(3, 96)
+    with pytest.raises(ValueError, match=r"bias must be \[64\], got \[1\]"):
+        linear(x, matrix, torch.zeros(1))
+    with pytest.raises(ValueError, match=r"residual must be \[3, 64\], got \[2, 3, 64\]"):
+        linear(x, matrix, residual=torch.zeros(2, 3, 64))
+    assert relative(linear(x[0], matrix), matrix.to_dense() @ x[0]) < 1e-5

@@ -37,6 +37,17 @@ def test_the_output_is_unchanged(density: float) -> None:
     assert adapter.delta_values().norm() > 0.1, "the product itself is not zero: W0 absorbed it"
 
 
+def test_the_output_is_unchanged_in_half_precision_too() -> None:
+    """W0 nearly cancels the product at first: rounding the product before the sum would show, rounding the sum does not."""
+    adapter, _, before = started(0.5, torch.float32)
+    adapter.lora_a.data *= 30
+    adapter.base.values.data -= adapter.delta_values() * (1 - 1 / 30)
+    x = torch.randn(70, SHAPE[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.linear(x, before, adapter.base.bias)
+        assert relative(adapter(x), expected) < 1e-2  # bfloat16 has 8 bits
+
+
 def test_factors_are_scaled_singular_vectors_without_singular_values() -> None:
     adapter, gradient, _ = started(0.5)
     scale = SHAPE[0] ** 0.25 / 4.0  # out^(1/4) / sqrt(gamma)

@@ -236,3 +236,10 @@ def test_verdict_gives_the_reason_for_indecision(calm: TimingRun) -> None:
     assert "noise" in said(calm, 0.98, 1.01, 1.03, load=0.05)
     assert "vary" in said(calm, 0.9, 1.01, 1.1, variation=0.2)
     assert "0.2" not in said(calm, 1.27, 1.31, 1.35, variation=0.2)
+
+
+def test_verdicts_on_a_busy_machine_are_doubted(calm: TimingRun) -> None:
+    for low, value, high in ((1.27, 1.31, 1.35), (0.88, 0.91, 0.93)):
+        assert said(calm, low, value, high, load=0.5).endswith(
+            "; doubtful, other processes used 50% of the machine: measure again"
+        )

@@ -13,6 +13,7 @@ from helpers import Demo, relative, run_cli
 from PIL import Image
 from safetensors import safe_open
 
+import lpvit_cli
 from lpvit_cli import Recipe, load_model
 from lpvit_cli.data import transform_for
 from lpvit_cli.run import Run
@@ -121,7 +122,7 @@ def test_every_artefact_tells_where_it_came_from(demo: Demo) -> None:
         record = run.record(stage)
         assert record is not None
         assert record["stage"] == stage.command
-        assert record["inputs"]["seed"] == 0
+        assert record["inputs"]["versions.lpvit"] == lpvit_cli.__version__
         assert record["device"]
         assert record["duration_s"] > 0
     assert sorted(p.name for p in demo.folder.iterdir()) == sorted([".lock", "recipe.yaml", *(s.folder for s in STAGES)])
