@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from lpvit_cli.errors import UsageError
 from lpvit_cli.recipe import Budget, Recipe
 from lpvit_cli.report.pictures import sweep_picture
 from lpvit_cli.report.schema import SweepPoint, SweepReport
@@ -13,6 +14,8 @@ from lpvit_cli.stages.prune import make_plan, prune_to, search
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> SweepReport:
+    if not recipe.sweep:
+        raise UsageError("sweep: no budgets given", "for example: lpvit prune RECIPE --sweep 0.3,0.5,0.7")
     plan = make_plan(recipe, run, progress)
     dense = plan.evaluate(plan.model, progress, "evaluating the dense model")
     kind = recipe.prune.budget.kind
