@@ -17,7 +17,6 @@ from pathlib import Path
 CASES = (  # model, images
     ("deit_small_patch16_224", 64),
     ("deit_small_patch16_224", 256),
-    ("deit_base_patch16_224", 64),
     ("deit_base_patch16_224", 256),
 )
 BLOCKS = ((128, 32), (64, 64), (16, 16))
