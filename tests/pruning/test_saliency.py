@@ -89,3 +89,4 @@ def test_block_larger_than_layer(block: tuple[int, int]) -> None:
 
 def test_a_block_may_be_the_whole_layer() -> None:
     require_fit("blocks.0", (32, 64), (32, 64))
+    assert METHODS["magnitude"](weight_of((32, 64)), random_statistics(32, 64), (32, 64)).order.tolist() == [0]
