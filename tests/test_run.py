@@ -295,7 +295,7 @@ def test_names_that_yaml_quotes_are_recognised(tmp_path: Path, name: str) -> Non
     with run.open():
         pass
     with make(tmp_path / "r", f"name='{name}'").open():
-        assert f"name: '{name}'" in (run.folder / "recipe.yaml").read_text() or name == "a-b.c"
+        assert Recipe.load(run.folder / "recipe.yaml").name == name
 
 
 def test_taking_a_folder_over_removes_the_progress_of_its_former_run(tmp_path: Path) -> None:
