@@ -19,7 +19,7 @@ CASES = (  # model, images
     ("deit_small_patch16_224", 256),
     ("deit_base_patch16_224", 256),
 )
-BLOCKS = ((128, 32), (64, 64), (16, 16))
+BLOCKS = ((128, 32), (16, 16))
 
 
 def peak_gib() -> float:

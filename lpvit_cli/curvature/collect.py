@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lpvit_cli.curvature.statistics import LayerStatistics
-from lpvit_cli.errors import UsageError
+from lpvit_cli.curvature.statistics import FIELDS, LayerStatistics
+from lpvit_cli.errors import CheckFailed, UsageError
 
 Gradient = Literal["logits", "empirical", "sampled"]
 
@@ -43,7 +43,8 @@ def collect(
 ) -> dict[str, LayerStatistics]:
     """Statistics of `layers` over `batches` (images [n, 3, H, W], labels [n]). `on_batch` is told the images done.
 
-    Raises UsageError when a layer is never called as a module, so that replacing it would change nothing.
+    Raises UsageError when a layer is never called as a module, so that replacing it would change nothing, and CheckFailed when
+    statistics are not finite.
     """
     model.eval().requires_grad_(False).to(device)
     statistics = {}
@@ -73,7 +74,17 @@ def collect(
         statistics[name].gradient = layer.weight.grad
         statistics[name].images = images
         layer.weight.grad = None
+        _require_finite(name, statistics[name])
     return statistics
+
+
+def _require_finite(name: str, statistics: LayerStatistics) -> None:
+    for field in FIELDS:
+        if not bool(getattr(statistics, field).isfinite().all()):
+            raise CheckFailed(
+                f"calibration: {field} of {name} holds NaN or infinite values",
+                "the model overflows on these images: check its weights and preprocessing (mean, std)",
+            )
 
 
 def _observer(statistics: LayerStatistics) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

@@ -28,6 +28,11 @@ class LayerStatistics:
     tokens: int  # tokens summed over, all images together
     images: int
 
+    def __add__(self, other: LayerStatistics) -> LayerStatistics:
+        """Statistics of both sets of images together, as if one process had seen them."""
+        sums = {field: getattr(self, field) + getattr(other, field) for field in FIELDS}
+        return LayerStatistics(**sums, tokens=self.tokens + other.tokens, images=self.images + other.images)
+
     @property
     def hessian(self) -> Tensor:
         """H = 2/N sum x^T x [in, in], N tokens: Hessian of the layer's mean squared error, the same for each output."""

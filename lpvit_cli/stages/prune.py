@@ -201,6 +201,13 @@ def _notes(plan: Plan) -> list[str]:
     notes = []
     if plan.validation.skipped:
         notes.append(f"{len(plan.validation.skipped)} unreadable images skipped (first: {plan.validation.skipped[0]})")
+    seen = {name: layer for name, layer in plan.statistics.items() if layer.tokens < len(layer.input_outer)}
+    if seen and plan.settings.method == "obs":
+        name, layer = max(seen.items(), key=lambda item: len(item[1].input_outer) / item[1].tokens)
+        notes.append(
+            f"calibration saw {layer.tokens} tokens of {name}, fewer than its {len(layer.input_outer)} inputs "
+            f"({len(seen)} such layers): raise calibrate.images"
+        )
     if len({plan.flops.tokens[name] for name in plan.costs}) == 1:
         notes.append(
             "every layer sees the same number of tokens, so a block costs the same power everywhere: beta changes nothing"

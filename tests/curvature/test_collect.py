@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import relative
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from lpvit_cli.curvature import LayerStatistics, collect, load_statistics, save_statistics
 from lpvit_cli.curvature.collect import loss_of
-from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.errors import CheckFailed, EnvironmentFault, UsageError
 from lpvit_cli.models import prunable_layers
 from lpvit_cli.recipe import Layers
 
@@ -168,3 +170,28 @@ def test_layer_whose_output_reaches_no_logit_is_refused() -> None:
     layers = {"layer": model.layer, "ignored": model.ignored}
     with pytest.raises(UsageError, match="ignored is not called as a module"):
         collect(model, layers, [(torch.randn(2, 6), torch.tensor([0, 1]))], "empirical", 0, CPU, lambda done: None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_statistics_that_are_no_numbers_name_the_layer(tiny_vit: nn.Module, value: float) -> None:
+    x, labels = images(2)
+    x[1, 0, 3, 3] = value
+    with pytest.raises(CheckFailed, match=r"input_outer of blocks.0.attn.qkv holds NaN or infinite values"):
+        collect(tiny_vit, prunable_layers(tiny_vit, Layers()), [(x, labels)], "empirical", 0, CPU, lambda done: None)
+
+
+def test_partial_statistics_add_up(tiny_vit: nn.Module, tmp_path: Path) -> None:
+    """Two processes with some images each, merged, are one process with all of them."""
+    x, labels = images(6)
+    layers = prunable_layers(tiny_vit, Layers(include=("*.fc1",)))
+
+    def part(images: slice) -> dict[str, LayerStatistics]:
+        return collect(tiny_vit, layers, [(x[images], labels[images])], "empirical", 0, CPU, lambda done: None)
+
+    whole, first, second = part(slice(0, 6)), part(slice(0, 2)), part(slice(2, 6))
+    for name in layers:
+        together = first[name] + second[name]
+        assert (together.tokens, together.images) == (whole[name].tokens, 6)
+        assert relative(together.hessian, whole[name].hessian) < 1e-5
+        assert relative(together.output_moment, whole[name].output_moment) < 1e-5
+        assert relative(together.mean_gradient, whole[name].mean_gradient) < 1e-4

@@ -102,3 +102,13 @@ def test_the_search_finds_the_edge_with_few_evaluations(edge: float, found: floa
 def test_a_drop_that_no_pruned_model_keeps_is_refused() -> None:
     with pytest.raises(UsageError, match="no pruned model keeps a top-1 of 95.00 %"):
         search(Cliff(0.5), 95.0, lambda *_: None)  # type: ignore[arg-type]
+
+
+def test_too_few_images_for_the_rank_are_a_warning_with_numbers(tmp_path: Path) -> None:
+    options = ("digits_vit", "-o", tmp_path / "run", "--set", "calibrate.images=8", "--set", "data.val_images=8")
+    assert run_cli("calibrate", *options).code == 0
+    (warning,) = [
+        note for note in json.loads(run_cli("prune", *options, "--json").out)["notes"] if "tokens" in note and "saw" in note
+    ]
+    told = "calibration saw 136 tokens of blocks.0.mlp.fc2, fewer than its 960 inputs (8 such layers): raise calibrate.images"
+    assert warning == told
