@@ -133,12 +133,19 @@ class PruneSection(Section):
     ViT) a block costs the same power in every layer, and beta changes nothing."""
 
     method: Literal["obs", "lpvit", "taylor", "wanda", "magnitude"] = "obs"
+    sequential: bool = False  # with obs: each layer on the inputs of the already pruned ones; two passes a layer
     block: Block = (64, 32)  # output features x input features
     budget: Budget = Budget(flops=0.5)
     beta: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     min_keep: Fraction = 0.05  # of each layer's blocks
     layers: Layers = Layers()
     power: Power = Power()
+
+    @model_validator(mode="after")
+    def _sequential_is_compensation(self) -> Self:
+        if self.sequential and self.method != "obs":
+            raise ValueError("sequential: true needs method: obs")
+        return self
 
 
 class Distill(Section):

@@ -33,6 +33,7 @@ from lpvit_cli.models import build_model, prunable_layers
 from lpvit_cli.pruning.allocate import Curve, allocate
 from lpvit_cli.pruning.blocks import Block, block_elements, block_sums
 from lpvit_cli.pruning.saliency import METHODS, Removal, _additive
+from lpvit_cli.pruning.sequential import prune_sequentially
 from lpvit_cli.pruning.surgeon import compensated
 from lpvit_cli.recipe import FinetuneSection, Layers, ModelSection, Recipe
 from lpvit_cli.sparse import sparsify
@@ -118,6 +119,7 @@ class Method:
     removals: dict[str, Removal]
     uniform: bool = False  # the same fraction of every layer, for scores that do not compare across layers
     weights: Callable[[str, Tensor], Tensor] | None = None  # layer, block mask -> compensated weight
+    whole: Callable[[nn.Module, dict[str, int]], dict[str, Tensor]] | None = None  # prunes a copy of the model to counts
 
 
 def sample_gradients(model: nn.Module, layers: dict[str, nn.Linear], batches: Batches, images: int) -> dict[str, Tensor]:
@@ -180,6 +182,11 @@ def methods(task: Task, layers: dict[str, nn.Linear], seed: int, block: Block, f
     def least_squares(name: str, mask: Tensor) -> Tensor:
         return compensated(layers[name].weight.detach(), statistics[name].hessian, mask, block)
 
+    def sequentially(model: nn.Module, counts: dict[str, int]) -> dict[str, Tensor]:
+        row_weights = {name: layer.loss_weights for name, layer in statistics.items()}
+        images = [x for x, _ in calibration]
+        return prune_sequentially(task.model, model, counts, row_weights, images, block, lambda name: None)
+
     def layer_mean() -> Method:
         mean: dict[str, LayerStatistics] = copy.deepcopy(statistics)
         for layer in mean.values():
@@ -198,6 +205,7 @@ def methods(task: Task, layers: dict[str, nn.Linear], seed: int, block: Block, f
         "obs, no compensation": lambda: Method(removals("obs")),
         "obs, layer-mean S": layer_mean,
         "obs": lambda: Method(removals("obs"), weights=least_squares),
+        "obs, sequential": lambda: Method(removals("obs"), whole=sequentially),
     }
     if fisher:
         gradients = sample_gradients(task.model, layers, calibration, MFAC_IMAGES)
@@ -228,7 +236,9 @@ def prune(task: Task, layers: dict[str, nn.Linear], method: Method, sparsity: fl
         counts = allocate(curves, (1 - sparsity) * total, beta=0.0)
     model = copy.deepcopy(task.model)
     masks = {name: removal.mask(counts[name]) for name, removal in method.removals.items()}
-    if method.weights:
+    if method.whole:
+        masks = method.whole(model, counts)
+    elif method.weights:
         for name, mask in masks.items():
             model.get_submodule(name).weight.data = method.weights(name, mask)
     sparsify(model, masks, block)

@@ -49,6 +49,11 @@ class LayerStatistics:
         return self.gradient / self.images
 
     @property
+    def loss_weights(self) -> Tensor:
+        """T S [out], T tokens an image: what a squared error of each output, averaged over tokens, costs in loss per image."""
+        return self.tokens_per_image * self.output_moment
+
+    @property
     def tokens_per_image(self) -> float:
         return self.tokens / self.images
 

@@ -73,8 +73,7 @@ def lpvit(weight: Tensor, statistics: LayerStatistics, block: Block) -> Removal:
 
 def obs(weight: Tensor, statistics: LayerStatistics, block: Block) -> Removal:
     """Exact greedy removal with compensation (surgeon.py), each output's error weighted by its own T S_r: units of loss."""
-    row_weights = statistics.tokens_per_image * statistics.output_moment
-    order, errors = merged(*removal_order(weight, statistics.hessian / 2, block, row_weights))
+    order, errors = merged(*removal_order(weight, statistics.hessian / 2, block, statistics.loss_weights))
     return Removal(order, _cumulative(errors), grid((weight.shape[0], weight.shape[1]), block))
 
 

@@ -58,14 +58,15 @@ def merged(order: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
     return (order + cols * torch.arange(rows)[:, None]).flatten()[key], errors.flatten()[key]
 
 
-def compensated(weight: Tensor, hessian: Tensor, mask: Tensor, block: Block) -> Tensor:
+def compensated(weight: Tensor, hessian: Tensor, mask: Tensor, block: Block, cross: Tensor | None = None) -> Tensor:
     """The least-squares weight for a block mask: for each block row, min over W' zero off the mask of tr((W'-W) H (W'-W)^T).
 
-    The same weights as removing the blocks one after another; solved at once in float64: W'_K = W H_:K (H_KK)^-1.
+    The same weights as removing the blocks one after another; solved at once in float64: W'_K = W H_:K (H_KK)^-1. Where the
+    inputs have changed from x to x', H is that of x', and `cross` = 2/N sum x^T x' [in, in] takes its place in the target.
     """
     h = damped(hessian.double())
     w = weight.double()
-    target = w @ h
+    target = w @ (h if cross is None else cross.double() + (h - hessian.double()))
     new = torch.zeros_like(w)
     for i, columns in enumerate(expand(mask, (mask.shape[0] * block[0], weight.shape[1]), block)[:: block[0]]):
         kept = columns.nonzero()[:, 0]

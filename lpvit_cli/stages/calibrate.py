@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from lpvit_cli.curvature import collect, save_statistics
-from lpvit_cli.data import batches, open_images
-from lpvit_cli.models import build_model, describe_device, device_of, prunable_layers
+from lpvit_cli.data import Batches, batches, open_images
+from lpvit_cli.models import VisionModel, build_model, describe_device, device_of, prunable_layers
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.report.schema import CalibrateReport
 from lpvit_cli.run import Progress, Run
@@ -16,21 +16,21 @@ from lpvit_cli.run import Progress, Run
 STATISTICS = "statistics.safetensors"
 
 
+def calibration_batches(recipe: Recipe, model: VisionModel) -> Batches:
+    """The same images every time, for the same recipe."""
+    source = open_images(recipe.data, recipe.data.train_split, model)
+    settings = recipe.calibrate
+    return batches(
+        model, source, recipe.data, batch_size=settings.batch_size, shuffle=True, seed=recipe.seed, limit=settings.images
+    )
+
+
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> CalibrateReport:
     torch.manual_seed(recipe.seed)
     device = device_of(recipe)
     model = build_model(recipe.model)
     layers = prunable_layers(model, recipe.prune.layers)
-    source = open_images(recipe.data, recipe.data.train_split, model)
-    images = batches(
-        model,
-        source,
-        recipe.data,
-        batch_size=recipe.calibrate.batch_size,
-        shuffle=True,
-        seed=recipe.seed,
-        limit=recipe.calibrate.images,
-    )
+    images = calibration_batches(recipe, model)
     total = images.images or 0
     statistics = collect(
         model,

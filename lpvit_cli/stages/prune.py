@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from lpvit_cli.curvature import LayerStatistics, load_statistics
 from lpvit_cli.data import Batches, class_names
@@ -23,13 +23,14 @@ from lpvit_cli.pruning.allocate import Curve, allocate, automatic_beta
 from lpvit_cli.pruning.blocks import Block, require_fit
 from lpvit_cli.pruning.cost import LayerCost, ModelFlops, count_flops, layer_cost
 from lpvit_cli.pruning.saliency import METHODS, Removal
+from lpvit_cli.pruning.sequential import prune_sequentially
 from lpvit_cli.pruning.surgeon import compensated
 from lpvit_cli.recipe import Budget, PruneSection, Recipe
 from lpvit_cli.report.schema import LayerReport, PruneReport
 from lpvit_cli.run import Progress, Run
 from lpvit_cli.sparse import sparsify
 from lpvit_cli.stages import CALIBRATE
-from lpvit_cli.stages.calibrate import STATISTICS
+from lpvit_cli.stages.calibrate import STATISTICS, calibration_batches
 from lpvit_cli.stages.evaluate import evaluate_model, validation_batches
 
 SEARCH_STEP = 0.01  # of the FLOPs: how finely the search for an accuracy looks
@@ -56,6 +57,7 @@ class Plan:
     costs: dict[str, LayerCost]
     removals: dict[str, Removal]
     validation: Batches
+    calibration: list[Tensor] | None  # images, for sequential pruning
 
     @property
     def settings(self) -> PruneSection:
@@ -67,18 +69,27 @@ class Plan:
         beta = automatic_beta(curves) if self.settings.beta == "auto" else self.settings.beta
         return allocate(curves, self._allowance(budget), beta), beta
 
-    def pruned(self, removed: dict[str, int], progress: Progress) -> VisionModel:
-        """A block-sparse copy of the model; with `obs` the kept weights make up for the removed ones."""
-        model = copy.deepcopy(self.model)
-        masks = {name: removal.mask(removed[name]) for name, removal in self.removals.items()}
-        if self.settings.method == "obs":
-            for done, (name, layer) in enumerate(self.layers.items(), start=1):
-                hessian = self.statistics[name].hessian
-                new = compensated(layer.weight.detach(), hessian, masks[name], self.settings.block)
-                model.get_submodule(name).weight.data = new
-                progress("compensating", done, len(self.layers), name)
-        sparsify(model, masks, self.settings.block)
-        return model
+    def pruned(self, removed: dict[str, int], progress: Progress) -> tuple[VisionModel, dict[str, Tensor]]:
+        """A block-sparse copy of the model, and its masks; with `obs` the kept weights make up for the removed ones."""
+        model, block = copy.deepcopy(self.model), self.settings.block
+        done: list[str] = []
+
+        def on_layer(name: str) -> None:
+            done.append(name)
+            progress("compensating", len(done), len(self.layers), name)
+
+        if self.calibration is not None:
+            row_weights = {name: layer.loss_weights for name, layer in self.statistics.items()}
+            masks = prune_sequentially(self.model, model, removed, row_weights, self.calibration, block, on_layer)
+        else:
+            masks = {name: removal.mask(removed[name]) for name, removal in self.removals.items()}
+            if self.settings.method == "obs":
+                for name, layer in self.layers.items():
+                    new = compensated(layer.weight.detach(), self.statistics[name].hessian, masks[name], block)
+                    model.get_submodule(name).weight.data = new
+                    on_layer(name)
+        sparsify(model, masks, block)
+        return model, masks
 
     def evaluate(self, model: VisionModel, progress: Progress, what: str) -> Accuracy:
         result = evaluate_model(model, self.validation, self.recipe, device_of(self.recipe), progress, what)
@@ -128,20 +139,22 @@ def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Plan:
     for done, (name, layer) in enumerate(layers.items(), start=1):
         removals[name] = METHODS[settings.method](layer.weight.detach(), statistics[name], settings.block)
         progress("layer curves", done, len(layers), name)
-    return Plan(recipe, model, layers, statistics, flops, costs, removals, validation)
+    calibration = [images for images, _ in calibration_batches(recipe, model)] if settings.sequential else None
+    return Plan(recipe, model, layers, statistics, flops, costs, removals, validation, calibration)
 
 
 def prune_to(plan: Plan, budget: Budget, dense: Accuracy, work: Path, progress: Progress) -> PruneReport:
     """Prune to a budget, evaluate, and write the model folder `work`."""
     recipe, settings = plan.recipe, plan.settings
     removed, beta = plan.allocation(budget)
-    model = plan.pruned(removed, progress)
+    model, masks = plan.pruned(removed, progress)
     accuracy = plan.evaluate(model, progress, "evaluating the pruned model")
     data = {"dataset": recipe.data.dataset, "root": str(recipe.data.root or ""), "split": recipe.data.val_split}
     save_model(work, model, model_config(recipe.model, model, data=data, parent=recipe.model.model_dump(mode="json")))
 
-    layers = [_layer_report(name, settings.block, plan.removals[name], removed[name], plan.costs[name]) for name in plan.layers]
-    kept = sum(float(cost.weights[plan.removals[name].mask(removed[name])].sum()) for name, cost in plan.costs.items())
+    predicted = {name: float(removal.distortion[removed[name]]) for name, removal in plan.removals.items()}
+    layers = [_layer_report(name, settings.block, masks[name], predicted[name], plan.costs[name]) for name in plan.layers]
+    kept = sum(float(cost.weights[masks[name]].sum()) for name, cost in plan.costs.items())
     return PruneReport(
         device=describe_device(device_of(recipe)),
         notes=_notes(plan),
@@ -168,7 +181,7 @@ def search(plan: Plan, least_top1: float, progress: Progress) -> Budget:
     while high - low > 0:
         middle = (low + high) // 2
         budget = Budget(flops=middle * SEARCH_STEP)
-        model = plan.pruned(plan.allocation(budget)[0], progress)
+        model, _ = plan.pruned(plan.allocation(budget)[0], progress)
         top1 = plan.evaluate(model, progress, f"evaluating at {middle * SEARCH_STEP:.0%} of the FLOPs").top1
         low, high = (low, middle) if top1 >= least_top1 else (middle + 1, high)
     if high * SEARCH_STEP >= 1:
@@ -179,8 +192,7 @@ def search(plan: Plan, least_top1: float, progress: Progress) -> Budget:
     return Budget(flops=high * SEARCH_STEP)
 
 
-def _layer_report(name: str, block: Block, removal: Removal, removed: int, cost: LayerCost) -> LayerReport:
-    mask = removal.mask(removed)
+def _layer_report(name: str, block: Block, mask: Tensor, distortion: float, cost: LayerCost) -> LayerReport:
     whole = torch.ones_like(mask)
     return LayerReport(
         name=name,
@@ -189,7 +201,7 @@ def _layer_report(name: str, block: Block, removal: Removal, removed: int, cost:
         blocks=mask.numel(),
         kept_blocks=int(mask.sum()),
         kept_map=["".join("#" if kept else "." for kept in row) for row in mask.tolist()],
-        distortion=float(removal.distortion[removed]),
+        distortion=distortion,
         flops_dense=int(cost.flops.sum()),
         flops=int(cost.flops[mask].sum()),
         energy_uj_dense=cost.predicted_energy_uj(whole),

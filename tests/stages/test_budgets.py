@@ -83,8 +83,8 @@ class Cliff:
     def allocation(self, budget: Budget) -> tuple[Budget, float]:
         return budget, 0.0
 
-    def pruned(self, removed: Budget, progress: object) -> Budget:
-        return removed
+    def pruned(self, removed: Budget, progress: object) -> tuple[Budget, None]:
+        return removed, None
 
     def evaluate(self, model: Budget, progress: object, what: str) -> Accuracy:
         self.evaluated += 1
