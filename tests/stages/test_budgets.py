@@ -112,3 +112,14 @@ def test_too_few_images_for_the_rank_are_a_warning_with_numbers(tmp_path: Path) 
     ]
     told = "calibration saw 136 tokens of blocks.0.mlp.fc2, fewer than its 960 inputs (8 such layers): raise calibrate.images"
     assert warning == told
+
+
+def test_sequential_pruning_keeps_the_budget_and_the_accuracy(calibrated: Path, demo: Demo) -> None:
+    arguments = ("prune", "digits_vit", "-o", calibrated, *demo.options, "--set", "prune.budget.sparsity=0.7", "--json")
+    plain, sequential = (json.loads(run_cli(*arguments, "--set", f"prune.sequential={s}").out) for s in ("false", "true"))
+    assert [layer["kept_blocks"] for layer in sequential["layers"]] == [layer["kept_blocks"] for layer in plain["layers"]]
+    assert sequential["layers"] != plain["layers"], "other blocks are kept"
+    assert sequential["accuracy"]["top1"] >= plain["accuracy_dense"]["top1"] - 1
+    refused = run_cli(*arguments, "--set", "prune.sequential=true", "--set", "prune.method=lpvit")
+    assert refused.code == 2
+    assert "sequential: true needs method: obs" in refused.err
