@@ -11,6 +11,7 @@ import typer
 
 from lpvit_cli import __version__
 from lpvit_cli.console import Console
+from lpvit_cli.errors import UsageError
 from lpvit_cli.stages import BENCH, CALIBRATE, FINETUNE, PRUNE, STAGES, SWEEP, Stage
 
 app = typer.Typer(
@@ -95,6 +96,10 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
     ) -> None:
         console = _console(json_, quiet, verbose)
         with console.command():
+            if sweep is not None and command != PRUNE.command:
+                raise UsageError(
+                    f"--sweep is an option of prune, not of {command}", "run: lpvit prune RECIPE --sweep 0.3,0.5,0.7"
+                )
             overrides = list(set_ or [])
             overrides += [f"sweep=[{sweep}]"] * (sweep is not None)
             overrides += [f"device={device}"] * (device is not None)

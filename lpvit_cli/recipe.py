@@ -213,8 +213,9 @@ class Recipe(Section):
     @field_validator("sweep")
     @classmethod
     def _sweep_holds_budgets(cls, sweep: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
-        for value in sweep:
-            Budget.model_validate({info.data["prune"].budget.kind: value}) if "prune" in info.data else None
+        if "prune" in info.data:  # absent when it is invalid itself
+            for value in sweep:
+                Budget.model_validate({info.data["prune"].budget.kind: value})
         return sweep
 
     @classmethod

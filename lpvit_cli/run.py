@@ -82,9 +82,9 @@ class Run:
                 old.rename(artefact)
             if artefact.exists() and not (artefact / "stage.json").is_file():
                 raise UsageError(f"{artefact}: is in the way and not made by lpvit", "move it, or choose another --output")
-            if take_over:
-                shutil.rmtree(artefact, ignore_errors=True)
-                self._clear(f".{stage.folder}.*")
+        for stage in (*STAGES, SWEEP) if take_over else ():
+            shutil.rmtree(self.folder / stage.folder, ignore_errors=True)
+            self._clear(f".{stage.folder}.*")
 
     # what an artefact depends on
 

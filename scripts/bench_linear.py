@@ -7,7 +7,6 @@ Prints a table of ratios (dense time over sparse time: above 1 is faster); the l
 
 import argparse
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from lpvit_kernels import BlockSparseMatrix, linear
 from torch import Tensor
 from torch.nn import functional as F
 
-from lpvit_cli.measure.machine import installed, machine
+from lpvit_cli.measure.machine import provenance
 from lpvit_cli.measure.timing import time_interleaved
 
 LAYERS = ((3072, 768), (768, 3072))  # out x in: fc1 and fc2 of ViT-B
@@ -87,13 +86,11 @@ def main() -> None:
                 print(f"{row['layer']:>12} {row['block']:>8} {sparsity:8.0%} {times}  {interval:21} {ideal}", flush=True)
     result = {
         "benchmark": "bench_linear",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance("torch", "triton"),
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
         "dtype": args.dtype,
         "tokens": args.tokens,
         "threads": args.threads,
-        "machine": machine(),
-        "versions": {package: installed(package) for package in ("torch", "triton")},
         "rows": rows,
     }
     if args.output:

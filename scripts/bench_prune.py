@@ -11,7 +11,6 @@ import resource
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 CASES = (  # model, images
@@ -68,7 +67,7 @@ def main() -> None:
     if args.case:
         print(json.dumps(measure(args.case[0], int(args.case[1]))))
         return
-    from lpvit_cli.measure.machine import installed, machine
+    from lpvit_cli.measure.machine import provenance
 
     rows = []
     for model, images in CASES:
@@ -78,9 +77,7 @@ def main() -> None:
         print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     result = {
         "benchmark": "bench_prune",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": {package: installed(package) for package in ("torch", "timm")},
+        **provenance("torch", "timm"),
         "rows": rows,
     }
     if args.output:

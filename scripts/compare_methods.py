@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -28,11 +27,11 @@ from lpvit_cli.lora import adapt, merge
 from lpvit_cli.lora.init import kept_gradients, lora_ga_init
 from lpvit_cli.lora.train import Trainer, distilled_loss
 from lpvit_cli.measure.accuracy import accuracy
-from lpvit_cli.measure.machine import installed, machine
-from lpvit_cli.models import build_model, prunable_layers
+from lpvit_cli.measure.machine import provenance
+from lpvit_cli.models import build_model, prunable_layers, write_tensors
 from lpvit_cli.pruning.allocate import Curve, allocate
 from lpvit_cli.pruning.blocks import Block, block_elements, block_sums
-from lpvit_cli.pruning.saliency import METHODS, Removal, _additive
+from lpvit_cli.pruning.saliency import METHODS, Removal, additive
 from lpvit_cli.pruning.sequential import prune_sequentially
 from lpvit_cli.pruning.surgeon import compensated
 from lpvit_cli.recipe import FinetuneSection, Layers, ModelSection, Recipe
@@ -104,8 +103,6 @@ def swin_task(cache: Path, epochs: int = 40) -> Task:
             loss.backward()
             optimizer.step()
             schedule.step()
-    from lpvit_cli.models import write_tensors
-
     cache.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(cache, {name: tensor.contiguous() for name, tensor in model.eval().state_dict().items()})
     return Task("digits_swin", model, train, val)
@@ -155,7 +152,7 @@ def mfac(layers: dict[str, nn.Linear], gradients: dict[str, Tensor], block: Bloc
             score.append(
                 [fisher.block_saliency(index[:, c : c + block[1]].flatten(), w[:, c : c + block[1]].flatten()) for c in columns]
             )
-        removals[name] = _additive(torch.tensor(score, dtype=torch.float64))
+        removals[name] = additive(torch.tensor(score, dtype=torch.float64))
 
     def weights(name: str, mask: Tensor) -> Tensor:
         new = layers[name].weight.detach().clone()
@@ -215,7 +212,7 @@ def methods(task: Task, layers: dict[str, nn.Linear], seed: int, block: Block, f
             for name, layer in layers.items():
                 products = gradients[name] * layer.weight.detach()
                 score[name] = torch.stack([block_sums(p.double(), block).square() for p in products]).mean(0) / 2
-            return Method({name: _additive(s) for name, s in score.items()})
+            return Method({name: additive(s) for name, s in score.items()})
 
         made |= {"block Fisher": block_fisher, "M-FAC": lambda: mfac(layers, gradients, block)}
     return made
@@ -312,13 +309,11 @@ def main() -> None:
             print_table(rows, task.name, "recovered")
     result = {
         "benchmark": "compare_methods",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance("torch", "timm"),
         "block": list(block),
         "seeds": args.seeds,
         "recovery_epochs": args.recovery_epochs,
         "minutes": round((time.monotonic() - started) / 60, 1),
-        "machine": machine(),
-        "versions": {package: installed(package) for package in ("torch", "timm")},
         "rows": rows,
     }
     if args.output:

@@ -65,6 +65,7 @@ def test_stage_commands_share_their_options(lpvit: Cli, command: str) -> None:
         (["calibrate", "digits_vit", "--dtype", "float8"], 2, "dtype", "change dtype"),
         (["calibrate", "deit_small_50", "--set", "model.pretrained=false"], 2, "dataset 'folder' needs a place", "data.root"),
         (["prune", "digits_vit"], 2, "nothing from `calibrate` there yet", "run: lpvit calibrate digits_vit"),
+        (["run", "digits_vit", "--sweep", "0.5"], 2, "--sweep is an option of prune", "lpvit prune RECIPE --sweep"),
         (["bench", "digits_vit"], 2, "nothing from `prune` there yet", "run: lpvit prune digits_vit"),
         (["evaluate", "runs/none"], 2, "runs/none: no such model folder or file", "timm name"),
         (["evaluate", "vit_tiny_patch61_224"], 2, "timm has no model", "vit_tiny_patch16_224"),

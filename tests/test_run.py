@@ -362,9 +362,12 @@ def test_a_machine_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch) ->
 def test_taking_over_spares_folders_lpvit_did_not_make(tmp_path: Path) -> None:
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "thesis.txt").write_text("mine")
+    (tmp_path / "calibration").mkdir()
+    (tmp_path / "calibration" / "stage.json").write_text("{}")
     with pytest.raises(UsageError, match="export: is in the way and not made by lpvit"), make(tmp_path).open(overwrite=True):
         pass
     assert (tmp_path / "export" / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "calibration").is_dir(), "refused before anything is removed"
 
 
 def test_taking_over_waits_for_the_lock(tmp_path: Path, work_of: Callable[..., None]) -> None:

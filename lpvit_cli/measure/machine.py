@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,6 +22,15 @@ def cpu_name() -> str:
 def machine() -> dict[str, str | int | None]:
     """Host facts that belong beside every measurement."""
     return {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
+
+
+def provenance(*packages: str) -> dict[str, object]:
+    """When, where and with which versions of `packages` a result came about."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": {package: installed(package) for package in packages},
+    }
 
 
 def installed(package: str) -> str | None:

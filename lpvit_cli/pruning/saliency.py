@@ -38,18 +38,18 @@ class Removal:
 
 def magnitude(weight: Tensor, statistics: LayerStatistics, block: Block) -> Removal:
     """Squared Frobenius norm of each block; no data used."""
-    return _additive(block_sums(weight.double().square(), block))
+    return additive(block_sums(weight.double().square(), block))
 
 
 def taylor(weight: Tensor, statistics: LayerStatistics, block: Block) -> Removal:
     """First-order change of the loss, |sum over the block of g w| (Molchanov et al., CVPR 2019, arXiv 1906.10771)."""
-    return _additive(_first_order(weight, statistics, block))
+    return additive(_first_order(weight, statistics, block))
 
 
 def wanda(weight: Tensor, statistics: LayerStatistics, block: Block) -> Removal:
     """Sum of |w| times the norm of its input (Wanda, arXiv 2306.11695), over each block. Not in units of loss."""
     norms = statistics.input_outer.diagonal().double().sqrt()
-    return _additive(block_sums(weight.double().abs() * norms, block))
+    return additive(block_sums(weight.double().abs() * norms, block))
 
 
 def lpvit(weight: Tensor, statistics: LayerStatistics, block: Block) -> Removal:
@@ -108,7 +108,8 @@ def _ascending(score: Tensor) -> Tensor:
     return score.flatten().argsort(stable=True)
 
 
-def _additive(score: Tensor) -> Removal:
+def additive(score: Tensor) -> Removal:
+    """Blocks in ascending order of a score [rows, cols] that adds up over blocks."""
     order = _ascending(score)
     return Removal(order, _cumulative(score.flatten()[order]), (score.shape[0], score.shape[1]))
 
