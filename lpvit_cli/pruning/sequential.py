@@ -1,19 +1,37 @@
-"""Sequential calibration: layers are pruned in the order in which they run, each on what the already pruned ones give it.
+"""Sequential pruning: layers are pruned in the order in which they run, each on what the already pruned ones give it.
 
 With x the dense model's inputs of a layer and x' the pruned prefix's, the new weight minimises ||x W^T - x' W'^T||^2 over the
 kept blocks, so that a layer also makes up for the errors before it (the order of SparseGPT, arXiv 2301.00774, with the dense
 model's output as target).
+
+Each batch goes through each model once: its forward pass waits at every layer until that layer is pruned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+from threading import Thread, current_thread
 
 import torch
 from torch import Tensor, nn
 
 from lpvit_cli.pruning.blocks import Block
 from lpvit_cli.pruning.surgeon import compensated, merged, removal_order
+
+CPU_BYTES = 4 * 2**30  # for the waiting forward passes
+GPU_SHARE = 0.4  # of the GPU's memory, for the same
+
+
+def images_that_fit(layer_inputs: list[int], device: torch.device) -> int:
+    """How many images may wait at once. `layer_inputs`: values that one image feeds each layer.
+
+    A waiting pass holds its layer's input and the residual stream, about twice the largest input, in float32, in two models.
+    """
+    gpu = device.type == "cuda"
+    memory = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory if gpu else CPU_BYTES
+    return max(1, int(memory / (2 * 2 * 4 * max(layer_inputs))))
 
 
 def prune_sequentially(
@@ -25,58 +43,107 @@ def prune_sequentially(
     block: Block,
     on_layer: Callable[[str], None],
 ) -> dict[str, Tensor]:
-    """Prune `model` (a copy of `dense`, changed in place) layer by layer; returns the block masks.
+    """Prune `model` (a copy of `dense`, changed in place) layer by layer; returns the block masks, in the order of running.
 
-    `removed`: blocks each layer loses; `row_weights` [out] of each, as in `removal_order`; `batches`: images [n, 3, H, W].
-    Runs both models up to each layer: two partial forward passes over all batches a layer.
+    `removed`: blocks each layer loses; `row_weights` [out] of each, as in `removal_order`; `batches`: images [n, 3, H, W] on the
+    models' device, `images_that_fit` of them at the most.
     """
     masks = {}
-    for name in removed:
-        layer = dense.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        weight = layer.weight.detach()
-        hessian, cross = _moments(dense, model, name, batches)
-        everything = torch.ones(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]), dtype=torch.bool)
-        ideal = compensated(weight, hessian, everything, block, cross)
-        order, errors = removal_order(ideal, (hessian / 2).to(weight.dtype), block, row_weights[name])
-        mask = torch.ones(order.numel(), dtype=torch.bool)
-        mask[merged(order, errors)[0][: removed[name]]] = False
-        masks[name] = mask.reshape(order.shape)
-        model.get_submodule(name).weight.data = compensated(weight, hessian, masks[name], block, cross)
-        on_layer(name)
+    with _passes(dense, list(removed), batches) as ahead, _passes(model, list(removed), batches) as behind:
+        while stops := [stop for one in ahead if (stop := one.proceed())]:
+            name = stops[0][0]
+            hessian, cross = _moments(stops, [stop for one in behind if (stop := one.proceed())])
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            weight = layer.weight.detach()
+            everything = torch.ones(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]), dtype=torch.bool)
+            ideal = compensated(weight, hessian, everything, block, cross)
+            order, errors = removal_order(ideal, (hessian / 2).to(weight.dtype), block, row_weights[name])
+            mask = torch.ones(order.numel(), dtype=torch.bool)
+            mask[merged(order, errors)[0][: removed[name]]] = False
+            masks[name] = mask.reshape(order.shape)
+            layer.weight.data = compensated(weight, hessian, masks[name], block, cross)
+            on_layer(name)
     return masks
 
 
-def _moments(dense: nn.Module, model: nn.Module, name: str, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+Stop = tuple[str, Tensor]  # a layer, and what it is given [tokens, in]
+
+
+def _moments(dense: list[Stop], pruned: list[Stop]) -> tuple[Tensor, Tensor]:
     """2/N sum x'^T x' and 2/N sum x^T x' [in, in], float64, over the N tokens of all batches."""
-    hessian = cross = torch.zeros((), dtype=torch.float64)
+    size, device = dense[0][1].shape[1], dense[0][1].device
+    hessian, cross = (torch.zeros(size, size, dtype=torch.float64, device=device) for _ in range(2))
     tokens = 0
-    for images in batches:
-        x, x_pruned = _input_of(dense, name, images), _input_of(model, name, images)
-        hessian = hessian + (x_pruned.T @ x_pruned).double()
-        cross = cross + (x.T @ x_pruned).double()
+    for (name, x), (name_pruned, x_pruned) in zip(dense, pruned, strict=True):
+        assert name == name_pruned
+        hessian += x_pruned.T @ x_pruned
+        cross += x.T @ x_pruned
         tokens += len(x)
-    return hessian * (2 / tokens), cross * (2 / tokens)
+    return hessian.mul_(2 / tokens), cross.mul_(2 / tokens)
 
 
-class _Reached(Exception):
-    """Ends a forward pass at the layer of interest."""
+class _Abandoned(Exception):
+    """Unwinds a forward pass that nobody waits for any more."""
 
 
-@torch.inference_mode()
-def _input_of(model: nn.Module, name: str, images: Tensor) -> Tensor:
-    """What `model` feeds the named layer for these images: [tokens, in]."""
-    seen: list[Tensor] = []
+class _Pass(Thread):
+    """A forward pass that waits before each layer of interest; `proceed` lets it run on to the next one."""
 
-    def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0].flatten(0, -2))
-        raise _Reached
+    def __init__(self, model: nn.Module, images: Tensor):
+        super().__init__(daemon=True)
+        self.model, self.images = model, images
+        self.stops: SimpleQueue[Stop | BaseException | None] = SimpleQueue()
+        self.answers: SimpleQueue[bool] = SimpleQueue()
 
-    handle = model.get_submodule(name).register_forward_pre_hook(stop)
+    def run(self) -> None:
+        try:
+            with torch.no_grad():
+                self.model(self.images)
+            self.stops.put(None)
+        except BaseException as error:
+            self.stops.put(error)
+
+    def wait_at(self, name: str, x: Tensor) -> None:
+        self.stops.put((name, x.flatten(0, -2)))
+        if not self.answers.get():
+            raise _Abandoned
+
+    def proceed(self) -> Stop | None:
+        """The next layer and its input; None when the pass is complete. Errors of the model are raised here."""
+        if self.ident is None:
+            self.start()
+        else:
+            self.answers.put(True)
+        stop = self.stops.get()
+        if isinstance(stop, BaseException):
+            raise stop
+        return stop
+
+    def abandon(self) -> None:
+        self.answers.put(False)
+        if self.ident is not None:
+            self.join()
+
+
+@contextmanager
+def _passes(model: nn.Module, layers: list[str], batches: list[Tensor]) -> Iterator[list[_Pass]]:
+    """Forward passes of `model`, one a batch, that wait at `layers`."""
+
+    def wait(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            this = current_thread()
+            assert isinstance(this, _Pass)
+            this.wait_at(name, inputs[0])
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(wait(name)) for name in layers]
+    passes = [_Pass(model, images) for images in batches]
     try:
-        model(images)
-    except _Reached:
-        pass
+        yield passes
     finally:
-        handle.remove()
-    return seen[0]
+        for one in passes:
+            one.abandon()
+        for handle in handles:
+            handle.remove()
