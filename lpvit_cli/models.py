@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.recipe import Layers, ModelSection, Recipe
-from lpvit_cli.sparse import BlockSparseLinear, sparse_layers
+from lpvit_cli.sparse import BlockSparseLinear, narrow, sparse_layers, width
 
 FORMAT = "lpvit-model"
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
@@ -142,6 +142,7 @@ def model_config(section: ModelSection, model: VisionModel, **more: Any) -> dict
 
 def save_model(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
     """Write a model folder; asserts that the indices of every sparse layer hold."""
+    widths = {name: kept for name, module in model.named_modules() if (kept := width(module)) is not None}
     sparsity = {}
     for name, layer in sparse_layers(model).items():
         weight = BlockSparseMatrix(layer.values.detach(), layer.row_ptr, layer.cols, (layer.out_features, layer.in_features))
@@ -155,7 +156,7 @@ def save_model(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    content = {"format": FORMAT, "format_version": 1, **config, "sparsity": sparsity}
+    content = {"format": FORMAT, "format_version": 1, **config, "widths": widths, "sparsity": sparsity}
     (folder / "config.json").write_text(json.dumps(content, indent=1))
 
 
@@ -184,6 +185,12 @@ def load_model(path: str | Path) -> VisionModel:
     try:
         model = _create(config["architecture"], config["kwargs"], pretrained=False)
         model.pretrained_cfg = {**model.pretrained_cfg, **config["preprocessing"]}
+        for name, kept in config.get("widths", {}).items():
+            whole = width(model.get_submodule(name))
+            if whole is None or not 0 < kept <= whole:
+                raise ValueError(f"{name}: config.json says {kept} neurons or heads, the architecture has {whole}")
+            if kept < whole:
+                narrow(model.get_submodule(name), torch.arange(kept))
         for name, layer in config["sparsity"].items():
             values = tensors[f"{name}.values"]
             if list(values.shape[1:]) != layer["block"]:

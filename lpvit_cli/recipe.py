@@ -29,7 +29,7 @@ Block = tuple[PositiveInt, PositiveInt]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-PATHS = {("model", "weights"), ("data", "root")}
+PATHS = {("model", "weights"), ("data", "root"), ("prune", "profile")}
 
 
 class Section(BaseModel):
@@ -95,21 +95,34 @@ class CalibrateSection(Section):
 
 class Budget(Section):
     """How much to keep: `flops` = kept fraction of the whole model's FLOPs, `sparsity` = removed fraction of the prunable
-    weights, `max_drop` = points of top-1 that may be lost before recovery (the sparsest such model is searched)."""
+    weights, `latency_ms` of a batch and `energy_mj` of an image as the device profile predicts them (`lpvit profile`),
+    `max_drop` = points of top-1 that may be lost before recovery (the sparsest such model is searched)."""
 
     flops: float | None = Field(default=None, gt=0, le=1)
     sparsity: float | None = Field(default=None, ge=0, lt=1)
+    latency_ms: float | None = Field(default=None, gt=0)
+    energy_mj: float | None = Field(default=None, gt=0)
     max_drop: float | None = Field(default=None, ge=0, le=100)
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if [self.flops, self.sparsity, self.max_drop].count(None) != 2:
-            raise ValueError("give exactly one of flops, sparsity and max_drop (lpvit recipes show digits_vit)")
+        if len(self.model_dump(exclude_none=True)) != 1:
+            kinds = ", ".join(type(self).model_fields)
+            raise ValueError(f"give exactly one of {kinds} (lpvit recipes show digits_vit)")
         return self
 
     @property
     def kind(self) -> str:
         return next(iter(self.model_dump(exclude_none=True)))
+
+    @property
+    def value(self) -> float:
+        value: float = getattr(self, self.kind)
+        return value
+
+    @property
+    def needs_profile(self) -> bool:
+        return self.kind in ("latency_ms", "energy_mj")
 
 
 class Power(Section):
@@ -133,19 +146,36 @@ class PruneSection(Section):
     ViT) a block costs the same power in every layer, and beta changes nothing."""
 
     method: Literal["obs", "lpvit", "taylor", "wanda", "magnitude"] = "obs"
-    sequential: bool = False  # with obs: each layer on the inputs of the already pruned ones; two passes a layer
-    block: Block = (64, 32)  # output features x input features
+    reweigh: int = Field(default=2, ge=0)  # with obs: how often layers are weighed anew by gradients of the pruned model
+    sequential: bool = True  # with obs: each layer on the inputs of the already pruned ones
+    block: Block | Annotated[tuple[Block, ...], Field(min_length=1)] = (64, 32)  # output x input features; of several, a layer
+    # takes the one that suits it
+    patterns: tuple[Literal["balanced", "neurons", "heads"], ...] = ()  # balanced: equal counts in every block row; neurons,
+    # heads: whole hidden neurons (in groups of the block's width) and attention heads, cut out of both layers
     budget: Budget = Budget(flops=0.5)
+    profile: Path | None = None  # a profile.json of `lpvit profile`, for budgets in ms and mJ; None: that of this run
     beta: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     min_keep: Fraction = 0.05  # of each layer's blocks
     layers: Layers = Layers()
     power: Power = Power()
 
+    @field_validator("profile")
+    @classmethod
+    def _beside_the_recipe(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        return _resolved(path, info)
+
     @model_validator(mode="after")
-    def _sequential_is_compensation(self) -> Self:
-        if self.sequential and self.method != "obs":
-            raise ValueError("sequential: true needs method: obs")
+    def _patterns_fit(self) -> Self:
+        if self.patterns and self.method != "obs":
+            raise ValueError("patterns need method: obs")
+        if self.budget.needs_profile and set(self.patterns) & {"neurons", "heads"}:
+            raise ValueError("neurons and heads need a budget of flops, sparsity or max_drop: a profile has no smaller layers")
         return self
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        one = isinstance(self.block[0], int)
+        return (self.block,) if one else self.block  # type: ignore[return-value]
 
 
 class Distill(Section):

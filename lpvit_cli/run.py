@@ -119,6 +119,13 @@ class Run:
             inputs["measured on"] = describe_device(device_of(self.recipe))
         return inputs
 
+    def profile(self) -> Path | None:
+        """The device profile that pruning reads: the one the recipe names, or this run's where the budget needs one."""
+        settings = self.recipe.prune
+        if settings.profile is None and settings.budget.needs_profile:
+            return self.artefact(PROFILE) / "profile.json"
+        return settings.profile
+
     @cached_property
     def _contents(self) -> dict[str, Any]:
         paths = {"model.weights (content)": self.recipe.model.weights, "data.root (file names)": self.recipe.data.root}

@@ -1,6 +1,17 @@
 """What calibration learns about a dense model."""
 
 from lpvit_cli.curvature.collect import collect
+from lpvit_cli.curvature.loss import calibration_loss, class_probabilities, divergence
+from lpvit_cli.curvature.outputs import output_moments
 from lpvit_cli.curvature.statistics import LayerStatistics, load_statistics, save_statistics
 
-__all__ = ["LayerStatistics", "collect", "load_statistics", "save_statistics"]
+__all__ = [
+    "LayerStatistics",
+    "calibration_loss",
+    "class_probabilities",
+    "collect",
+    "divergence",
+    "load_statistics",
+    "output_moments",
+    "save_statistics",
+]

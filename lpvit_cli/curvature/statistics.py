@@ -15,7 +15,7 @@ from torch import Tensor
 from lpvit_cli.errors import EnvironmentFault
 from lpvit_cli.models import write_tensors
 
-FIELDS = ("input_outer", "output_square", "gradient")
+FIELDS = ("input_outer", "output_outer", "gradient")
 
 
 @dataclass
@@ -23,7 +23,7 @@ class LayerStatistics:
     """Statistics of one linear layer, W [out, in], x [tokens, in], per-image loss gradient d [tokens, out]; float32."""
 
     input_outer: Tensor  # [in, in]: sum over tokens of x^T x
-    output_square: Tensor  # [out]: sum over tokens of d^2, for a loss summed (not averaged) over images
+    output_outer: Tensor  # [out, out]: sum over tokens of d^T d, for a loss summed (not averaged) over images
     gradient: Tensor  # [out, in]: sum over images of dL/dW = sum over tokens of d^T x
     tokens: int  # tokens summed over, all images together
     images: int
@@ -40,8 +40,8 @@ class LayerStatistics:
 
     @property
     def output_moment(self) -> Tensor:
-        """S = 1/N sum d^2 [out]: diagonal of the output-gradient second moment."""
-        return self.output_square / self.tokens
+        """S = 1/N sum d^T d [out, out]: output-gradient second moment."""
+        return self.output_outer / self.tokens
 
     @property
     def mean_gradient(self) -> Tensor:
@@ -50,8 +50,12 @@ class LayerStatistics:
 
     @property
     def loss_weights(self) -> Tensor:
-        """T S [out], T tokens an image: what a squared error of each output, averaged over tokens, costs in loss per image."""
+        """T S [out, out], T tokens an image: what errors of the outputs, their products averaged over tokens, cost in loss
+        per image; with H / 2 the layer's Fisher matrix, Kronecker-factored."""
         return self.tokens_per_image * self.output_moment
+
+    def to(self, device: torch.device) -> LayerStatistics:
+        return LayerStatistics(**{f: getattr(self, f).to(device) for f in FIELDS}, tokens=self.tokens, images=self.images)
 
     @property
     def tokens_per_image(self) -> float:

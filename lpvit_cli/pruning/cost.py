@@ -22,10 +22,11 @@ BYTES_PER_VALUE = 4  # float32
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs of one image: all of the model, and tokens seen by each linear layer."""
+    """FLOPs of one image, of the model and of the products within each attention module; tokens each linear layer sees."""
 
     total: int
     tokens: dict[str, int]
+    attention: dict[str, int]
 
 
 def count_flops(model: VisionModel, layers: dict[str, nn.Linear]) -> ModelFlops:
@@ -41,7 +42,11 @@ def count_flops(model: VisionModel, layers: dict[str, nn.Linear]) -> ModelFlops:
         counter = FlopCounterMode(display=False)
         with counter:
             meta(torch.empty(1, *model.pretrained_cfg["input_size"], device="meta"))
-    return ModelFlops(counter.get_total_flops(), tokens)
+    products = {
+        name.partition(".")[2]: sum(flops for operation, flops in counts.items() if operation is torch.ops.aten.bmm)
+        for name, counts in counter.get_flop_counts().items()
+    }
+    return ModelFlops(counter.get_total_flops(), tokens, {name: flops for name, flops in products.items() if flops})
 
 
 def _meta_copy(model: nn.Module) -> nn.Module:

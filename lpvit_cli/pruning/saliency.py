@@ -19,21 +19,37 @@ from lpvit_cli.pruning.surgeon import merged, removal_order
 
 @dataclass(frozen=True)
 class Removal:
-    """One layer's removal order and its price."""
+    """One layer's removal order and its price; `unit` blocks go at a time."""
 
-    order: Tensor  # [n] int64: flat block indices, the first to go first
-    distortion: Tensor  # [n + 1] float64: D after removing the first k blocks; D[0] = 0
+    order: Tensor  # [steps * unit] int64: flat block indices, the first to go first
+    distortion: Tensor  # [steps + 1] float64: D after the first k removals; D[0] = 0
     grid: tuple[int, int]
+    unit: int = 1
+
+    @classmethod
+    def greedy(cls, order: Tensor, errors: Tensor, balanced: bool = False) -> Removal:
+        """From the greedy order of each block row, block columns and errors [rows, cols]: one at a time over the whole layer,
+        or `balanced`, one from every block row at a time."""
+        rows, cols = order.shape
+        if balanced:
+            flat = (order + cols * torch.arange(rows)[:, None]).T.flatten()
+            return cls(flat, _cumulative(errors.sum(dim=0)), (rows, cols), unit=rows)
+        flat, steps = merged(order, errors)
+        return cls(flat, _cumulative(steps), (rows, cols))
+
+    @property
+    def steps(self) -> int:
+        return len(self.order) // self.unit
 
     def mask(self, removed: int) -> Tensor:
         """Block mask (True: kept) [rows, cols] after the first `removed` removals."""
         mask = torch.ones(len(self.order), dtype=torch.bool)
-        mask[self.order[:removed]] = False
+        mask[self.order[: removed * self.unit]] = False
         return mask.reshape(self.grid)
 
     def along(self, cost: Tensor) -> Tensor:
-        """Cost kept after 0, 1 ... n removals [n + 1], given the cost of each block [rows, cols]."""
-        return cost.sum() - _cumulative(cost.flatten()[self.order])
+        """Cost kept after 0, 1 ... removals [steps + 1], given the cost of each block [rows, cols]."""
+        return cost.sum() - _cumulative(cost.flatten()[self.order].unflatten(0, (-1, self.unit)).sum(dim=1))
 
 
 def magnitude(weight: Tensor, statistics: LayerStatistics, block: Block) -> Removal:
@@ -71,10 +87,10 @@ def lpvit(weight: Tensor, statistics: LayerStatistics, block: Block) -> Removal:
     return Removal(order, _cumulative((first + second).flatten()[order]), (rows, cols))
 
 
-def obs(weight: Tensor, statistics: LayerStatistics, block: Block) -> Removal:
-    """Exact greedy removal with compensation (surgeon.py), each output's error weighted by its own T S_r: units of loss."""
-    order, errors = merged(*removal_order(weight, statistics.hessian / 2, block, statistics.loss_weights))
-    return Removal(order, _cumulative(errors), grid((weight.shape[0], weight.shape[1]), block))
+def obs(weight: Tensor, statistics: LayerStatistics, block: Block, balanced: bool = False) -> Removal:
+    """Exact greedy removal with compensation (surgeon.py), errors of the outputs weighted by T S: units of loss."""
+    found = removal_order(weight, statistics.hessian / 2, block, statistics.loss_weights)
+    return Removal.greedy(*found, balanced)
 
 
 METHODS: dict[str, Callable[[Tensor, LayerStatistics, Block], Removal]] = {
@@ -95,7 +111,7 @@ def _second_order(weight: Tensor, statistics: LayerStatistics, block: Block) -> 
     out, columns = weight.shape
     rows, cols = grid((out, columns), block)
     fisher_in = statistics.hessian.to(weight) / 2  # [in, in]
-    scale = statistics.tokens_per_image * statistics.output_moment.to(weight)  # [out]
+    scale = statistics.loss_weights.diagonal().to(weight)  # [out]
     weighted = scale[:, None] * weight
     pairs = torch.empty(rows, cols, cols, dtype=torch.float64)
     for j in range(cols):

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread, current_thread
 
 import torch
 from torch import Tensor, nn
 
-from lpvit_cli.pruning.blocks import Block
-from lpvit_cli.pruning.surgeon import compensated, merged, removal_order
+from lpvit_cli.pruning.blocks import Block, grid
+from lpvit_cli.pruning.saliency import Removal
+from lpvit_cli.pruning.surgeon import compensated, removal_order
 
 CPU_BYTES = 4 * 2**30  # for the waiting forward passes
 GPU_SHARE = 0.4  # of the GPU's memory, for the same
@@ -34,35 +36,41 @@ def images_that_fit(layer_inputs: list[int], device: torch.device) -> int:
     return max(1, int(memory / (2 * 2 * 4 * max(layer_inputs))))
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a layer is to lose: so many removals (see `Removal`) of blocks of this shape."""
+
+    block: Block
+    removed: int
+    balanced: bool = False
+
+
 def prune_sequentially(
     dense: nn.Module,
     model: nn.Module,
-    removed: dict[str, int],
-    row_weights: dict[str, Tensor],
+    targets: dict[str, Target],
+    output_weights: dict[str, Tensor],
     batches: list[Tensor],
-    block: Block,
     on_layer: Callable[[str], None],
 ) -> dict[str, Tensor]:
     """Prune `model` (a copy of `dense`, changed in place) layer by layer; returns the block masks, in the order of running.
 
-    `removed`: blocks each layer loses; `row_weights` [out] of each, as in `removal_order`; `batches`: images [n, 3, H, W] on the
-    models' device, `images_that_fit` of them at the most.
+    `output_weights` [out, out] of each layer, as in `removal_order`; `batches`: images [n, 3, H, W] on the models' device, no
+    more than `images_that_fit`.
     """
     masks = {}
-    with _passes(dense, list(removed), batches) as ahead, _passes(model, list(removed), batches) as behind:
+    with _passes(dense, list(targets), batches) as ahead, _passes(model, list(targets), batches) as behind:
         while stops := [stop for one in ahead if (stop := one.proceed())]:
             name = stops[0][0]
             hessian, cross = _moments(stops, [stop for one in behind if (stop := one.proceed())])
-            layer = model.get_submodule(name)
+            layer, target = model.get_submodule(name), targets[name]
             assert isinstance(layer, nn.Linear)
             weight = layer.weight.detach()
-            everything = torch.ones(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]), dtype=torch.bool)
-            ideal = compensated(weight, hessian, everything, block, cross)
-            order, errors = removal_order(ideal, (hessian / 2).to(weight.dtype), block, row_weights[name])
-            mask = torch.ones(order.numel(), dtype=torch.bool)
-            mask[merged(order, errors)[0][: removed[name]]] = False
-            masks[name] = mask.reshape(order.shape)
-            layer.weight.data = compensated(weight, hessian, masks[name], block, cross)
+            everything = torch.ones(grid((weight.shape[0], weight.shape[1]), target.block), dtype=torch.bool)
+            ideal = compensated(weight, hessian, everything, target.block, cross)
+            found = removal_order(ideal, (hessian / 2).to(weight.dtype), target.block, output_weights[name])
+            masks[name] = Removal.greedy(*found, target.balanced).mask(target.removed)
+            layer.weight.data = compensated(weight, hessian, masks[name], target.block, cross)
             on_layer(name)
     return masks
 

@@ -3,10 +3,12 @@
 One block row of R output features shares its mask, and all its rows share the Hessian H of the layer's squared error. With
 M = H^-1 restricted to what is kept, removing block Q (columns k) from the rows w costs
 
-    e = 1/2 sum_r s_r w_rk (M_kk)^-1 w_rk^T        and moves them by        -w_k (M_kk)^-1 M_k:
+    e = 1/2 tr(S w_k (M_kk)^-1 w_k^T)        and moves them by        -w_k (M_kk)^-1 M_k:
 
-(Optimal Brain Surgeon, Hassibi 1993; for layers: Optimal Brain Compression, arXiv 2208.11580). The greedy order costs O(in^3) a
-block row: M is never formed, only the factor U with M = H^-1 - U^T U that grows by C rows a removal, and M's diagonal blocks.
+(Optimal Brain Surgeon, Hassibi 1993; for layers: Optimal Brain Compression, arXiv 2208.11580). S [R, R] weighs errors of the
+outputs and their products, as the output factor of K-FAC (arXiv 1503.05671) does; it changes costs, not the kept weights, since
+removed columns span all R rows. The greedy order costs O(in^3) a block row: M is never formed, only the factor U with
+M = H^-1 - U^T U that grows by C rows a removal, and M's diagonal blocks.
 """
 
 from __future__ import annotations
@@ -36,18 +38,18 @@ def prune_layer(weight: Tensor, hessian: Tensor, block: Block, keep: int) -> tup
     return compensated(weight, hessian, mask, block), mask, steps[:removed]
 
 
-def removal_order(weight: Tensor, hessian: Tensor, block: Block, row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def removal_order(weight: Tensor, hessian: Tensor, block: Block, output_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Greedy order of every block row: block columns [rows, cols] int64, first to go first, and the error of each removal
-    [rows, cols] float64. `row_weights` [out] weigh the squared errors of output features; None: all one.
+    [rows, cols] float64, both on the CPU. `output_weights` [out, out]: S above is its block on the diagonal; None: identity.
     """
     out, features = weight.shape
     rows, cols = grid((out, features), block)
     inverse = _inverse(_padded(damped(hessian), cols * block[1]))
     w = F.pad(weight, (0, cols * block[1] - features, 0, rows * block[0] - out)).to(inverse).unflatten(0, (rows, block[0]))
-    s = torch.ones(out) if row_weights is None else row_weights
-    s = F.pad(s.to(inverse), (0, rows * block[0] - out)).unflatten(0, (rows, block[0]))
+    if output_weights is not None:
+        w = _root(output_weights, block[0]).to(inverse) @ w
     group = max(1, GROUP_BYTES // (inverse.numel() * inverse.element_size()))
-    parts = [_greedy(w_g.clone(), s_g, inverse, block[1]) for w_g, s_g in zip(w.split(group), s.split(group), strict=True)]
+    parts = [_greedy(w_g.clone(), inverse, block[1]) for w_g in w.split(group)]
     return torch.cat([order for order, _ in parts]), torch.cat([errors for _, errors in parts])
 
 
@@ -96,8 +98,17 @@ def _inverse(hessian: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(hessian.double())).to(hessian.dtype)
 
 
-def _greedy(w: Tensor, s: Tensor, inverse: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """`w` [n, R, in] block rows (changed in place), `s` [n, R], `inverse` [in, in] -> order and errors [n, cols]."""
+def _root(weights: Tensor, height: int) -> Tensor:
+    """S^1/2 of every block row [rows, R, R] for S [out, out]; eigenvalues, since few gradients leave S singular."""
+    size = -(-len(weights) // height) * height
+    padded = F.pad(weights.double(), (0, size - len(weights), 0, size - len(weights)))
+    blocks = padded.unflatten(1, (-1, height)).unflatten(0, (-1, height)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    values, vectors = torch.linalg.eigh(blocks)
+    return values.clamp_min(0).sqrt()[:, :, None] * vectors.mT
+
+
+def _greedy(w: Tensor, inverse: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """`w` [n, R, in] block rows (changed in place), `inverse` [in, in] -> order and errors [n, cols]."""
     n, height, features = w.shape
     cols = features // width
     blocks = torch.arange(features, device=w.device).unflatten(0, (cols, width))
@@ -109,7 +120,7 @@ def _greedy(w: Tensor, s: Tensor, inverse: Tensor, width: int) -> tuple[Tensor, 
     each = torch.arange(n, device=w.device)
     for step in range(cols):
         factors = torch.linalg.cholesky_ex(m_diagonal).L
-        weights = (w * s[:, :, None].sqrt()).unflatten(2, (cols, width)).permute(0, 2, 3, 1)  # [n, cols, C, R]
+        weights = w.unflatten(2, (cols, width)).permute(0, 2, 3, 1)  # [n, cols, C, R]
         costs = torch.linalg.solve_triangular(factors, weights, upper=False).square().sum(dim=(2, 3)) / 2
         cost, chosen = costs.masked_fill(gone, torch.inf).min(dim=1)
         gone[each, chosen] = True

@@ -61,6 +61,8 @@ class PruneReport(Report):
     linear_kept_fraction: float  # of the prunable weights
     bytes_dense: int  # of the weights as one dense safetensors file
     bytes: int
+    latency_ms_dense: float | None = None  # measured for the device profile; None: pruned without one
+    latency_ms: float | None = None  # predicted from the profile
     accuracy_dense: Accuracy
     accuracy: Accuracy  # one-shot: pruned, nothing recovered yet
     skipped_images: int

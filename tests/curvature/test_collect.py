@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lpvit_cli.curvature import LayerStatistics, collect, load_statistics, save_statistics
-from lpvit_cli.curvature.collect import loss_of
+from lpvit_cli.curvature.loss import calibration_loss
+from lpvit_cli.curvature.outputs import output_moments
 from lpvit_cli.errors import CheckFailed, EnvironmentFault, UsageError
 from lpvit_cli.models import prunable_layers
 from lpvit_cli.recipe import Layers
@@ -25,7 +26,7 @@ def images(count: int) -> tuple[Tensor, Tensor]:
 
 
 def oracle(model: nn.Module, name: str, x: Tensor, labels: Tensor, gradient: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of x x^T, of d^2 and of the weight gradient, image by image in float64."""
+    """Sum of x x^T, of d d^T and of the weight gradient, image by image in float64."""
     model = model.double()
     layer = model.get_submodule(name)
     seen = {}
@@ -37,7 +38,7 @@ def oracle(model: nn.Module, name: str, x: Tensor, labels: Tensor, gradient: str
         d, g = torch.autograd.grad(loss, [seen["y"], layer.weight])
         tokens = seen["x"].flatten(0, -2)
         outer = outer + sum(torch.outer(t, t) for t in tokens)
-        square = square + d.flatten(0, -2).square().sum(0)
+        square = square + sum(torch.outer(t, t) for t in d.flatten(0, -2))
         weight_gradient = weight_gradient + g
     return outer, square, weight_gradient
 
@@ -49,17 +50,28 @@ def test_statistics_equal_sums_over_single_images(tiny_vit: nn.Module, gradient:
     layers = prunable_layers(tiny_vit, Layers())
     batches = [(x[:4], labels[:4]), (x[4:], labels[4:])]  # uneven batches must weigh by image
     found = collect(tiny_vit, layers, batches, gradient, 0, CPU, lambda done: None)[name]
-    found_values = (found.input_outer.clone(), found.output_square.clone(), found.gradient.clone())
+    found_values = (found.input_outer.clone(), found.output_outer.clone(), found.gradient.clone())
     tiny_vit.requires_grad_(True)
     for value, expected in zip(found_values, oracle(tiny_vit, name, x, labels, gradient), strict=True):
         assert relative(value, expected) < 2e-5
     assert (found.tokens, found.images, found.tokens_per_image) == (6 * 17, 6, 17)
 
 
+def test_output_moments_alone_are_those_of_calibration(tiny_vit: nn.Module) -> None:
+    x, labels = images(6)
+    layers = prunable_layers(tiny_vit, Layers())
+    batches = [(x[:4], labels[:4]), (x[4:], labels[4:])]
+    whole = collect(tiny_vit, layers, batches, "empirical", 0, CPU, lambda done: None)
+    alone = output_moments(tiny_vit, layers, batches, calibration_loss("empirical", 0), CPU)
+    assert alone.keys() == whole.keys()
+    for name, squares in alone.items():
+        assert relative(squares, whole[name].output_outer) < 1e-5
+    assert all(parameter.grad is None for parameter in tiny_vit.parameters())
+
+
 def test_sampled_labels_have_the_models_distribution() -> None:
     logits = torch.tensor([[2.0, 0.0, -1.0]]).repeat(4000, 1).requires_grad_()
-    generator = torch.Generator().manual_seed(0)
-    loss_of(logits, torch.zeros(4000, dtype=torch.long), "sampled", generator).backward()
+    calibration_loss("sampled", 0)(logits, torch.zeros(4000, dtype=torch.long)).backward()
     p = logits.detach()[0].softmax(0)
     drawn = (p - logits.grad).round()  # the gradient of cross-entropy is p - onehot
     assert relative(drawn.mean(0), p) < 0.03
@@ -102,11 +114,11 @@ def test_file_round_trip_and_damage(tiny_vit: nn.Module, tmp_path) -> None:  # t
 
 
 def test_sums_become_means_over_tokens_or_over_images() -> None:
-    """5 tokens of 2 images: H = 2/5 sum x^T x and S = 1/5 sum d^2 by token, g by image, 2.5 tokens an image."""
-    outer, square, gradient = torch.tensor([[10.0, 5.0], [5.0, 20.0]]), torch.tensor([15.0]), torch.tensor([[6.0, -8.0]])
+    """5 tokens of 2 images: H = 2/5 sum x^T x and S = 1/5 sum d^T d by token, g by image, 2.5 tokens an image."""
+    outer, square, gradient = torch.tensor([[10.0, 5.0], [5.0, 20.0]]), torch.tensor([[15.0]]), torch.tensor([[6.0, -8.0]])
     statistics = LayerStatistics(outer, square, gradient, tokens=5, images=2)
     assert torch.equal(statistics.hessian, torch.tensor([[4.0, 2.0], [2.0, 8.0]]))
-    assert torch.equal(statistics.output_moment, torch.tensor([3.0]))
+    assert torch.equal(statistics.output_moment, torch.tensor([[3.0]]))
     assert torch.equal(statistics.mean_gradient, torch.tensor([[3.0, -4.0]]))
     assert statistics.tokens_per_image == 2.5
 

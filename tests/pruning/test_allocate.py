@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise, product
+from typing import Literal
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lpvit_cli.errors import UsageError
-from lpvit_cli.pruning.allocate import Curve, allocate, automatic_beta, lower_hull
+from lpvit_cli.pruning import allocate as engine
+from lpvit_cli.pruning.allocate import Choice, Curve, lower_hull
 
 
 def curve(steps: list[float], cost: float = 1.0, energy: float = 1.0, keep: int = 0) -> Curve:
@@ -18,6 +20,17 @@ def curve(steps: list[float], cost: float = 1.0, energy: float = 1.0, keep: int 
     falling = torch.arange(n, -1, -1, dtype=torch.float64)
     distortion = torch.cat([torch.zeros(1), torch.tensor(steps, dtype=torch.float64).cumsum(0)]).double()
     return Curve(distortion, energy * falling, cost * falling, most_removals=n - keep)
+
+
+def allocate(curves: dict[str, Curve], budget: float, beta: float | Literal["auto"] = "auto") -> dict[str, int]:
+    """Layers with one curve each."""
+    choices = engine.allocate({name: [c] for name, c in curves.items()}, budget, beta)
+    assert all(choice.curve == 0 for choice in choices.values())
+    return {name: choice.removed for name, choice in choices.items()}
+
+
+def automatic_beta(curves: dict[str, Curve]) -> float:
+    return engine.automatic_beta({name: [c] for name, c in curves.items()})
 
 
 def total(curves: dict[str, Curve], removals: dict[str, int], field: str) -> float:
@@ -135,3 +148,38 @@ def test_rounding_neither_costs_a_block_nor_makes_a_budget_impossible(cost: floa
     budget = sum([cost] * kept)
     for keep in (0, kept):
         assert allocate({"a": curve([1.0] * 10, cost=cost, keep=keep)}, budget)["a"] == 10 - kept
+
+
+def shaped(costs: list[float], distortion: list[float]) -> Curve:
+    n = len(costs) - 1
+    return Curve(torch.tensor(distortion).double(), torch.zeros(n + 1).double(), torch.tensor(costs).double(), n)
+
+
+def test_of_several_curves_a_layer_takes_the_cheapest_for_its_saving() -> None:
+    """`fine` distorts less up to half the cost, `coarse` beyond: a cost that small blocks do not bring further down."""
+    fine = shaped([8, 7, 6, 5, 4], [0, 0.5, 1, 1.5, 6])
+    coarse = shaped([8, 5, 2], [0, 2, 4])
+    for budget, choice in ((7, (0, 1)), (6, (0, 2)), (5, (0, 3)), (4, (1, 2)), (2, (1, 2))):
+        assert engine.allocate({"a": [fine, coarse]}, budget, 0.0) == {"a": Choice(*choice)}, budget
+        assert engine.allocate({"a": [coarse, fine]}, budget, 0.0) == {"a": Choice(1 - choice[0], choice[1])}, budget
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(steps, min_size=1, max_size=2), min_size=1, max_size=3), st.floats(0.0, 1.0))
+def test_several_curves_meet_the_budget_on_their_common_hull(layers: list[list[list[float]]], fraction: float) -> None:
+    """No single change of one layer to a point of its curves saves distortion within the budget that was met."""
+    curves = {str(i): [curve(option, cost=60 / len(option)) for option in options] for i, options in enumerate(layers)}
+    budget = fraction * 60 * len(layers)
+    found = engine.allocate(curves, budget, 0.0)
+    kept = sum(float(curves[name][c.curve].kept_cost[c.removed]) for name, c in found.items())
+    assert kept <= budget + 1e-6
+    largest = max(60 / len(option) for options in layers for option in options)
+    assert kept > budget - largest - 1e-6 or any(c.removed == curves[n][c.curve].most_removals for n, c in found.items())
+
+
+def test_savings_that_a_measured_cost_does_not_show_are_skipped() -> None:
+    """The first removals make a layer slower than dense; it stays dense until removing pays, and then jumps there."""
+    measured = shaped([10, 12, 11, 9, 6, 5], [0, 1, 2, 3, 4, 5])
+    assert allocate({"a": measured}, 10, 0.0) == {"a": 0}
+    assert allocate({"a": measured}, 9.5, 0.0) == {"a": 3}
+    assert allocate({"a": measured}, 6, 0.0) == {"a": 4}

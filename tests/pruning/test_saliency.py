@@ -24,7 +24,7 @@ def test_lpvit_curve_is_the_second_order_expansion(shape: tuple[int, int], block
     removal = METHODS["lpvit"](weight, statistics, block)
     w, g = weight.double(), statistics.mean_gradient.double()
     fisher = (statistics.input_outer / statistics.tokens).double()
-    scale = statistics.tokens_per_image * statistics.output_moment.double()
+    scale = statistics.tokens_per_image * statistics.output_moment.diagonal().double()
     for k in range(len(removal.order) + 1):
         gone = ~expand(removal.mask(k), shape, block)
         d = w * gone

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lpvit_cli.models import prunable_layers
 from lpvit_cli.pruning.blocks import grid
-from lpvit_cli.pruning.sequential import prune_sequentially
+from lpvit_cli.pruning.sequential import Target, prune_sequentially
 from lpvit_cli.pruning.surgeon import DAMPING
 from lpvit_cli.recipe import Layers
 
@@ -29,9 +29,10 @@ def pruned(model: nn.Module, fraction: float) -> tuple[nn.Module, dict[str, Tens
     for name, layer in layers.items():
         rows, columns = grid((layer.out_features, layer.in_features), BLOCK)
         counts[name] = round(fraction * rows * columns)
-    weights = {name: torch.rand(layer.out_features) for name, layer in layers.items()}
+    weights = {name: torch.diag(torch.rand(layer.out_features)) for name, layer in layers.items()}
     made, told = copy.deepcopy(model), []
-    masks = prune_sequentially(model, made, counts, weights, images(), BLOCK, told.append)
+    targets = {name: Target(BLOCK, count) for name, count in counts.items()}
+    masks = prune_sequentially(model, made, targets, weights, images(), told.append)
     assert {name: int((~mask).sum()) for name, mask in masks.items()} == counts
     return made, masks, told
 

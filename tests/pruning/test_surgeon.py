@@ -16,11 +16,17 @@ Shape = tuple[int, int]
 CASES = [((8, 12), (4, 3)), ((8, 12), (2, 6)), ((8, 12), (4, 12)), ((7, 10), (3, 4)), ((6, 5), (1, 1))]
 
 
+def correlated(size: int, generator: torch.Generator) -> Tensor:
+    """A second moment of fewer samples than features: singular."""
+    d = torch.randn(size - 1, size, generator=generator) @ torch.randn(size, size, generator=generator)
+    return d.T @ d / size
+
+
 def problem(shape: Shape, tokens: int = 50, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight, the Hessian of correlated inputs, weights of the output features."""
+    """Weight, the Hessian of correlated inputs, weights of the output features and their products."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, shape[1], generator=generator) @ torch.randn(shape[1], shape[1], generator=generator)
-    return torch.randn(shape, generator=generator), 2 / tokens * x.T @ x, torch.rand(shape[0], generator=generator)
+    return torch.randn(shape, generator=generator), 2 / tokens * x.T @ x, correlated(shape[0], generator)
 
 
 def best(weight: Tensor, hessian: Tensor, columns: Tensor) -> Tensor:
@@ -32,19 +38,19 @@ def best(weight: Tensor, hessian: Tensor, columns: Tensor) -> Tensor:
     return new
 
 
-def error(new: Tensor, weight: Tensor, hessian: Tensor, row_weights: Tensor) -> float:
+def error(new: Tensor, weight: Tensor, hessian: Tensor, output_weights: Tensor) -> float:
     d = new - weight.double()
-    return float((row_weights.double() * torch.einsum("ri,ij,rj->r", d, damped(hessian.double()), d)).sum()) / 2
+    return float((output_weights.double() @ d @ damped(hessian.double()) @ d.T).trace()) / 2
 
 
-def greedy_by_brute_force(weight: Tensor, hessian: Tensor, width: int, row_weights: Tensor) -> tuple[list[int], list[float]]:
+def greedy_by_brute_force(weight: Tensor, hessian: Tensor, width: int, output_weights: Tensor) -> tuple[list[int], list[float]]:
     """One block row: at each step try every removal, solve for all kept weights anew, take the cheapest."""
     features = weight.shape[1]
 
     def total(blocks: list[int]) -> float:
         columns = [torch.arange(b * width, min(features, (b + 1) * width)) for b in blocks]
         return error(
-            best(weight, hessian, torch.cat(columns) if columns else torch.empty(0).long()), weight, hessian, row_weights
+            best(weight, hessian, torch.cat(columns) if columns else torch.empty(0).long()), weight, hessian, output_weights
         )
 
     kept, order, errors, before = list(range(-(-features // width))), [], [], 0.0
@@ -60,11 +66,11 @@ def greedy_by_brute_force(weight: Tensor, hessian: Tensor, width: int, row_weigh
 
 @pytest.mark.parametrize(("shape", "block"), CASES)
 def test_order_and_errors_are_those_of_exact_greedy_removal(shape: Shape, block: Shape) -> None:
-    weight, hessian, row_weights = problem(shape)
-    order, errors = removal_order(weight, hessian, block, row_weights)
+    weight, hessian, output_weights = problem(shape)
+    order, errors = removal_order(weight, hessian, block, output_weights)
     for i in range(grid(shape, block)[0]):
         rows = slice(i * block[0], (i + 1) * block[0])
-        expected = greedy_by_brute_force(weight[rows], hessian, block[1], row_weights[rows])
+        expected = greedy_by_brute_force(weight[rows], hessian, block[1], output_weights[rows, rows])
         assert order[i].tolist() == expected[0]
         assert relative(errors[i], torch.tensor(expected[1])) < 1e-4
 
@@ -93,7 +99,7 @@ def test_pruning_a_layer_costs_what_was_predicted(shape: Shape, block: Shape, fr
     assert int(mask.sum()) == keep
     assert len(errors) == rows * cols - keep
     assert not new[~expanded(mask, shape, block)].any()
-    measured = error(new.double(), weight, hessian, torch.ones(shape[0]))
+    measured = error(new.double(), weight, hessian, torch.eye(shape[0]))
     assert measured == pytest.approx(float(errors.sum()), rel=1e-4, abs=1e-6)
 
 
@@ -101,7 +107,7 @@ def test_compensation_beats_plain_removal() -> None:
     weight, hessian, _ = problem((16, 24))
     new, mask, _ = prune_layer(weight, hessian, (4, 4), keep=12)
     plain = weight * expanded(mask, (16, 24), (4, 4))
-    ones = torch.ones(16)
+    ones = torch.eye(16)
     assert error(new.double(), weight, hessian, ones) < 0.7 * error(plain.double(), weight, hessian, ones)
 
 
@@ -133,10 +139,10 @@ def test_a_hessian_of_low_rank_is_damped(rank: int) -> None:
 
 
 def test_a_group_of_block_rows_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, hessian, row_weights = problem((16, 24))
-    together = removal_order(weight, hessian, (2, 4), row_weights)
+    weight, hessian, output_weights = problem((16, 24))
+    together = removal_order(weight, hessian, (2, 4), output_weights)
     monkeypatch.setattr(surgeon, "GROUP_BYTES", 3 * 24 * 24 * 4)
-    apart = removal_order(weight, hessian, (2, 4), row_weights)
+    apart = removal_order(weight, hessian, (2, 4), output_weights)
     assert torch.equal(together[0], apart[0])
     assert relative(apart[1], together[1]) < 1e-5
 
@@ -145,10 +151,10 @@ def test_a_group_of_block_rows_at_a_time_changes_nothing(monkeypatch: pytest.Mon
 def test_badly_conditioned_inputs_do_not_disturb_the_order(monkeypatch: pytest.MonkeyPatch, damping: float) -> None:
     """Inputs whose sizes span three powers of ten: H has a condition of 1e6 and more."""
     monkeypatch.setattr(surgeon, "DAMPING", damping)
-    weight, hessian, row_weights = problem((8, 12))
+    weight, hessian, output_weights = problem((8, 12))
     scale = torch.logspace(-1.5, 1.5, 12)
     hessian = scale[:, None] * hessian * scale
-    order, errors = removal_order(weight, hessian, (8, 3), row_weights)
-    expected = greedy_by_brute_force(weight, hessian, 3, row_weights)
+    order, errors = removal_order(weight, hessian, (8, 3), output_weights)
+    expected = greedy_by_brute_force(weight, hessian, 3, output_weights)
     assert order[0].tolist() == expected[0]
     assert relative(errors[0], torch.tensor(expected[1])) < 1e-3
