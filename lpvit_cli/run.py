@@ -27,7 +27,7 @@ from typing import Any
 from lpvit_cli import __version__
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.recipe import Recipe
-from lpvit_cli.stages import ALL_STAGES, CALIBRATE, FINETUNE, PRUNE, STAGES, SWEEP, Stage
+from lpvit_cli.stages import ALL_STAGES, CALIBRATE, FINETUNE, PROFILE, PRUNE, STAGES, SWEEP, Stage
 
 Progress = Callable[[str, int, int, str], None]  # what is being done, steps done, steps in all, detail
 
@@ -90,7 +90,7 @@ class Run:
 
     def upstream(self, stage: Stage) -> Stage | None:
         """The stage whose artefact this one reads. Bench and export take the recovered model when there is one."""
-        if stage is CALIBRATE:
+        if stage in (CALIBRATE, PROFILE):
             return None
         if stage in (PRUNE, SWEEP):
             return CALIBRATE
@@ -107,7 +107,7 @@ class Run:
         if before:
             record = self.record(before)
             inputs[before.folder] = record["fingerprint"] if record else None
-        else:
+        if stage is CALIBRATE:
             inputs |= self._contents
         if stage.timed:
             from lpvit_cli.models import describe_device, device_of

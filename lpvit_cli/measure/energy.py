@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from lpvit_cli.measure.meters import Meter, MeterError, open_meter
-from lpvit_cli.measure.statistics import FEWEST_PAIRS, Ratio, paired_ratio
+from lpvit_cli.measure.statistics import Ratio, paired_ratio
 
 if TYPE_CHECKING:
     import torch
@@ -68,9 +68,8 @@ def measure_energy(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> EnergyRun:
-    """`trials` windows of `window_s` seconds for each subject, in turn. A meter that fails gives reasons, not numbers."""
-    if trials < FEWEST_PAIRS:
-        raise ValueError(f"needs at least {FEWEST_PAIRS} trials, got {trials}")
+    """`trials` windows of `window_s` seconds for each subject, in turn; a ratio needs six. A meter that fails gives reasons,
+    not numbers."""
     windows: dict[str, list[_Window]] = {name: [] for name in subjects}
     try:
         synchronize()

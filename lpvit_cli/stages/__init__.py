@@ -85,5 +85,24 @@ EXPORT = Stage(
     ("export",),
     "Write ONNX, checked against the model on real images.",
 )
+PROFILE = Stage(
+    "profile",
+    "profile",
+    "profile",
+    (
+        "seed",
+        "dtype",
+        "model.name",
+        "model.kwargs",
+        "prune.block",
+        "prune.layers",
+        "profile",
+        "bench.threads",
+        "bench.dtype",
+        "bench.energy.window_seconds",
+    ),
+    "Measure what each layer takes on this device, by the fraction of its blocks kept.",
+    timed=True,
+)
 STAGES = (CALIBRATE, PRUNE, FINETUNE, BENCH, EXPORT)  # what `lpvit run` runs
-ALL_STAGES = (*STAGES, SWEEP)
+ALL_STAGES = (*STAGES, SWEEP, PROFILE)

@@ -1,0 +1,168 @@
+"""A device profile: what one device takes for each prunable layer of a model, by the fraction of its blocks kept.
+
+Every number was measured on that device; between measured fractions it is interpolated. Layers are timed one by one, their
+weights in the cache where it holds them: what a whole model takes beyond its prunable layers is `rest_ms`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, computed_field, model_validator
+from torch import Tensor
+
+from lpvit_cli.errors import EnvironmentFault, UsageError
+
+FORMAT, FORMAT_VERSION = "lpvit-profile", 1
+KEPT = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # fractions of blocks that are measured, to the nearest whole block
+AGAIN = "make it again: lpvit profile RECIPE"
+
+Cost = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Kept = Annotated[float, Field(gt=0, le=1)]
+Shape = tuple[PositiveInt, PositiveInt]
+
+
+class SparseProfile(BaseModel):
+    """A layer with blocks of one size: milliseconds and millijoules per call at ascending fractions of blocks kept."""
+
+    model_config = ConfigDict(frozen=True)
+
+    block: Shape  # output features x input features
+    kept: Annotated[list[Kept], Field(min_length=1)]
+    ms: list[Cost]
+    mj: list[Cost] | None  # None: not measured
+
+    @model_validator(mode="after")
+    def _is_a_curve(self) -> Self:
+        if any(len(costs) != len(self.kept) for costs in (self.ms, self.mj) if costs is not None):
+            raise ValueError("kept, ms and mj differ in length")
+        if any(after <= before for before, after in zip(self.kept, self.kept[1:], strict=False)):
+            raise ValueError("kept must ascend")
+        return self
+
+    def break_even(self, dense_ms: float) -> float | None:
+        """The largest kept fraction at which this takes no longer than `dense_ms`; None: at no measured one."""
+        if self.ms[-1] <= dense_ms:
+            return self.kept[-1]
+        for n in reversed(range(len(self.ms) - 1)):
+            if self.ms[n] <= dense_ms:
+                return float(np.interp(dense_ms, self.ms[n : n + 2], self.kept[n : n + 2]))
+        return None
+
+
+class LayerProfile(BaseModel):
+    """All layers of one shape that see the same number of rows, as nn.Linear and block-sparse; costs per call of one."""
+
+    model_config = ConfigDict(frozen=True)
+
+    shape: Shape  # out, in
+    rows: PositiveInt  # of x, for a whole batch
+    bias: bool
+    names: Annotated[list[str], Field(min_length=1)]
+    dense_ms: Cost
+    dense_mj: Cost | None
+    sparse: list[SparseProfile]
+
+
+class DeviceProfile(BaseModel):
+    """`model_ms` and `model_mj` are of one call of the whole dense model on `batch_size` images; mj None: not measured."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    format: Literal["lpvit-profile"] = "lpvit-profile"
+    format_version: Literal[1] = 1
+    device: str
+    dtype: str
+    threads: PositiveInt  # CPU threads
+    model: str
+    batch_size: PositiveInt
+    provenance: dict[str, Any]
+    model_ms: Cost
+    model_mj: Cost | None
+    energy_source: str | None
+    energy_reasons: list[str]  # why there is no energy
+    layers: list[LayerProfile]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def rest_ms(self) -> float:
+        """Milliseconds per call outside the prunable layers; 0 where the layers one by one take longer than the model."""
+        return max(0.0, self.model_ms - sum(len(layer.names) * layer.dense_ms for layer in self.layers))
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def rest_mj(self) -> float | None:
+        """Millijoules per call outside the prunable layers, as `rest_ms`; None: not measured."""
+        layers = [(len(layer.names), layer.dense_mj) for layer in self.layers]
+        if self.model_mj is None or any(mj is None for _, mj in layers):
+            return None
+        return max(0.0, self.model_mj - sum(count * mj for count, mj in layers if mj is not None))
+
+    def linear_ms(self, shape: tuple[int, int], rows: int, block: tuple[int, int], kept: Tensor) -> Tensor:
+        """Milliseconds per call of a layer `shape` (out, in) on `rows` rows of x, at each fraction of blocks `kept`.
+
+        kept [...] -> float64 [...] on the CPU: linear between measured fractions, constant beyond them; at exactly 1 the
+        layer stays an nn.Linear. Raises UsageError when the profile has no such layer or block.
+        """
+        layer, sparse = self._find(shape, rows, block)
+        return _between(kept, sparse.kept, sparse.ms, layer.dense_ms)
+
+    def linear_mj(self, shape: tuple[int, int], rows: int, block: tuple[int, int], kept: Tensor) -> Tensor:
+        """Millijoules per call, as `linear_ms`. Raises UsageError also when energy was not measured."""
+        layer, sparse = self._find(shape, rows, block)
+        if layer.dense_mj is None or sparse.mj is None:
+            raise UsageError(
+                f"the profile of {self.device} has no energy: {'; '.join(self.energy_reasons) or 'not measured'}",
+                "use a latency budget, or profile a device whose meter can be read (see: lpvit doctor)",
+            )
+        return _between(kept, sparse.kept, sparse.mj, layer.dense_mj)
+
+    def _find(self, shape: tuple[int, int], rows: int, block: tuple[int, int]) -> tuple[LayerProfile, SparseProfile]:
+        for layer in self.layers:
+            for sparse in layer.sparse:
+                if (layer.shape, layer.rows, sparse.block) == (shape, rows, block):
+                    return layer, sparse
+        (out, columns), (height, width) = shape, block
+        raise UsageError(
+            f"the profile of {self.device} has no layer of {out}x{columns} (out x in) on {rows} rows with blocks of "
+            f"{height}x{width}",
+            "profile with the same model, prune.block and batch size: lpvit profile RECIPE --batch-size N",
+        )
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> DeviceProfile:
+        """Read a profile.json. Raises UsageError when it is none; EnvironmentFault when unreadable, damaged or too new."""
+        try:
+            content = json.loads(Path(path).read_text())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UsageError(f"{path}: no such device profile", "make one: lpvit profile RECIPE") from error
+        except OSError as error:
+            raise EnvironmentFault(f"{path}: cannot be read: {error.strerror}", "give a profile.json you may read") from error
+        except ValueError as error:
+            raise EnvironmentFault(f"{path}: damaged: {error}", AGAIN) from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UsageError(f"{path}: not a device profile", "give the profile.json that `lpvit profile RECIPE` writes")
+        version = content.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise EnvironmentFault(
+                f"{path}: has format_version {version}, this lpvit reads up to {FORMAT_VERSION}", f"update lpvit, or {AGAIN}"
+            )
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise EnvironmentFault(f"{path}: damaged: {where}: {first['msg']}", AGAIN) from error
+
+
+def _between(kept: Tensor, fractions: list[float], costs: list[float], dense: float) -> Tensor:
+    kept = kept.double().cpu()
+    sparse = torch.as_tensor(np.interp(kept.numpy(), fractions, costs), dtype=torch.float64)
+    return torch.where(kept == 1, dense, sparse)
