@@ -46,9 +46,7 @@ class SparseProfile(BaseModel):
 
     def break_even(self, dense_ms: float) -> float | None:
         """The largest kept fraction at which this takes no longer than `dense_ms`; None: at no measured one."""
-        if self.ms[-1] <= dense_ms:
-            return self.kept[-1]
-        for n in reversed(range(len(self.ms) - 1)):
+        for n in reversed(range(len(self.ms))):
             if self.ms[n] <= dense_ms:
                 return float(np.interp(dense_ms, self.ms[n : n + 2], self.kept[n : n + 2]))
         return None

@@ -111,6 +111,7 @@ def test_break_even(dense_ms: float, kept: float | None) -> None:
 
 def test_break_even_is_the_last_crossing_of_a_noisy_curve() -> None:
     assert SparseProfile(block=BLOCK, kept=KEPT, ms=[1, 6, 4, 8], mj=None).break_even(5) == pytest.approx(0.625)
+    assert SparseProfile(block=BLOCK, kept=KEPT, ms=[1, 6, 8, 4], mj=None).break_even(5) == 1
 
 
 @pytest.mark.parametrize("mj", [True, False])
