@@ -12,7 +12,7 @@ import typer
 from lpvit_cli import __version__
 from lpvit_cli.console import Console
 from lpvit_cli.errors import UsageError
-from lpvit_cli.stages import BENCH, CALIBRATE, FINETUNE, PRUNE, STAGES, SWEEP, Stage
+from lpvit_cli.stages import BENCH, CALIBRATE, FINETUNE, PROFILE, PRUNE, STAGES, SWEEP, Stage
 
 app = typer.Typer(
     name="lpvit",
@@ -67,7 +67,11 @@ def _root(
     pass
 
 
-BATCH_SIZE_KEYS = {CALIBRATE.command: "calibrate.batch_size={}", BENCH.command: "bench.batch_sizes=[{}]"}
+BATCH_SIZE_KEYS = {
+    CALIBRATE.command: "calibrate.batch_size={}",
+    BENCH.command: "bench.batch_sizes=[{}]",
+    PROFILE.command: "profile.batch_size={}",
+}
 
 
 def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -> None:
@@ -104,7 +108,8 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
             overrides += [f"sweep=[{sweep}]"] * (sweep is not None)
             overrides += [f"device={device}"] * (device is not None)
             if dtype is not None:
-                overrides.append(f"bench.dtype={dtype}" if command == BENCH.command else f"dtype={dtype}")
+                measures = command in (BENCH.command, PROFILE.command)
+                overrides.append(f"bench.dtype={dtype}" if measures else f"dtype={dtype}")
             overrides += [f"seed={seed}"] * (seed is not None)
             if batch_size is not None:
                 overrides.append(BATCH_SIZE_KEYS.get(command, "data.batch_size={}").format(batch_size))
@@ -176,7 +181,7 @@ def _plan(changes: list[str] | None, resume: bool) -> str:
     return "up to date" if resume else "runs again (--no-resume)"
 
 
-for _stage in STAGES:
+for _stage in (*STAGES, PROFILE):
     _add_recipe_command(_stage.command, (_stage,), _stage.summary)
 _add_recipe_command("run", STAGES, "All stages in order, skipping what is up to date.")
 

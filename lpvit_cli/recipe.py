@@ -217,6 +217,13 @@ class BenchSection(Section):
     energy: EnergySection = EnergySection()
 
 
+class ProfileSection(Section):
+    """Layers one by one, dense and block-sparse, for `lpvit profile`; threads, dtype and energy windows are bench's."""
+
+    batch_size: PositiveInt = 1
+    rounds: int = Field(default=30, ge=6)
+
+
 class ExportSection(Section):
     """ONNX through torch's dynamo exporter; `tolerance` bounds ||onnx - torch|| / ||torch|| of the logits."""
 
@@ -238,6 +245,7 @@ class Recipe(Section):
     sweep: tuple[float, ...] = ()  # budgets of `lpvit prune --sweep`, of the same kind as prune.budget
     finetune: FinetuneSection | None = FinetuneSection()
     bench: BenchSection = BenchSection()
+    profile: ProfileSection = ProfileSection()
     export: ExportSection = ExportSection()
 
     @field_validator("sweep")
@@ -295,6 +303,7 @@ class Recipe(Section):
         small["calibrate"] |= {"images": 32, "batch_size": 8}
         small["bench"] |= {"batch_sizes": (2,), "rounds": 6, "warmup_seconds": 0.2}
         small["bench"]["energy"] = {"window_seconds": 2.0, "trials": 6}
+        small["profile"] = {"batch_size": 2, "rounds": 6}
         if self.finetune:
             small["finetune"] |= {
                 "epochs": 1,

@@ -27,7 +27,7 @@ from typing import Any
 from lpvit_cli import __version__
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.recipe import Recipe
-from lpvit_cli.stages import BENCH, CALIBRATE, FINETUNE, PRUNE, STAGES, SWEEP, Stage
+from lpvit_cli.stages import ALL_STAGES, CALIBRATE, FINETUNE, PROFILE, PRUNE, STAGES, SWEEP, Stage
 
 Progress = Callable[[str, int, int, str], None]  # what is being done, steps done, steps in all, detail
 
@@ -76,13 +76,13 @@ class Run:
 
     def _tidy(self, take_over: bool) -> None:
         """With the lock held: finish an interrupted publication, and remove what a run taken over has made."""
-        for stage in (*STAGES, SWEEP):
+        for stage in ALL_STAGES:
             artefact, old = self.folder / stage.folder, self.folder / f".{stage.folder}.old"
             if old.is_dir() and not artefact.exists():
                 old.rename(artefact)
             if artefact.exists() and not (artefact / "stage.json").is_file():
                 raise UsageError(f"{artefact}: is in the way and not made by lpvit", "move it, or choose another --output")
-        for stage in (*STAGES, SWEEP) if take_over else ():
+        for stage in ALL_STAGES if take_over else ():
             shutil.rmtree(self.folder / stage.folder, ignore_errors=True)
             self._clear(f".{stage.folder}.*")
 
@@ -90,7 +90,7 @@ class Run:
 
     def upstream(self, stage: Stage) -> Stage | None:
         """The stage whose artefact this one reads. Bench and export take the recovered model when there is one."""
-        if stage is CALIBRATE:
+        if stage in (CALIBRATE, PROFILE):
             return None
         if stage in (PRUNE, SWEEP):
             return CALIBRATE
@@ -101,19 +101,15 @@ class Run:
 
     def inputs(self, stage: Stage) -> dict[str, Any]:
         """Everything the artefact's content depends on, as flat keys and JSON values."""
-        inputs = {
-            key: value
-            for key, value in self.recipe.flat().items()
-            if any(key == prefix or key.startswith(f"{prefix}.") for prefix in stage.depends_on)
-        }
+        inputs = {key: value for key, value in self.recipe.flat().items() if stage.reads(key)}
         inputs |= {"versions.lpvit": __version__, "versions.torch": version("torch"), "versions.timm": version("timm")}
         before = self.upstream(stage)
         if before:
             record = self.record(before)
             inputs[before.folder] = record["fingerprint"] if record else None
-        else:
+        if stage is CALIBRATE:
             inputs |= self._contents
-        if stage is BENCH:
+        if stage.timed:
             from lpvit_cli.models import describe_device, device_of
 
             inputs["measured on"] = describe_device(device_of(self.recipe))

@@ -15,7 +15,8 @@ from lpvit_cli import __version__
 from lpvit_cli.stages import STAGES
 
 Cli = Callable[..., Result]
-COMMANDS = [*(stage.command for stage in STAGES), "run", "evaluate", "predict", "doctor", "recipes"]
+RECIPE_COMMANDS = [*(stage.command for stage in STAGES), "profile", "run"]
+COMMANDS = [*RECIPE_COMMANDS, "evaluate", "predict", "doctor", "recipes"]
 
 
 @pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS), ["recipes", "list"]], ids=" ".join)
@@ -38,7 +39,7 @@ def test_version_and_every_command_in_help(lpvit: Cli) -> None:
     assert lpvit("frobnicate").code == 2
 
 
-@pytest.mark.parametrize("command", [*(stage.command for stage in STAGES), "run"])
+@pytest.mark.parametrize("command", RECIPE_COMMANDS)
 def test_stage_commands_share_their_options(lpvit: Cli, command: str) -> None:
     text = lpvit(command, "--help").out
     options = ("--set", "--output", "-o", "--resume", "--no-resume", "--overwrite", "--device", "--dtype", "--batch-size")
@@ -153,7 +154,12 @@ def test_dry_run_writes_nothing(lpvit: Cli, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "key"),
-    [("calibrate", "calibrate.batch_size"), ("bench", "bench.batch_sizes"), ("run", "data.batch_size")],
+    [
+        ("calibrate", "calibrate.batch_size"),
+        ("bench", "bench.batch_sizes"),
+        ("profile", "profile.batch_size"),
+        ("run", "data.batch_size"),
+    ],
 )
 def test_options_are_recipe_keys(lpvit: Cli, command: str, key: str) -> None:
     options = ["--batch-size", 5, "--seed", 7, "--device", "cpu", "--dtype", "bfloat16"]
@@ -161,7 +167,7 @@ def test_options_are_recipe_keys(lpvit: Cli, command: str, key: str) -> None:
     section, name = key.split(".")
     assert recipe[section][name] == ([5] if name == "batch_sizes" else 5)
     assert (recipe["seed"], recipe["device"]) == (7, "cpu")
-    assert (recipe["bench"]["dtype"] if command == "bench" else recipe["dtype"]) == "bfloat16"
+    assert (recipe["bench"]["dtype"] if command in ("bench", "profile") else recipe["dtype"]) == "bfloat16"
 
 
 def test_finetune_can_be_left_out(lpvit: Cli) -> None:

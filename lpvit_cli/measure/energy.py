@@ -10,9 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
+from typing import TYPE_CHECKING
 
-from lpvit_cli.measure.meters import Meter, MeterError
-from lpvit_cli.measure.statistics import FEWEST_PAIRS, Ratio, paired_ratio
+from lpvit_cli.measure.meters import Meter, MeterError, open_meter
+from lpvit_cli.measure.statistics import Ratio, paired_ratio
+
+if TYPE_CHECKING:
+    import torch
 
 FEWEST_TICKS = 10
 RETRIES = 3
@@ -64,9 +68,8 @@ def measure_energy(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> EnergyRun:
-    """`trials` windows of `window_s` seconds for each subject, in turn. A meter that fails gives reasons, not numbers."""
-    if trials < FEWEST_PAIRS:
-        raise ValueError(f"needs at least {FEWEST_PAIRS} trials, got {trials}")
+    """`trials` windows of `window_s` seconds for each subject, in turn; a ratio needs six. A meter that fails gives reasons,
+    not numbers."""
     windows: dict[str, list[_Window]] = {name: [] for name in subjects}
     try:
         synchronize()
@@ -81,6 +84,30 @@ def measure_energy(
         return EnergyRun(meter.source, reasons=[str(error)])
     idle_w = idle.joules / idle.seconds
     return EnergyRun(meter.source, idle_w, {name: _energy(w, images_per_call, idle_w) for name, w in windows.items()})
+
+
+def energy_on(
+    device: torch.device,
+    subjects: dict[str, Subject],
+    images_per_call: int,
+    *,
+    trials: int,
+    window_s: float,
+    on_trial: Callable[[int, int], None] | None = None,
+) -> tuple[EnergyRun | None, list[str]]:
+    """As `measure_energy`, by the meter of `device`: None when it has none; and the reasons why there is no energy."""
+    uuid, synchronize = "", lambda: None
+    if device.type == "cuda":
+        from torch import cuda
+
+        uuid, synchronize = str(cuda.get_device_properties(device).uuid), cuda.synchronize
+    meter, reasons = open_meter(device.type, uuid)
+    if meter is None:
+        return None, reasons
+    run = measure_energy(
+        subjects, images_per_call, meter, trials=trials, window_s=window_s, synchronize=synchronize, on_trial=on_trial
+    )
+    return run, run.reasons
 
 
 class _Load:

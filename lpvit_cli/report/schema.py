@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lpvit_cli.measure.accuracy import Accuracy
 from lpvit_cli.measure.energy import EnergyRun
+from lpvit_cli.measure.profile import DeviceProfile
 from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.measure.timing import TimingRun
 
@@ -125,6 +126,10 @@ class BenchReport(Report):
         return list(dict.fromkeys(reason for batch in self.batches for reason in batch.energy_reasons))
 
 
+class ProfileReport(Report):
+    profile: DeviceProfile
+
+
 class Parity(BaseModel):
     batch_size: int
     relative_error: float
@@ -168,5 +173,6 @@ REPORTS: dict[str, type[Report]] = {
     "sweep": SweepReport,
     "finetune-lora-ga": FinetuneReport,
     "bench": BenchReport,
+    "profile": ProfileReport,
     "export": ExportReport,
 }

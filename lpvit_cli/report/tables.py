@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from lpvit_cli.measure.profile import KEPT, DeviceProfile, LayerProfile, SparseProfile
 from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.report.schema import (
     BASELINE,
@@ -18,6 +19,7 @@ from lpvit_cli.report.schema import (
     ExportReport,
     FinetuneReport,
     PredictReport,
+    ProfileReport,
     PruneReport,
     Report,
     SweepReport,
@@ -32,6 +34,7 @@ def render(report: Report, folder: Path) -> list[Any]:
         SweepReport: _sweep,
         FinetuneReport: _finetune,
         BenchReport: _bench,
+        ProfileReport: _profile,
         ExportReport: _export,
         EvaluateReport: _evaluate,
         PredictReport: _predict,
@@ -174,6 +177,57 @@ def _energy(report: BenchReport) -> list[Any]:
             numbers = (f"{joules:.4g}", f"{above:.4g}", f"{1 / joules:.1f}", f"{energy.average_w:.0f}", ratio)
             rows.add_row(name, str(batch_size), *numbers)
     return [rows]
+
+
+def _profile(report: ProfileReport, folder: Path) -> list[Any]:
+    profile = report.profile
+    whole = f"whole model {_three_digits(profile.model_ms)} ms, {_three_digits(profile.rest_ms)} ms outside these layers"
+    shown: list[Any] = [
+        Text(f"{profile.model} on {profile.device}, {profile.dtype}, batch {profile.batch_size}: {whole}", "bold"),
+        _curves("ms per call, times faster than dense; by blocks kept (to the nearest block)", profile, "ms"),
+        *(_break_even(layer, sparse) for layer in profile.layers for sparse in layer.sparse),
+    ]
+    if profile.model_mj is not None and profile.rest_mj is not None:
+        whole = f"{_three_digits(profile.model_mj)} mJ, {_three_digits(profile.rest_mj)} mJ outside these layers"
+        shown.append(f"energy by {profile.energy_source}: whole model {whole}")
+        shown.append(_curves("mJ per call, times less than dense; by blocks kept (to the nearest block)", profile, "mj"))
+    reasons = [f"energy   not measured: {reason}" for reason in profile.energy_reasons]
+    return [*shown, *reasons, f"profile: {folder / 'profile.json'}"]
+
+
+def _curves(title: str, profile: DeviceProfile, unit: str) -> Table:
+    """A row for each shape and block; each measured fraction in the column it is nearest to (few blocks leave some empty)."""
+    rows = table(title, "out x in", "dense", *(f"{100 * kept:.0f} %" for kept in KEPT))
+    for layer in profile.layers:
+        for sparse in layer.sparse:
+            dense = getattr(layer, f"dense_{unit}")
+            cells = dict.fromkeys(KEPT, "")
+            for kept, cost in zip(sparse.kept, getattr(sparse, unit), strict=True):
+                nearest = min(KEPT, key=lambda column: abs(column - kept))
+                cells[nearest] = f"{_three_digits(cost)}\n{dense / cost:.2f}x"
+            label = f"{len(layer.names)} of {_by(layer.shape)}\n{layer.rows} rows, blocks {_by(sparse.block)}"
+            rows.add_row(label, _three_digits(dense), *cells.values())
+    return rows
+
+
+def _break_even(layer: LayerProfile, sparse: SparseProfile) -> str:
+    kept = sparse.break_even(layer.dense_ms)
+    if kept is None:
+        pays = f"never pays, not even with {100 * sparse.kept[0]:.0f} % kept"
+    elif kept == 1:
+        pays = "pays even with all blocks kept"
+    else:
+        pays = f"pays below {100 * kept:.0f} % kept"
+    return f"{_by(layer.shape)} on {layer.rows} rows, blocks {_by(sparse.block)}: sparse {pays}"
+
+
+def _by(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
+
+
+def _three_digits(value: float) -> str:
+    decimals = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{decimals}f}"
 
 
 def _export(report: ExportReport, folder: Path) -> list[Any]:

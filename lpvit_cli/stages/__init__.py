@@ -20,6 +20,11 @@ class Stage:
     module: str
     depends_on: tuple[str, ...]  # prefixes of recipe keys
     summary: str
+    timed: bool = False  # its numbers hold only on the device they were taken on
+
+    def reads(self, key: str) -> bool:
+        """Whether the result depends on this recipe key."""
+        return any(key == prefix or key.startswith(f"{prefix}.") for prefix in self.depends_on)
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -71,6 +76,7 @@ BENCH = Stage(
     "bench",
     ("bench", "dtype"),
     "Measure latency and energy of dense, masked-dense and sparse.",
+    timed=True,
 )
 EXPORT = Stage(
     "export",
@@ -79,4 +85,24 @@ EXPORT = Stage(
     ("export",),
     "Write ONNX, checked against the model on real images.",
 )
-STAGES = (CALIBRATE, PRUNE, FINETUNE, BENCH, EXPORT)
+PROFILE = Stage(
+    "profile",
+    "profile",
+    "profile",
+    (
+        "seed",
+        "dtype",
+        "model.name",
+        "model.kwargs",
+        "prune.block",
+        "prune.layers",
+        "profile",
+        "bench.threads",
+        "bench.dtype",
+        "bench.energy.window_seconds",
+    ),
+    "Measure what each layer takes on this device, by the fraction of its blocks kept.",
+    timed=True,
+)
+STAGES = (CALIBRATE, PRUNE, FINETUNE, BENCH, EXPORT)  # what `lpvit run` runs
+ALL_STAGES = (*STAGES, SWEEP, PROFILE)

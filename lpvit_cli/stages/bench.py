@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lpvit_cli.measure.energy import measure_energy
+from lpvit_cli.measure.energy import energy_on
 from lpvit_cli.measure.machine import installed, machine
-from lpvit_cli.measure.meters import open_meter
-from lpvit_cli.measure.timing import time_interleaved, verdict
+from lpvit_cli.measure.timing import cpu_threads, time_interleaved, verdict
 from lpvit_cli.models import VisionModel, build_model, describe_device, device_of, load_model, pick_dtype
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.report.html import write_html
@@ -25,9 +24,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
     torch.manual_seed(recipe.seed)
     settings, device = recipe.bench, device_of(recipe)
     dtype = pick_dtype(settings.dtype or recipe.dtype, device)
-    before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads or before)
-    try:
+    with cpu_threads(settings.threads):
         source = run.model_artefact(BENCH)
         sparse = load_model(source).to(device, dtype)
         models = {BASELINE: build_model(recipe.model).to(device, dtype), "masked-dense": densify(sparse), "sparse": sparse}
@@ -45,8 +42,6 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
             flops=pruned.flops,
             batches=measured,
         )
-    finally:
-        torch.set_num_threads(before)
     finetuned = run.report(FINETUNE, FinetuneReport) if source.name == FINETUNE.folder else None
     write_html(work / "report.html", recipe.name, report, pruned, finetuned)
     return report
@@ -76,20 +71,14 @@ def _bench_batch(
     )
     speedup = {name: timing.ratio(BASELINE, name) for name in models if name != BASELINE}
     sentence = verdict("sparse", "dense PyTorch", speedup["sparse"], timing, timing.subjects["sparse"])
-    energy = None
-    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-    meter, reasons = open_meter(device.type, uuid)
-    if meter is not None:
-        energy = measure_energy(
-            subjects,
-            batch_size,
-            meter,
-            trials=settings.energy.trials,
-            window_s=settings.energy.window_seconds,
-            synchronize=torch.cuda.synchronize if device.type == "cuda" else lambda: None,
-            on_trial=lambda done, total: progress(f"energy, batch {batch_size}", done, total, f"trial {done}/{total}"),
-        )
-        reasons = energy.reasons
+    energy, reasons = energy_on(
+        device,
+        subjects,
+        batch_size,
+        trials=settings.energy.trials,
+        window_s=settings.energy.window_seconds,
+        on_trial=lambda done, total: progress(f"energy, batch {batch_size}", done, total, f"trial {done}/{total}"),
+    )
     return BatchBench(
         batch_size=batch_size,
         timing=timing,

@@ -140,10 +140,12 @@ def test_work_of_the_caller_is_not_in_the_idle_window() -> None:
     assert run.idle_w == pytest.approx(IDLE_W, rel=0.02)
 
 
-def test_fewer_trials_than_an_interval_needs_are_refused() -> None:
+def test_fewer_trials_than_an_interval_needs_give_energy_and_no_ratio() -> None:
     board = Board()
-    with pytest.raises(ValueError, match="needs at least 6 trials, got 5"):
-        board.measure({"dense": lambda: board.spend(0.005, 300)}, trials=5)
+    run = board.measure({name: lambda: board.spend(0.005, 300) for name in ("dense", "sparse")}, trials=5)
+    assert run.subjects["dense"].joules_per_image == pytest.approx(300 * 0.005 / 8, rel=5e-3)
+    with pytest.raises(ValueError, match="needs at least 6 pairs, got 5"):
+        run.ratio("dense", "sparse")
 
 
 def test_a_board_that_stays_hot_has_no_energy_after_four_windows() -> None:

@@ -17,6 +17,7 @@ from lpvit_cli.console import Console
 from lpvit_cli.doctor import Finding
 from lpvit_cli.measure.accuracy import Accuracy
 from lpvit_cli.measure.energy import Energy, EnergyRun
+from lpvit_cli.measure.profile import DeviceProfile, LayerProfile, SparseProfile
 from lpvit_cli.measure.statistics import Ratio, percentiles
 from lpvit_cli.measure.timing import Timing, TimingRun
 from lpvit_cli.recipe import shipped_recipes
@@ -36,13 +37,14 @@ from lpvit_cli.report.schema import (
     Parity,
     Prediction,
     PredictReport,
+    ProfileReport,
     PruneReport,
     Report,
     SweepPoint,
     SweepReport,
 )
 from lpvit_cli.report.tables import findings_table, giga, recipes_table, render, summary
-from lpvit_cli.stages import STAGES, SWEEP
+from lpvit_cli.stages import ALL_STAGES
 
 FOLDER = Path("runs/deit_base_50/stage")
 CPU = "AMD EPYC 9V74 80-Core Processor"
@@ -186,6 +188,31 @@ def predict(image: str = "cat.jpg", names: list[str] | None = None) -> PredictRe
     return PredictReport(device=CPU, model="runs/a/pruned", predictions=[prediction])
 
 
+def profile(metered: bool = False) -> ProfileReport:
+    """A ViT-B's layers, of which the smallest is never faster when sparse, and the next one always."""
+    kept = [0.05, 0.1, 0.25, 0.5, 0.75, 1.0]
+    layers = []
+    for (out, columns), dense_ms in {(768, 768): 0.123, (2304, 768): 123.4, (3072, 768): 7.89}.items():
+        ms = [dense_ms * (2 + share if out == 768 else share if out == 2304 else 2 * share) for share in kept]
+        sparse = SparseProfile(block=(128, 32), kept=kept, ms=ms, mj=[40 * one for one in ms] if metered else None)
+        facts: dict[str, Any] = {"shape": (out, columns), "rows": 12608, "bias": True, "names": ["a"] * 12, "sparse": [sparse]}
+        layers.append(LayerProfile(dense_ms=dense_ms, dense_mj=40 * dense_ms if metered else None, **facts))
+    made = DeviceProfile(
+        device=CPU,
+        dtype="float32",
+        threads=2,
+        model="deit_base_patch16_224.fb_in1k",
+        batch_size=64,
+        provenance={},
+        model_ms=5234.5,
+        model_mj=209_380 if metered else None,
+        energy_source=NVML if metered else None,
+        energy_reasons=[] if metered else [NO_METER],
+        layers=layers,
+    )
+    return ProfileReport(device=CPU, profile=made)
+
+
 def calibrate() -> CalibrateReport:
     return CalibrateReport(device=CPU, images=1024, gradient="empirical", layers=48, statistics_bytes=5 * 2**19)
 
@@ -206,6 +233,8 @@ ALL: dict[str, Callable[[], Report]] = {
     "sweep": sweep,
     "bench": bench,
     "bench with energy": measured_bench,
+    "profile": profile,
+    "profile with energy": lambda: profile(metered=True),
     "export": export,
     "evaluate": evaluate,
     "predict": predict,
@@ -584,6 +613,33 @@ def test_the_page_shows_hostile_names_as_text(tmp_path: Path, name: str) -> None
     assert made.count("svg") == 2
 
 
+@pytest.mark.parametrize("metered", [False, True])
+def test_a_profile_shows_dense_and_sparse_and_where_they_break_even(metered: bool) -> None:
+    text = shown(profile(metered))
+    lines = [words(line) for line in text.splitlines()]
+    # 5234.5 - 12 * (0.123 + 123.4 + 7.89)
+    assert "float32, batch 64: whole model 5234 ms, 3658 ms outside these layers" in words(text)
+    assert "12 of 3072x768 7.89 0.789 1.58 3.94 7.89 11.8 15.8" in lines
+    assert "12608 rows, blocks 128x32 10.00x 5.00x 2.00x 1.00x 0.67x 0.50x" in lines
+    assert "768x768 on 12608 rows, blocks 128x32: sparse never pays, not even with 5 % kept" in lines
+    assert "2304x768 on 12608 rows, blocks 128x32: sparse pays even with all blocks kept" in lines
+    assert "3072x768 on 12608 rows, blocks 128x32: sparse pays below 50 % kept" in lines
+    assert ("12 of 3072x768 316 31.6 63.1 158 316 473 631" in lines) is metered
+    assert (f"energy not measured: {NO_METER}" in words(text)) is not metered
+    assert (f"energy by {NVML}: whole model 209380 mJ, 146302 mJ outside these layers" in words(text)) is metered
+    assert f"profile: {FOLDER}/profile.json" in lines
+
+
+def test_a_layer_of_few_blocks_leaves_columns_empty() -> None:
+    one = profile().profile.layers[0]
+    few = SparseProfile(block=(768, 192), kept=[0.25, 0.5, 0.75, 1.0], ms=[0.1, 0.2, 0.3, 0.4], mj=None)
+    made = profile().profile.model_copy(update={"layers": [one.model_copy(update={"sparse": [few]})]})
+    lines = shown(ProfileReport(device=CPU, profile=made)).splitlines()
+    heads, row = (next(line for line in lines if line.startswith(start)) for start in ("out x in", "12 of"))
+    assert row.split()[3:] == ["0.123", "0.100", "0.200", "0.300", "0.400"]
+    assert row.index("0.100") + len("0.100") == heads.index("25 %") + len("25 %")
+
+
 # the files
 
 
@@ -607,6 +663,6 @@ def test_a_power_model_of_zero_predicts_nothing() -> None:
 
 
 def test_every_stage_has_a_report_that_can_be_rendered() -> None:
-    assert set(REPORTS) == {stage.command for stage in (*STAGES, SWEEP)}
+    assert set(REPORTS) == {stage.command for stage in ALL_STAGES}
     rendered = {type(make()) for make in ALL.values()}
     assert set(REPORTS.values()) <= rendered
