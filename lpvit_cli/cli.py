@@ -142,6 +142,8 @@ def _run_stages(
     run = Run(recipe, output or Path("runs") / recipe.name)
     if len(stages) > 1 and recipe.finetune is None:
         stages = tuple(stage for stage in stages if stage is not FINETUNE)
+    if len(stages) > 1 and recipe.prune.profile is None and recipe.prune.budget.needs_profile:
+        stages = (PROFILE, *stages)
     if dry_run:
         plan = {stage.command: _plan(run.changes(stage), resume) for stage in stages}
         console.document = {"recipe": recipe.model_dump(mode="json"), "output": str(run.folder), "stages": plan}

@@ -174,8 +174,8 @@ class PruneSection(Section):
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        one = isinstance(self.block[0], int)
-        return (self.block,) if one else self.block  # type: ignore[return-value]
+        """The shapes of `block`, each once."""
+        return tuple(dict.fromkeys((self.block,) if isinstance(self.block[0], int) else self.block))
 
 
 class Distill(Section):

@@ -107,6 +107,8 @@ class Run:
         if before:
             record = self.record(before)
             inputs[before.folder] = record["fingerprint"] if record else None
+        if stage in (PRUNE, SWEEP) and (path := self.profile_path()):
+            inputs["prune.profile (content)"] = content_id(path)
         if stage is CALIBRATE:
             inputs |= self._contents
         if stage.timed:
@@ -115,7 +117,7 @@ class Run:
             inputs["measured on"] = describe_device(device_of(self.recipe))
         return inputs
 
-    def profile(self) -> Path | None:
+    def profile_path(self) -> Path | None:
         """The device profile that pruning reads: the one the recipe names, or this run's where the budget needs one."""
         settings = self.recipe.prune
         if settings.profile is None and settings.budget.needs_profile:

@@ -32,14 +32,15 @@ from lpvit_cli.models import build_model, prunable_layers, write_tensors
 from lpvit_cli.pruning.allocate import Curve, allocate
 from lpvit_cli.pruning.blocks import Block, block_elements, block_sums
 from lpvit_cli.pruning.saliency import METHODS, Removal, additive
-from lpvit_cli.pruning.sequential import prune_sequentially
 from lpvit_cli.pruning.surgeon import compensated
-from lpvit_cli.recipe import FinetuneSection, Layers, ModelSection, Recipe
+from lpvit_cli.recipe import Budget, FinetuneSection, Layers, ModelSection, Recipe
 from lpvit_cli.sparse import sparsify
+from lpvit_cli.stages.plan import Plan, build_plan
 
 CPU = torch.device("cpu")
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 MFAC_IMAGES = 128
+RECOVERED = ("magnitude, global", "wanda, uniform", "taylor", "lpvit", "block Fisher", "M-FAC", "obs")  # the rest: ablations
 Batches = list[tuple[Tensor, Tensor]]
 SWIN = ModelSection(
     name="swin_tiny_patch4_window7_224",
@@ -116,7 +117,7 @@ class Method:
     removals: dict[str, Removal]
     uniform: bool = False  # the same fraction of every layer, for scores that do not compare across layers
     weights: Callable[[str, Tensor], Tensor] | None = None  # layer, block mask -> compensated weight
-    whole: Callable[[nn.Module, dict[str, int]], dict[str, Tensor]] | None = None  # prunes a copy of the model to counts
+    plan: Plan | None = None  # lpvit's own engine prunes; the rest is not used
 
 
 def sample_gradients(model: nn.Module, layers: dict[str, nn.Linear], batches: Batches, images: int) -> dict[str, Tensor]:
@@ -179,17 +180,22 @@ def methods(task: Task, layers: dict[str, nn.Linear], seed: int, block: Block, f
     def least_squares(name: str, mask: Tensor) -> Tensor:
         return compensated(layers[name].weight.detach(), statistics[name].hessian, mask, block)
 
-    def sequentially(model: nn.Module, counts: dict[str, int]) -> dict[str, Tensor]:
-        row_weights = {name: layer.loss_weights for name, layer in statistics.items()}
-        images = [x for x, _ in calibration]
-        return prune_sequentially(task.model, model, counts, row_weights, images, block, lambda name: None)
-
-    def layer_mean() -> Method:
-        mean: dict[str, LayerStatistics] = copy.deepcopy(statistics)
-        for layer in mean.values():
-            layer.output_square = layer.output_square.mean().expand_as(layer.output_square)
-        orders = {name: METHODS["obs"](module.weight.detach(), mean[name], block) for name, module in layers.items()}
+    def weighed(change: Callable[[Tensor], Tensor]) -> Method:
+        """obs, S of each layer [out, out] changed."""
+        other: dict[str, LayerStatistics] = copy.deepcopy(statistics)
+        for layer in other.values():
+            layer.output_outer = change(layer.output_outer)
+        orders = {name: METHODS["obs"](module.weight.detach(), other[name], block) for name, module in layers.items()}
         return Method(orders, weights=least_squares)
+
+    def engine(**settings: object) -> Method:
+        prune = {"block": block, "min_keep": 0.0, "beta": 0.0, **settings}
+        model = {"name": task.name}
+        recipe = Recipe.model_validate(
+            {"name": task.name, "seed": seed, "model": model, "data": {"dataset": "digits"}, "prune": prune}
+            | {"device": "cpu", "calibrate": {"gradient": "sampled"}}
+        )
+        return Method({}, plan=build_plan(recipe, task.model, statistics, calibration, None, None, lambda *_: None))
 
     made: dict[str, Callable[[], Method]] = {
         "magnitude, uniform": lambda: Method(removals("magnitude"), uniform=True),
@@ -200,9 +206,12 @@ def methods(task: Task, layers: dict[str, nn.Linear], seed: int, block: Block, f
         "lpvit, refitted": lambda: Method(removals("lpvit"), weights=least_squares),
         "obs, uniform": lambda: Method(removals("obs"), uniform=True, weights=least_squares),
         "obs, no compensation": lambda: Method(removals("obs")),
-        "obs, layer-mean S": layer_mean,
-        "obs": lambda: Method(removals("obs"), weights=least_squares),
-        "obs, sequential": lambda: Method(removals("obs"), whole=sequentially),
+        "obs, layer-mean S": lambda: weighed(lambda s: s.diagonal().mean() * torch.eye(len(s))),
+        "obs, diagonal S": lambda: weighed(lambda s: s.diagonal().diag()),
+        "obs, each layer alone": lambda: engine(reweigh=0, sequential=False),
+        "obs, reweighed": lambda: engine(sequential=False),
+        "obs, sequential": lambda: engine(reweigh=0),
+        "obs": lambda: engine(),
     }
     if fisher:
         gradients = sample_gradients(task.model, layers, calibration, MFAC_IMAGES)
@@ -220,6 +229,8 @@ def methods(task: Task, layers: dict[str, nn.Linear], seed: int, block: Block, f
 
 def prune(task: Task, layers: dict[str, nn.Linear], method: Method, sparsity: float, block: Block) -> nn.Module:
     """The model with that fraction of its prunable weights removed; equal to FLOPs where all layers see the same tokens."""
+    if method.plan:
+        return method.plan.prune(Budget(sparsity=sparsity), lambda *_: None)[0]
     counts = {}
     if method.uniform:
         counts = {name: round(sparsity * len(removal.order)) for name, removal in method.removals.items()}
@@ -230,12 +241,11 @@ def prune(task: Task, layers: dict[str, nn.Linear], method: Method, sparsity: fl
             kept, blocks = removal.along(elements), len(removal.order)
             curves[name] = Curve(removal.distortion, torch.zeros(blocks + 1, dtype=torch.float64), kept, most_removals=blocks)
         total = sum(layer.weight.numel() for layer in layers.values())
-        counts = allocate(curves, (1 - sparsity) * total, beta=0.0)
+        choices = allocate({name: [curve] for name, curve in curves.items()}, (1 - sparsity) * total, beta=0.0)
+        counts = {name: choice.removed for name, choice in choices.items()}
     model = copy.deepcopy(task.model)
     masks = {name: removal.mask(counts[name]) for name, removal in method.removals.items()}
-    if method.whole:
-        masks = method.whole(model, counts)
-    elif method.weights:
+    if method.weights:
         for name, mask in masks.items():
             model.get_submodule(name).weight.data = method.weights(name, mask)
     sparsify(model, masks, block)
@@ -294,7 +304,7 @@ def main() -> None:
                 for sparsity in SPARSITIES:
                     model = prune(task, layers, method, sparsity, block)
                     before, after = task.top1(model), None
-                    if args.recovery_epochs:
+                    if args.recovery_epochs and name in RECOVERED:
                         torch.manual_seed(seed)
                         after = task.top1(recover(task, model, seed, args.recovery_epochs))
                     results.setdefault((name, sparsity), []).append((before, after))
@@ -326,7 +336,7 @@ def main() -> None:
 def print_table(rows: list[dict[str, object]], model: str, what: str) -> None:
     print(f"\n{model}, {what.replace('_', '-')}: top-1 in %, mean (lowest to highest seed)")
     print(f"{'method':<22}" + "".join(f"{f'{s:.0%} removed':>24}" for s in SPARSITIES))
-    for name in dict.fromkeys(row["method"] for row in rows if row["model"] == model):
+    for name in dict.fromkeys(row["method"] for row in rows if row["model"] == model and row[what]):
         cells = [row[what] for row in rows if row["model"] == model and row["method"] == name]
         texts = [f"{sum(c) / len(c):.2f} ({min(c):.2f} to {max(c):.2f})" for c in cells]  # type: ignore[arg-type, type-var]
         print(f"{name!s:<22}" + "".join(f"{text:>24}" for text in texts))

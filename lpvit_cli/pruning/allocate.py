@@ -66,9 +66,7 @@ def automatic_beta(curves: Mapping[str, Sequence[Curve]]) -> float:
     return max(0.0, steepest_d) / (steepest_p or 1.0)
 
 
-def allocate(
-    curves: Mapping[str, Sequence[Curve]], budget: float, beta: float | Literal["auto"] = "auto"
-) -> dict[str, Choice]:
+def allocate(curves: Mapping[str, Sequence[Curve]], budget: float, beta: float | Literal["auto"] = "auto") -> dict[str, Choice]:
     """Removals per layer so that the kept cost, summed over layers, is at most `budget`, and no more than one block below.
 
     All curves of a layer start at the same cost. Raises UsageError when min_keep makes the budget impossible.

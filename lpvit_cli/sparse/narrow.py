@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 def width(module: nn.Module) -> int | None:
     """Hidden neurons of an MLP or heads of an attention: what `narrow` makes fewer; None for other modules."""
-    if isinstance(module, Mlp) and hasattr(module.fc1, "out_features"):
-        return int(module.fc1.out_features)
+    if isinstance(module, Mlp):
+        neurons = getattr(module.fc1, "out_features", None)  # a convolution has none
+        assert neurons is None or isinstance(neurons, int)
+        return neurons
     return module.num_heads if isinstance(module, Attention | WindowAttention) else None
 
 

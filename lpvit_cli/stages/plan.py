@@ -154,8 +154,8 @@ class Plan:
             furthest, unpruned = (self._in_units_of(budget, cost) for cost in (_lowest(curves), _highest(curves)))
             low, high = sorted((furthest, unpruned))
             raise UsageError(
-                f"prune.budget: {budget.kind} {budget.value:g} cannot be reached: with min_keep {self.settings.min_keep:g} it can "
-                f"be from {low:.4g} to {high:.4g}",
+                f"prune.budget: {budget.kind} {budget.value:g} cannot be reached: with min_keep {self.settings.min_keep:g} it "
+                f"can be from {low:.4g} to {high:.4g}",
                 "choose a value in between, lower prune.min_keep, or include more layers",
             )
 
@@ -398,7 +398,7 @@ def build_plan(
 
 def open_profile(recipe: Recipe, run: Run) -> DeviceProfile | None:
     """The profile that the recipe names, or where its budget needs one, that of this run."""
-    path = run.profile()
+    path = run.profile_path()
     if path is None:
         return None
     profile = DeviceProfile.load(path)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
@@ -43,12 +41,6 @@ class Layer:
         return f"{self.names[0]} {block} {kept_blocks}" if block else f"{self.names[0]} dense"
 
 
-def blocks_of(block: Block | Sequence[Block]) -> list[Block]:
-    """`prune.block`, one block or several, as a list without repeats."""
-    several = block if isinstance(block[0], tuple) else [block]
-    return list(dict.fromkeys(cast(Sequence[Block], several)))
-
-
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> ProfileReport:
     torch.manual_seed(recipe.seed)
     settings, device = recipe.profile, device_of(recipe)
@@ -56,7 +48,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Profi
     # random weights take as long as trained ones, and need no download
     model = build_model(recipe.model.model_copy(update={"pretrained": False, "weights": None}))
     layers = distinct_layers(model, recipe, settings.batch_size)
-    blocks = blocks_of(recipe.prune.block)
+    blocks = recipe.prune.blocks
     images = torch.randn(settings.batch_size, *model.pretrained_cfg["input_size"]).to(device, dtype)
     subjects: dict[str, Subject] = {MODEL: partial(model.to(device, dtype), images)}
     for layer in layers:
@@ -103,7 +95,7 @@ def distinct_layers(model: VisionModel, recipe: Recipe, batch_size: int) -> list
     alike: dict[tuple[tuple[int, int], int], list[str]] = {}
     for name, linear in linears.items():
         shape = (linear.out_features, linear.in_features)
-        for block in blocks_of(recipe.prune.block):
+        for block in recipe.prune.blocks:
             require_fit(name, shape, block)
         alike.setdefault((shape, tokens[name] * batch_size), []).append(name)
     return [
@@ -118,7 +110,7 @@ def kept_counts(shape: tuple[int, int], block: Block) -> list[int]:
     return sorted({max(1, round(fraction * rows * columns)) for fraction in KEPT})
 
 
-def _subjects(layer: Layer, blocks: list[Block], device: torch.device, dtype: torch.dtype) -> dict[str, Subject]:
+def _subjects(layer: Layer, blocks: tuple[Block, ...], device: torch.device, dtype: torch.dtype) -> dict[str, Subject]:
     """The layer as nn.Linear, and as block-sparse with random blocks kept, all on the same random x [rows, in]."""
     out, columns = layer.shape
     x = torch.randn(layer.rows, columns).to(device, dtype)
@@ -138,7 +130,7 @@ def _millijoules(energy: EnergyRun | None) -> dict[str, float]:
     return {name: 1000 * one.joules_per_image for name, one in energy.subjects.items()} if energy else {}
 
 
-def _layer_profile(layer: Layer, blocks: list[Block], ms: dict[str, float], mj: dict[str, float]) -> LayerProfile:
+def _layer_profile(layer: Layer, blocks: tuple[Block, ...], ms: dict[str, float], mj: dict[str, float]) -> LayerProfile:
     sparse = []
     for block in blocks:
         places = grid(layer.shape, block)

@@ -159,18 +159,6 @@ def test_pretrained_weights_are_not_asked_for(tmp_path: Path, made_up: dict[str,
     assert [(section.pretrained, section.weights) for section in asked] == [(False, None)]
 
 
-@pytest.mark.parametrize(
-    ("block", "blocks"),
-    [
-        ((64, 32), [(64, 32)]),
-        (((64, 32),), [(64, 32)]),
-        ([(64, 32), (32, 32), (64, 32)], [(64, 32), (32, 32)]),
-    ],
-)
-def test_one_block_or_several(block: Any, blocks: list[tuple[int, int]]) -> None:
-    assert stage.blocks_of(block) == blocks
-
-
 def test_doubts_are_told() -> None:
     timing = TimingRun({"a": Timing([1.0], percentiles([1.0]), 1, 0, 1, None, host_bound=True)}, 1, foreign_load=0.5)
     facts: dict[str, Any] = {"device": "d", "dtype": "float32", "threads": 1, "model": "m", "batch_size": 1, "provenance": {}}
