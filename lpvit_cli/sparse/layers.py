@@ -6,6 +6,7 @@ import copy
 from functools import cached_property
 from typing import TypeVar
 
+import torch
 from lpvit_kernels import BlockSparseMatrix, linear
 from torch import Tensor, nn
 
@@ -38,7 +39,9 @@ class BlockSparseLinear(nn.Module):
     @cached_property
     def pattern(self) -> BlockSparseMatrix:
         """Where the blocks are; its values are those of the moment it was made."""
-        return BlockSparseMatrix(self.values.detach(), self.row_ptr, self.cols, (self.out_features, self.in_features))
+        with torch.inference_mode(False):  # made while evaluating, it must serve training too
+            made = BlockSparseMatrix(self.values.detach(), self.row_ptr, self.cols, (self.out_features, self.in_features))
+            return made.with_values(made.values)
 
     @property
     def weight(self) -> BlockSparseMatrix:

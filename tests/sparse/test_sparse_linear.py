@@ -8,6 +8,7 @@ from helpers import expanded, masked, relative
 from lpvit_kernels import BlockSparseMatrix
 from torch import nn
 
+from lpvit_cli.lora import adapt
 from lpvit_cli.models import prunable_layers
 from lpvit_cli.recipe import Layers
 from lpvit_cli.sparse import BlockSparseLinear, densify, sparse_layers, sparsify
@@ -93,3 +94,14 @@ def test_another_float_type_leaves_the_indices_whole_numbers(tiny_vit: nn.Module
     layer = next(iter(sparse_layers(tiny_vit).values()))
     assert relative(tiny_vit.double()(x.double()), expected) < 1e-5
     assert (layer.values.dtype, layer.cols.dtype) == (torch.float64, torch.int32)
+
+
+def test_a_layer_that_was_evaluated_first_can_be_trained(tiny_vit: nn.Module) -> None:
+    """Indices derived in inference mode cannot be used by autograd."""
+    sparsify(tiny_vit, random_masks(tiny_vit), BLOCK)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        tiny_vit(x)
+    adapters = adapt(tiny_vit, rank=2, alpha=4.0)
+    tiny_vit(x).square().sum().backward()
+    assert all(bool(adapter.lora_b.grad.any()) for adapter in adapters.values())
