@@ -39,7 +39,9 @@ Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Compute type: auto, float32, bfloat16 or float16.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Batch size of this command.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what would run; do nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved recipe, what would run, and what prune would give; do nothing.")
+]
 SMOKE_HELP = "Rehearse with a small random model and generated images; its sizes override --set."
 Smoke = Annotated[bool, typer.Option("--smoke", help=SMOKE_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
@@ -148,6 +150,12 @@ def _run_stages(
         plan = {stage.command: _plan(run.changes(stage), resume) for stage in stages}
         console.document = {"recipe": recipe.model_dump(mode="json"), "output": str(run.folder), "stages": plan}
         console.human(recipe.to_yaml(), f"# output: {run.folder}", *(f"# {stage}: {what}" for stage, what in plan.items()))
+        if PRUNE in stages or SWEEP in stages:
+            from lpvit_cli.stages.prune import predict
+
+            prediction = predict(recipe, run, console.progress)
+            console.document["prediction"] = prediction.model_dump(mode="json")
+            console.human("", *render(prediction, run.folder))
         return
     reports = {}
     with run.open(overwrite):

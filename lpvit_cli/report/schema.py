@@ -73,11 +73,39 @@ class SweepPoint(BaseModel):
     budget: float
     folder: str
     report: PruneReport
+    latency_ms: float  # median of a batch of profile.batch_size, measured
+    speedup: Ratio  # dense latency over this one's
 
 
 class SweepReport(Report):
-    kind: str  # what the budgets count: flops, sparsity or max_drop
+    kind: str  # what the budgets count: flops, sparsity, latency_ms, energy_mj or max_drop
+    batch_size: int  # of the latencies
+    latency_ms_dense: float
     points: list[SweepPoint]
+
+
+class PredictedPoint(BaseModel):
+    """What a budget would give; nothing was pruned. Energy by the recipe's power model, latency from a device profile."""
+
+    budget: float
+    kept_fraction: float  # of the prunable weights
+    kept_by_layer: dict[str, float]
+    flops: int
+    bytes: int
+    energy_uj: float
+    latency_ms: float | None
+
+
+class PredictionReport(Report):
+    """A dry run of prune. `reasons`: why there is no prediction, or none of the latency."""
+
+    kind: str
+    flops_dense: int = 0
+    bytes_dense: int = 0
+    energy_uj_dense: float = 0.0
+    latency_ms_dense: float | None = None
+    points: list[PredictedPoint]
+    reasons: list[str] = []
 
 
 class Epoch(BaseModel):

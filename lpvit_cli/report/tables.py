@@ -18,6 +18,7 @@ from lpvit_cli.report.schema import (
     EvaluateReport,
     ExportReport,
     FinetuneReport,
+    PredictionReport,
     PredictReport,
     ProfileReport,
     PruneReport,
@@ -32,6 +33,7 @@ def render(report: Report, folder: Path) -> list[Any]:
         CalibrateReport: _calibrate,
         PruneReport: _prune,
         SweepReport: _sweep,
+        PredictionReport: _prediction,
         FinetuneReport: _finetune,
         BenchReport: _bench,
         ProfileReport: _profile,
@@ -111,6 +113,9 @@ def _prune(report: PruneReport, folder: Path) -> list[Any]:
     )
     if energy_dense:
         summary.add_row("predicted uJ/image", f"{energy_dense:.0f}", f"{energy:.0f}", f"{energy / energy_dense:.2f}")
+    if report.latency_ms is not None and report.latency_ms_dense is not None:
+        dense_ms, ms = report.latency_ms_dense, report.latency_ms
+        summary.add_row("predicted ms/batch", f"{dense_ms:.2f}", f"{ms:.2f}", f"{ms / dense_ms:.2f}")
     summary.add_row("size on disk", size(report.bytes_dense), size(report.bytes), f"{report.bytes / report.bytes_dense:.2f}")
     dense, pruned = report.accuracy_dense, report.accuracy
     change = f"{pruned.top1 - dense.top1:+.2f}"
@@ -120,19 +125,47 @@ def _prune(report: PruneReport, folder: Path) -> list[Any]:
 
 def _sweep(report: SweepReport, folder: Path) -> list[Any]:
     first = report.points[0].report
-    rows = table(f"one-shot, by {first.method}", report.kind, "weights kept", "FLOPs", "size", "top-1", "- dense")
-    rows.add_row("dense", "100 %", "1.00", "1.00", f"{first.accuracy_dense.top1:.2f} %", "")
+    title = f"one-shot, by {first.method}; speed at batch {report.batch_size} on {report.device}"
+    columns = [report.kind, "weights", "FLOPs", "size", "top-1", "- dense", "ms", "speed-up (95 %)"]
+    rows = table(title, *columns, *(["ms predicted"] if first.latency_ms is not None else []))
+    dense_ms = f"{report.latency_ms_dense:.2f}"
+    rows.add_row("dense", "1.00", "1.00", "1.00", f"{first.accuracy_dense.top1:.2f} %", "", dense_ms, "1")
     for point in report.points:
         made = point.report
         rows.add_row(
             f"{point.budget:g}",
-            percent(made.linear_kept_fraction),
+            f"{made.linear_kept_fraction:.2f}",
             f"{made.flops / made.flops_dense:.2f}",
             f"{made.bytes / made.bytes_dense:.2f}",
             f"{made.accuracy.top1:.2f} %",
             f"{made.accuracy.top1 - made.accuracy_dense.top1:+.2f}",
+            f"{point.latency_ms:.2f}",
+            interval(point.speedup),
+            *([f"{made.latency_ms:.2f}"] if made.latency_ms is not None else []),
         )
     return [rows, f"model folders and picture (sweep.svg): {folder}"]
+
+
+def _prediction(report: PredictionReport, folder: Path) -> list[Any]:
+    shown: list[Any] = []
+    if report.points:
+        rows = table("predicted, nothing pruned", report.kind, "weights", "FLOPs", "size", "uJ/image", "ms", "speed-up")
+        dense_ms = f"{report.latency_ms_dense:.2f}" if report.latency_ms_dense else "-"
+        dense_uj = f"{report.energy_uj_dense:.0f}"
+        rows.add_row("dense", "1.00", giga(report.flops_dense), size(report.bytes_dense), dense_uj, dense_ms, "")
+        for point in report.points:
+            speedup = report.latency_ms_dense / point.latency_ms if point.latency_ms and report.latency_ms_dense else None
+            rows.add_row(
+                f"{point.budget:g}",
+                f"{point.kept_fraction:.2f}",
+                f"{giga(point.flops)}",
+                size(point.bytes),
+                f"{point.energy_uj:.0f}",
+                f"{point.latency_ms:.2f}" if point.latency_ms else "-",
+                f"{speedup:.2f}x" if speedup else "-",
+            )
+        shown.append(rows)
+    return [*shown, *(f"not predicted   {reason}" for reason in report.reasons)]
 
 
 def _finetune(report: FinetuneReport, folder: Path) -> list[Any]:

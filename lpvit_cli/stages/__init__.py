@@ -60,8 +60,9 @@ SWEEP = Stage(
     "sweep",
     "sweep",
     "sweep",
-    (*PRUNE.depends_on, "sweep"),
+    (*PRUNE.depends_on, "sweep", "profile.batch_size", "bench.threads", "bench.dtype", "bench.rounds", "dtype"),
     "Prune to several budgets from one calibration.",
+    timed=True,
 )
 FINETUNE = Stage(
     "finetune-lora-ga",

@@ -60,7 +60,7 @@ def _bench_batch(
     model = models[BASELINE]
     generator = torch.Generator().manual_seed(recipe.seed)
     images = torch.randn(batch_size, *model.pretrained_cfg["input_size"], generator=generator).to(device)
-    subjects = {name: _forward(model, images.to(dtype)) for name, model in models.items()}
+    subjects = {name: forward_of(model, images.to(dtype)) for name, model in models.items()}
     what = f"timing batch {batch_size}"
     timing = time_interleaved(
         subjects,
@@ -107,7 +107,9 @@ def advice(batches: list[BatchBench]) -> list[str]:
     return notes
 
 
-def _forward(model: nn.Module, images: Tensor) -> Callable[[], object]:
+def forward_of(model: nn.Module, images: Tensor) -> Callable[[], object]:
+    """The call that is timed."""
+
     def forward() -> None:
         with torch.inference_mode():
             model(images)

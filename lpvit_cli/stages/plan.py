@@ -87,6 +87,10 @@ class Pruned:
     def option(self, name: str) -> Option:
         return self.parts[name].options[self.choices[name].curve]
 
+    def planned_masks(self) -> dict[str, Tensor]:
+        """Block masks of the layers that decide, as the removal orders have them."""
+        return {name: self.option(name).removal.mask(choice.removed) for name, choice in self.choices.items()}
+
     def distortion(self, name: str) -> float:
         return float(self.option(name).removal.distortion[self.choices[name].removed])
 
@@ -213,7 +217,7 @@ class Plan:
 
     def predict(self, plan: Pruned) -> Prediction:
         """What a pruning will cost, from its masks where they are made, else from the plan's."""
-        masks = plan.masks or _planned_masks(plan)
+        masks = plan.masks or plan.planned_masks()
         kept = {name: plan.option(name).cost.weights[masks[name]].sum() for name in self.parts}
         energy = sum(plan.option(name).cost.predicted_energy_uj(masks[name]) for name in self.parts)
         gone = sum(float(plan.option(name).cost.flops[~masks[name]].sum()) for name in self.parts)
@@ -229,6 +233,11 @@ class Plan:
             energy_uj=energy,
             latency_ms=latency,
         )
+
+    @property
+    def energy_uj_dense(self) -> float:
+        costs = [part.options[0].cost for part in self.parts.values()]
+        return sum(cost.predicted_energy_uj(torch.ones_like(cost.weights, dtype=torch.bool)) for cost in costs)
 
     @property
     def bytes_dense(self) -> int:
@@ -248,7 +257,7 @@ class Plan:
         if self.compensates and self.settings.reweigh:
             plan, weights = self._weighed_anew(plan, weights, budget, progress)
         if not self.compensates:
-            model, masks = copy.deepcopy(self.model), _planned_masks(plan)
+            model, masks = copy.deepcopy(self.model), plan.planned_masks()
         elif self.settings.sequential:
             model, masks = self._sequential(plan, weights, progress)
         else:
@@ -288,7 +297,7 @@ class Plan:
 
     def _compensated(self, plan: Pruned, progress: Progress) -> tuple[VisionModel, dict[str, Tensor]]:
         """Each layer alone: least squares on the dense model's inputs."""
-        model, masks, device = copy.deepcopy(self.model), _planned_masks(plan), device_of(self.recipe)
+        model, masks, device = copy.deepcopy(self.model), plan.planned_masks(), device_of(self.recipe)
         for done, (name, mask) in enumerate(masks.items(), start=1):
             weight, hessian = self.layers[name].weight.detach().to(device), self.statistics[name].hessian.to(device)
             model.get_submodule(name).weight.data = compensated(weight, hessian, mask, plan.option(name).block).cpu()
@@ -442,10 +451,6 @@ def _together(pair: Pair, costs: dict[str, LayerCost], flops: ModelFlops) -> Lay
     between = flops.attention.get(pair.module, 0) / consumer.weights.shape[1]
     fixed = consumer.fixed_energy_pj + producer.fixed_energy_pj
     return LayerCost(consumer.shape, of("weights"), of("flops") + between, of("energy_pj"), fixed)
-
-
-def _planned_masks(plan: Pruned) -> dict[str, Tensor]:
-    return {name: plan.option(name).removal.mask(choice.removed) for name, choice in plan.choices.items()}
 
 
 def _lowest(curves: dict[str, list[Curve]]) -> float:

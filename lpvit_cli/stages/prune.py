@@ -10,13 +10,16 @@ from torch import Tensor
 
 from lpvit_cli.errors import UsageError
 from lpvit_cli.measure.accuracy import Accuracy
+from lpvit_cli.measure.profile import DeviceProfile
 from lpvit_cli.models import describe_device, device_of, model_config, save_model
 from lpvit_cli.pruning.blocks import Block
 from lpvit_cli.pruning.cost import LayerCost
 from lpvit_cli.recipe import Budget, Recipe
-from lpvit_cli.report.schema import LayerReport, PruneReport
+from lpvit_cli.report.schema import LayerReport, PredictedPoint, PredictionReport, PruneReport
 from lpvit_cli.run import Progress, Run
+from lpvit_cli.stages import CALIBRATE, PROFILE
 from lpvit_cli.stages.plan import Plan, Pruned, make_plan
+from lpvit_cli.stages.profile import PROFILE_FILE
 
 SEARCH_STEP = 0.01  # of the FLOPs: how finely the search for an accuracy looks
 
@@ -57,6 +60,48 @@ def prune_to(plan: Plan, budget: Budget, dense: Accuracy, work: Path, progress: 
     )
 
 
+def predict(recipe: Recipe, run: Run, progress: Progress) -> PredictionReport:
+    """What prune, or its sweep, would give, from the calibration alone: no weight is touched, nothing is evaluated."""
+    kind = recipe.prune.budget.kind
+    reasons = []
+    if kind == "max_drop":
+        reasons.append("max_drop: finding the model takes evaluating some; give a flops budget to predict")
+    if run.changes(CALIBRATE) != []:
+        reasons.append(f"this recipe is not calibrated yet: lpvit calibrate {recipe.name}")
+    if reasons:
+        return PredictionReport(device=describe_device(device_of(recipe)), kind=kind, points=[], reasons=reasons)
+    plan = make_plan(recipe, run, progress)
+    if plan.profile is None and run.changes(PROFILE) == []:
+        plan.profile = DeviceProfile.load(run.artefact(PROFILE) / PROFILE_FILE)
+    if plan.profile is None:
+        reasons.append(f"latency: no device profile: lpvit profile {recipe.name}")
+    points = []
+    for value in recipe.sweep or (recipe.prune.budget.value,):
+        pruned = plan.allocation(Budget.model_validate({kind: value}))
+        predicted = plan.predict(pruned)
+        points.append(
+            PredictedPoint(
+                budget=value,
+                kept_fraction=predicted.kept_fraction,
+                kept_by_layer={layer.name: layer.kept_fraction for layer in layer_reports(plan, pruned)},
+                flops=predicted.flops,
+                bytes=predicted.bytes,
+                energy_uj=predicted.energy_uj,
+                latency_ms=predicted.latency_ms,
+            )
+        )
+    return PredictionReport(
+        device=plan.profile.device if plan.profile else describe_device(device_of(recipe)),
+        kind=kind,
+        flops_dense=plan.flops.total,
+        bytes_dense=plan.bytes_dense,
+        energy_uj_dense=plan.energy_uj_dense,
+        latency_ms_dense=plan.profile.model_ms if plan.profile else None,
+        points=points,
+        reasons=reasons,
+    )
+
+
 def search(plan: Plan, least_top1: float, progress: Progress) -> Budget:
     """The lowest FLOPs budget whose one-shot model still has `least_top1` %, by bisection to a hundredth of the FLOPs.
 
@@ -80,10 +125,10 @@ def search(plan: Plan, least_top1: float, progress: Progress) -> Budget:
 
 def layer_reports(plan: Plan, pruned: Pruned) -> list[LayerReport]:
     """One for each prunable layer; the two of a pair share their distortion."""
-    made = {}
+    masks, made = pruned.masks or pruned.planned_masks(), {}
     for name, part in pruned.parts.items():
         block = pruned.option(name).block
-        for layer, mask in part.masks(name, pruned.masks[name]).items():
+        for layer, mask in part.masks(name, masks[name]).items():
             cost = part.costs[block][layer]
             shape = block if layer == name else (part.pair.width, cost.shape[1]) if part.pair else block
             made[layer] = _layer_report(layer, shape, mask, pruned.distortion(name), cost)
