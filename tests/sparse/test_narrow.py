@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-from helpers import relative
+from helpers import MODELS, random_model, relative
 from timm.layers import Mlp
 from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import Attention
@@ -19,33 +18,6 @@ from torch import Tensor, nn
 from lpvit_cli.errors import EnvironmentFault
 from lpvit_cli.models import load_model, save_model
 from lpvit_cli.sparse import densify, narrow, sparsify, width
-
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
-SWIN = {
-    "img_size": 32,
-    "window_size": 4,
-    "embed_dim": 32,
-    "depths": (2, 2),
-    "num_heads": (4, 8),
-    "mlp_ratio": 2.0,
-    "num_classes": 5,
-}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit": ("vit_tiny_patch16_224", VIT),
-    "vit with normalised queries and keys": ("vit_tiny_patch16_224", {**VIT, "qk_norm": True}),
-    "vit without a qkv bias": ("vit_tiny_patch16_224", {**VIT, "qkv_bias": False, "proj_bias": False}),
-    "swin": ("swin_tiny_patch4_window7_224", SWIN),  # the second block of a stage shifts its windows
-}
-
-
-def made(which: str) -> nn.Module:
-    """Weights, biases, norms and tables of position biases all random, so that none can be left out."""
-    name, kwargs = MODELS[which]
-    torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.eval()
 
 
 def images() -> Tensor:
@@ -91,7 +63,7 @@ def narrowed(model: nn.Module, kept: dict[str, list[int]]) -> nn.Module:
 @pytest.mark.parametrize("removed", [[0], [-1], [0, 2], [1, 2, -1], [0, 1, 2]], ids=str)
 @pytest.mark.parametrize("which", MODELS)
 def test_heads_that_nothing_reads_go_without_a_trace(which: str, removed: list[int]) -> None:
-    model = made(which)
+    model = random_model(which)
     kept = removed_heads(model, removed)
     expected = logits(unread_heads(model, kept))
     got = narrowed(model, kept)
@@ -108,7 +80,7 @@ def test_heads_that_nothing_reads_go_without_a_trace(which: str, removed: list[i
 @pytest.mark.parametrize("which", ["vit", "swin"])
 def test_neurons_that_nothing_reads_go_without_a_trace(which: str) -> None:
     """Every MLP loses others: the first, the last, most, all but one."""
-    model = made(which)
+    model = random_model(which)
     unread, kept = copy.deepcopy(model), {}
     for number, (name, module) in enumerate(modules(unread, Mlp).items()):
         hidden = module.fc1.out_features
@@ -127,7 +99,7 @@ def test_neurons_that_nothing_reads_go_without_a_trace(which: str) -> None:
 
 def test_what_was_cut_holds_no_memory_of_the_whole() -> None:
     """A view would keep the whole weight in memory and in a saved file."""
-    model = narrowed(made("vit"), {"blocks.0.mlp": [5, 9], "blocks.1.attn": [2]})
+    model = narrowed(random_model("vit"), {"blocks.0.mlp": [5, 9], "blocks.1.attn": [2]})
     for layer in ("blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.1.attn.qkv", "blocks.1.attn.proj"):
         weight: Any = model.get_submodule(layer).weight
         assert weight.untyped_storage().nbytes() == weight.numel() * 4, layer
@@ -151,7 +123,7 @@ def save(folder: Path, which: str, model: nn.Module) -> Path:
 
 def cut(which: str) -> nn.Module:
     """A head of each attention and two thirds of the neurons gone; the MLPs' layers stored as one block each."""
-    model = made(which)
+    model = random_model(which)
     model = narrowed(model, removed_heads(model, [1]))
     for name, module in modules(model, Mlp).items():
         narrow(module, torch.arange(0, module.fc1.out_features, 3))
@@ -170,13 +142,13 @@ def test_a_narrow_model_comes_back_from_its_folder(tmp_path: Path, which: str) -
     x = images()
     assert relative(loaded(x), model(x)) < 1e-6
     assert relative(densify(loaded)(x), model(x)) < 1e-5
-    whole = save(tmp_path / "whole", which, made(which))
+    whole = save(tmp_path / "whole", which, random_model(which))
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path, whole)]
     assert sizes[0] < 0.8 * sizes[1]
 
 
 def test_a_folder_from_before_widths_is_read(tmp_path: Path) -> None:
-    model = made("vit")
+    model = random_model("vit")
     path = save(tmp_path, "vit", model) / "config.json"
     config = json.loads(path.read_text())
     assert config.pop("widths") == {"blocks.0.attn": 4, "blocks.0.mlp": 128, "blocks.1.attn": 4, "blocks.1.mlp": 128}
