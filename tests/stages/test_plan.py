@@ -130,6 +130,14 @@ def test_every_layer_takes_one_of_several_shapes_and_says_which(in_sequence: boo
     assert left > 0.6 * total - one_block
 
 
+@pytest.mark.parametrize("budget", [0.45, 0.5, 0.55, 0.6, 0.65, 0.7])
+def test_blocks_that_divide_no_layer_stay_within_the_budget_in_sequence(budget: float) -> None:
+    plan = plan_of("vit", "prune.block=[20,12]", "prune.min_keep=0.2")
+    model, _ = plan.prune(Budget(flops=budget), quiet)
+    left = plan.flops.total - sum(2 * 17 * int((weight == 0).sum()) for weight in weights(model).values())
+    assert 0.97 * budget < left / plan.flops.total <= budget
+
+
 def test_a_choice_of_shapes_distorts_no_more_than_the_best_of_them() -> None:
     def distortion(blocks: str) -> float:
         plan = plan_of("vit", f"prune.block={blocks}", "prune.beta=0")
