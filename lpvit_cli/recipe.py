@@ -156,8 +156,9 @@ class Distill(Section):
 
 
 class Mfac(Section):
-    """SGD preconditioned by the inverse Fisher of the latest `window` gradients, damped by `damping` (M-FAC, arXiv 2107.03356).
-    Takes window x trained parameters x 4 bytes."""
+    """SGD preconditioned by the inverse Fisher of the latest `window` gradients plus `damping` (M-FAC, arXiv 2107.03356). Takes
+    window x trained parameters x 4 bytes, in the checkpoint too. The default window goes with the default finetune.lr; steps
+    grow with the window, so halve one when you double the other."""
 
     window: PositiveInt = 128
     damping: float = Field(default=1e-4, gt=0)
