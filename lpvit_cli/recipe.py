@@ -185,6 +185,15 @@ class Distill(Section):
     temperature: float = Field(default=2.0, gt=0)
 
 
+class Mfac(Section):
+    """SGD preconditioned by the inverse Fisher of the latest `window` gradients plus `damping` (M-FAC, arXiv 2107.03356). Takes
+    window x trained parameters x 4 bytes, in the checkpoint too. The default window goes with the default finetune.lr; steps
+    grow with the window, so halve one when you double the other."""
+
+    window: PositiveInt = 128
+    damping: float = Field(default=1e-4, gt=0)
+
+
 class FinetuneSection(Section):
     """Masked LoRA-GA on the pruned layers, biases and norms trained along. `alpha`, `gamma`: the scales of the paper."""
 
@@ -193,6 +202,8 @@ class FinetuneSection(Section):
     alpha: float = Field(default=16.0, gt=0)
     gamma: float = Field(default=16.0, gt=0)
     init_batches: PositiveInt = 8
+    optimizer: Literal["adamw", "mfac"] = "adamw"
+    mfac: Mfac = Mfac()  # with optimizer: mfac
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_epochs: float = Field(default=1.0, ge=0)

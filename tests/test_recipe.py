@@ -76,6 +76,9 @@ def test_unknown_key_without_a_near_one_lists_the_valid_ones(tmp_path: Path) -> 
         ("prune: {budget: {flops: 0.5, sparsity: 0.5}}", "prune.budget", "exactly one of flops"),
         ("prune: {method: best}", "prune.method", "should be 'obs', 'lpvit', 'taylor', 'wanda' or 'magnitude'"),
         ("calibrate: {images: -1}", "calibrate.images", "greater than 0"),
+        ("finetune: {optimizer: sgd}", "finetune.optimizer", "should be 'adamw' or 'mfac'"),
+        ("finetune: {mfac: {window: 0}}", "finetune.mfac.window", "should be greater than 0"),
+        ("finetune: {mfac: {damping: 0.0}}", "finetune.mfac.damping", "should be greater than 0"),
         ("dtype: int8", "dtype", "should be 'auto', 'float32', 'bfloat16' or 'float16'"),
     ],
 )
