@@ -187,7 +187,7 @@ def load_model(path: str | Path) -> VisionModel:
         model.pretrained_cfg = {**model.pretrained_cfg, **config["preprocessing"]}
         for name, kept in config.get("widths", {}).items():
             whole = width(model.get_submodule(name))
-            if whole is None or not 0 < kept <= whole:
+            if whole is None or type(kept) is not int or not 0 < kept <= whole:
                 raise ValueError(f"{name}: config.json says {kept} neurons or heads, the architecture has {whole}")
             if kept < whole:
                 narrow(model.get_submodule(name), torch.arange(kept))

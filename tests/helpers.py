@@ -1,4 +1,4 @@
-"""Random weights, masks and statistics, the one measure of numerical error that the tests use, and commands in this process."""
+"""Random models, weights and statistics, the one measure of numerical error that the tests use, commands in this process."""
 
 from __future__ import annotations
 
@@ -6,11 +6,41 @@ import io
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpvit_cli.curvature import LayerStatistics
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
+SWIN = {
+    "img_size": 32,
+    "window_size": 4,
+    "embed_dim": 32,
+    "depths": (2, 2),
+    "num_heads": (4, 8),
+    "mlp_ratio": 2.0,
+    "num_classes": 5,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("vit_tiny_patch16_224", VIT),
+    "vit with normalised queries and keys": ("vit_tiny_patch16_224", {**VIT, "qk_norm": True}),
+    "vit without a qkv bias": ("vit_tiny_patch16_224", {**VIT, "qkv_bias": False, "proj_bias": False}),
+    "swin": ("swin_tiny_patch4_window7_224", SWIN),  # the second block of a stage shifts its windows
+}
+
+
+def random_model(which: str) -> nn.Module:
+    """One of MODELS. Weights, biases, norms and tables of position biases are all random, so that none can be left out."""
+    name, kwargs = MODELS[which]
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32)}
+    return model.eval()
 
 
 def relative(a: Tensor, b: Tensor) -> float:

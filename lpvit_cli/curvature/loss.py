@@ -32,11 +32,11 @@ def calibration_loss(gradient: Gradient, seed: int) -> Loss:
 Batches = Iterable[tuple[Tensor, Tensor]]  # images [n, 3, H, W], labels [n]
 
 
-@torch.inference_mode()
 def class_probabilities(model: nn.Module, batches: Batches, device: torch.device) -> Tensor:
     """Softmax outputs [images, classes], on the CPU."""
-    model.eval().to(device)
-    return torch.cat([model(images.to(device)).float().softmax(dim=1).cpu() for images, _ in batches])
+    model.eval().to(device)  # before inference mode, whose tensors no backward pass could use
+    with torch.inference_mode():
+        return torch.cat([model(images.to(device)).float().softmax(dim=1).cpu() for images, _ in batches])
 
 
 def divergence(model: nn.Module, target: Tensor, batches: Batches, device: torch.device) -> float:

@@ -72,7 +72,8 @@ def find_pairs(model: nn.Module, layers: dict[str, nn.Linear], patterns: Iterabl
 
 def _pair(name: str, module: nn.Module, pattern: str, width: int) -> Pair | None:
     if pattern == "neurons" and isinstance(module, Mlp) and isinstance(module.norm, nn.Identity):
-        assert isinstance(module.fc2, nn.Linear)
+        if not isinstance(module.fc2, nn.Linear):  # a convolution of 1 x 1
+            return None
         return Pair(name, f"{name}.fc1", f"{name}.fc2", width, 1, module.fc2.out_features)
     if pattern == "heads" and (
         isinstance(module, WindowAttention)

@@ -38,11 +38,16 @@ def images_that_fit(layer_inputs: list[int], device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Target:
-    """What a layer is to lose: so many removals (see `Removal`) of blocks of this shape."""
+    """What a layer is to lose: blocks of this shape, until what is left costs no more than `kept`."""
 
     block: Block
-    removed: int
+    costs: Tensor  # of each block [rows, cols]
+    kept: float
     balanced: bool = False
+
+    def mask(self, removal: Removal) -> Tensor:
+        """Other blocks may go than were planned, and at ragged edges they are smaller: their cost counts, not their number."""
+        return removal.mask(int((removal.along(self.costs) > self.kept).sum()))
 
 
 def prune_sequentially(
@@ -58,18 +63,21 @@ def prune_sequentially(
     `output_weights` [out, out] of each layer, as in `removal_order`; `batches`: images [n, 3, H, W] on the models' device, no
     more than `images_that_fit`.
     """
-    masks = {}
+    masks: dict[str, Tensor] = {}
     with _passes(dense, list(targets), batches) as ahead, _passes(model, list(targets), batches) as behind:
         while stops := [stop for one in ahead if (stop := one.proceed())]:
             name = stops[0][0]
-            hessian, cross = _moments(stops, [stop for one in behind if (stop := one.proceed())])
+            given = [stop for one in behind if (stop := one.proceed())]
+            if name in masks:  # called again; it has been pruned for its first call
+                continue
+            hessian, cross = _moments(stops, given)
             layer, target = model.get_submodule(name), targets[name]
             assert isinstance(layer, nn.Linear)
             weight = layer.weight.detach()
             everything = torch.ones(grid((weight.shape[0], weight.shape[1]), target.block), dtype=torch.bool)
             ideal = compensated(weight, hessian, everything, target.block, cross)
             found = removal_order(ideal, (hessian / 2).to(weight.dtype), target.block, output_weights[name])
-            masks[name] = Removal.greedy(*found, target.balanced).mask(target.removed)
+            masks[name] = target.mask(Removal.greedy(*found, target.balanced))
             layer.weight.data = compensated(weight, hessian, masks[name], target.block, cross)
             on_layer(name)
     return masks

@@ -308,10 +308,7 @@ class Plan:
         self, plan: Pruned, weights: dict[str, Tensor], progress: Progress
     ) -> tuple[VisionModel, dict[str, Tensor]]:
         device = device_of(self.recipe)
-        targets = {
-            name: Target(plan.option(name).block, choice.removed, plan.parts[name].balanced)
-            for name, choice in plan.choices.items()
-        }
+        targets = {name: self._target(plan, name) for name in plan.choices}
         done: list[str] = []
 
         def on_layer(name: str) -> None:
@@ -323,6 +320,13 @@ class Plan:
         masks = prune_sequentially(self.model.to(device), model, targets, weights, batches, on_layer)
         self.model.cpu()
         return model, masks
+
+    def _target(self, plan: Pruned, name: str) -> Target:
+        """What the budget counts of the planned blocks must hold for those that are removed: a profile counts blocks."""
+        option = plan.option(name)
+        costs = torch.ones_like(option.cost.weights) if self.settings.budget.needs_profile else option.cost.weights
+        kept = float(option.removal.along(costs)[plan.choices[name].removed])
+        return Target(option.block, costs, kept, plan.parts[name].balanced)
 
     def images_in_sequence(self) -> int:
         """How many calibration images sequential pruning takes: all that fit into its memory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from helpers import relative
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lpvit_cli.curvature import LayerStatistics, collect, load_statistics, save_statistics
+from lpvit_cli.curvature import (
+    LayerStatistics,
+    class_probabilities,
+    collect,
+    divergence,
+    load_statistics,
+    save_statistics,
+)
 from lpvit_cli.curvature.loss import calibration_loss
 from lpvit_cli.curvature.outputs import output_moments
 from lpvit_cli.errors import CheckFailed, EnvironmentFault, UsageError
@@ -207,3 +215,47 @@ def test_partial_statistics_add_up(tiny_vit: nn.Module, tmp_path: Path) -> None:
         assert relative(together.hessian, whole[name].hessian) < 1e-5
         assert relative(together.output_moment, whole[name].output_moment) < 1e-5
         assert relative(together.mean_gradient, whole[name].mean_gradient) < 1e-4
+
+
+# how far a pruned model is from its parent
+
+
+def test_divergence_is_the_mean_of_the_kullback_leibler_divergences_of_all_images(tiny_vit: nn.Module) -> None:
+    """Of P (the parent's classes) from Q: sum p log(p / q), by scipy; batches of unequal size weigh by image."""
+    from scipy.special import rel_entr
+
+    other = copy.deepcopy(tiny_vit)
+    other.head.weight.data *= -3
+    x, labels = images(7)
+    batches = [(x[:5], labels[:5]), (x[5:], labels[5:])]
+    target = class_probabilities(tiny_vit, batches, CPU)
+    p, q = ((copy.deepcopy(m).double()(x.double())).softmax(dim=1).detach() for m in (tiny_vit, other))
+    assert relative(target, p) < 1e-5
+    expected = float(rel_entr(p.numpy(), q.numpy()).sum(axis=1).mean())
+    assert divergence(other, target, batches, CPU) == pytest.approx(expected, rel=1e-4)
+    assert abs(divergence(tiny_vit, target, batches, CPU)) < 1e-6
+    assert expected > 0.01
+
+
+def test_divergence_is_finite_where_a_model_is_certain_of_the_wrong_class() -> None:
+    class Certain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tensor([[1000.0, 0.0]]).expand(len(x), -1)
+
+    found = divergence(Certain(), torch.tensor([[0.0, 1.0]]), [(torch.zeros(1, 3), torch.zeros(1))], CPU)
+    assert found == pytest.approx(87.3, abs=0.1), "minus the logarithm of the smallest normal float32"
+
+
+def test_a_model_is_moved_to_the_device_before_inference_mode() -> None:
+    """A weight moved in inference mode serves no backward pass, and the pruned model's gradients are asked for next."""
+
+    class Moved(nn.Linear):
+        def to(self, *place: object) -> Moved:
+            assert not torch.is_inference_mode_enabled()
+            return self
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert torch.is_inference_mode_enabled()
+            return super().forward(x)
+
+    assert class_probabilities(Moved(3, 2), [(torch.zeros(4, 3), torch.zeros(4))], CPU).shape == (4, 2)

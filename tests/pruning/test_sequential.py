@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +13,9 @@ from helpers import expanded, relative
 from torch import Tensor, nn
 
 from lpvit_cli.models import prunable_layers
-from lpvit_cli.pruning.blocks import grid
-from lpvit_cli.pruning.sequential import Target, prune_sequentially
+from lpvit_cli.pruning import sequential
+from lpvit_cli.pruning.blocks import block_elements, grid
+from lpvit_cli.pruning.sequential import Target, images_that_fit, prune_sequentially
 from lpvit_cli.pruning.surgeon import DAMPING
 from lpvit_cli.recipe import Layers
 
@@ -23,6 +27,12 @@ def images() -> list[Tensor]:
     return list(torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0)).split(10))
 
 
+def count_target(layer: nn.Linear, removed: int, block: tuple[int, int] = BLOCK) -> Target:
+    """So many blocks, whatever their size."""
+    costs = torch.ones(grid((layer.out_features, layer.in_features), block), dtype=torch.float64)
+    return Target(block, costs, costs.numel() - removed)
+
+
 def pruned(model: nn.Module, fraction: float) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
     layers = prunable_layers(model, Layers())
     counts = {}
@@ -31,7 +41,7 @@ def pruned(model: nn.Module, fraction: float) -> tuple[nn.Module, dict[str, Tens
         counts[name] = round(fraction * rows * columns)
     weights = {name: torch.diag(torch.rand(layer.out_features)) for name, layer in layers.items()}
     made, told = copy.deepcopy(model), []
-    targets = {name: Target(BLOCK, count) for name, count in counts.items()}
+    targets = {name: count_target(layers[name], count) for name, count in counts.items()}
     masks = prune_sequentially(model, made, targets, weights, images(), told.append)
     assert {name: int((~mask).sum()) for name, mask in masks.items()} == counts
     return made, masks, told
@@ -81,3 +91,130 @@ def test_later_layers_make_up_for_earlier_errors(tiny_vit: nn.Module) -> None:
             blind[i, kept] = torch.linalg.lstsq(h[kept[:, None], kept], h[kept] @ w[i]).solution
     target = x @ w.T
     assert (x_pruned @ new.T - target).norm() < 0.98 * (x_pruned @ blind.T - target).norm()
+
+
+# budgets at ragged edges
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_blocks_go_until_what_is_left_costs_no_more_than_asked(tiny_vit: nn.Module, balanced: bool) -> None:
+    """Blocks of 20 x 12 do not divide the layers: their edges hold blocks of half the weights and less."""
+    layers, block = prunable_layers(tiny_vit, Layers()), (20, 12)
+    targets, units = {}, {}
+    for name, layer in layers.items():
+        elements = block_elements((layer.out_features, layer.in_features), block)
+        targets[name] = Target(block, elements, 0.55 * float(elements.sum()), balanced)
+        units[name] = float(elements[:, 0].sum() if balanced else elements.max())
+    weights = {name: torch.eye(layer.out_features) for name, layer in layers.items()}
+    made = copy.deepcopy(tiny_vit)
+    masks = prune_sequentially(tiny_vit, made, targets, weights, images(), lambda name: None)
+    for name, target in targets.items():
+        left = made.get_submodule(name).weight.count_nonzero()
+        assert left == target.costs[masks[name]].sum()
+        assert target.kept - units[name] < left <= target.kept
+        assert not balanced or len(set(masks[name].sum(dim=1).tolist())) == 1, "as many blocks in every block row"
+
+
+# models that are not what they should be
+
+
+class Twice(nn.Module):
+    """Calls one layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.shared, self.last = nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.shared(torch.relu(self.shared(x))))
+
+
+def test_a_layer_that_is_called_twice_is_pruned_once_for_its_first_call() -> None:
+    model, block = Twice(), (8, 4)
+    layers = {"shared": model.shared, "last": model.last}
+    targets = {name: count_target(layer, 2, block) for name, layer in layers.items()}
+    batches = [torch.randn(n, 16, generator=torch.Generator().manual_seed(n)) for n in (40, 30)]
+    made, told = copy.deepcopy(model), []
+    weights = {name: torch.eye(layer.out_features) for name, layer in layers.items()}
+    masks = prune_sequentially(model, made, targets, weights, batches, told.append)
+    assert told == list(masks) == ["shared", "last"]
+    x = torch.cat(batches).double()
+    w, new = model.shared.weight.detach().double(), made.shared.weight.detach().double()
+    elements = expanded(masks["shared"], (16, 16), block)
+    assert int(elements.sum()) == 16 * 16 - 2 * 8 * 4
+    assert not new[~elements].any()
+    gram = x.T @ x + DAMPING * x.square().sum(0).mean() * torch.eye(16, dtype=torch.float64)
+    assert relative((new @ gram)[elements], (w @ gram)[elements]) < 1e-5, "the dense weight is the target, not a pruned one"
+
+
+class Broken(Exception):
+    pass
+
+
+def fail_at(model: nn.Module, name: str, batch: int) -> None:
+    """Raises before this module runs on a batch of this many images."""
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if len(inputs[0]) == batch:
+            raise Broken(name)
+
+    model.get_submodule(name).register_forward_pre_hook(hook)
+
+
+def run_broken(dense: nn.Module, model: nn.Module, on_layer: Callable[[str], None] = lambda name: None) -> list[str]:
+    """Prune until it breaks; the layers that were done. No thread is left, and no hook."""
+    layers = prunable_layers(dense, Layers())
+    targets = {name: count_target(layer, 3) for name, layer in layers.items()}
+    weights = {name: torch.eye(layer.out_features) for name, layer in layers.items()}
+    before, done = set(threading.enumerate()), []
+
+    def note(name: str) -> None:
+        done.append(name)
+        on_layer(name)
+
+    with pytest.raises((Broken, KeyboardInterrupt)):
+        prune_sequentially(dense, model, targets, weights, images(), note)
+    assert not set(threading.enumerate()) - before
+    for one in (dense, model):
+        assert not any(one.get_submodule(name)._forward_pre_hooks for name in layers)
+    return done
+
+
+@pytest.mark.parametrize("batch", [10, 4], ids=["first batch", "last batch"])
+@pytest.mark.parametrize("broken", ["dense", "pruned"])
+def test_an_error_of_the_model_reaches_the_caller(tiny_vit: nn.Module, broken: str, batch: int) -> None:
+    made = copy.deepcopy(tiny_vit)
+    fail_at(tiny_vit if broken == "dense" else made, "blocks.1.norm2", batch)
+    assert run_broken(tiny_vit, made)[-1] == "blocks.1.attn.proj"
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.qkv", "blocks.1.mlp.fc2"])
+def test_an_interrupt_ends_all_waiting_passes(tiny_vit: nn.Module, name: str) -> None:
+    def interrupt(done: str) -> None:
+        if done == name:
+            raise KeyboardInterrupt
+
+    assert run_broken(tiny_vit, copy.deepcopy(tiny_vit), interrupt)[-1] == name
+
+
+def test_an_error_before_the_first_layer(tiny_vit: nn.Module) -> None:
+    made = copy.deepcopy(tiny_vit)
+    fail_at(made, "patch_embed", 10)
+    assert run_broken(tiny_vit, made) == []
+
+
+# memory
+
+
+@pytest.mark.parametrize(
+    ("inputs", "images"),
+    [([100], 10), ([30, 100, 7], 10), ([101], 9), ([1000], 1), ([10**9], 1)],
+    ids=str,
+)
+def test_as_many_images_as_fit_into_memory(monkeypatch: pytest.MonkeyPatch, inputs: list[int], images: int) -> None:
+    """100 values of input, twice for the residual stream, 4 bytes each, in two models: 1600 bytes an image."""
+    monkeypatch.setattr(sequential, "CPU_BYTES", 16_000)
+    assert images_that_fit(inputs, torch.device("cpu")) == images
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=40_000))
+    assert images_that_fit(inputs, torch.device("cuda")) == images
