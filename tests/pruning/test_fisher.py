@@ -109,7 +109,8 @@ def plan_of(model: nn.Module, method: str, blocks: tuple[Block, ...] = BLOCKS, i
     generator = torch.Generator().manual_seed(1)
     x, labels = torch.randn(images, 3, 32, 32, generator=generator), torch.randint(5, (images,), generator=generator)
     recipe = Recipe.model_validate(
-        {"name": "x", "device": "cpu", "model": {"name": "x"}, "data": {"dataset": "digits"}}
+        {"name": "x", "seed": 3, "device": "cpu", "model": {"name": "x"}, "data": {"dataset": "digits"}}
+        | {"calibrate": {"gradient": "sampled"}}
         | {"prune": {"method": method, "block": blocks, "min_keep": 0, "beta": 0, "fisher_images": asked}}
     )
     layers = prunable_layers(model, Layers())
@@ -126,7 +127,7 @@ def whole(gradients: ImageGradients) -> dict[str, Tensor]:
 def test_the_curves_of_a_plan_are_made_of_the_scores_of_whole_layers(tiny_vit: nn.Module, method: str) -> None:
     plan = plan_of(tiny_vit, method)
     assert plan.gradients is not None
-    assert len(plan.gradients.images) == 4
+    assert (len(plan.gradients.images), plan.gradients.gradient, plan.gradients.seed) == (4, "sampled", 3)
     gradients = whole(plan.gradients)
     damping = float(torch.cat([g.flatten() for g in gradients.values()]).double().square().mean())
     for name in ("blocks.0.attn.qkv", "blocks.1.attn.proj"):
