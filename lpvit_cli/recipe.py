@@ -145,9 +145,10 @@ class PruneSection(Section):
     """Which blocks go. `beta` weighs power against distortion; where every layer sees the same number of tokens (a plain
     ViT) a block costs the same power in every layer, and beta changes nothing."""
 
-    method: Literal["obs", "lpvit", "taylor", "wanda", "magnitude"] = "obs"
+    method: Literal["obs", "mfac", "fisher", "lpvit", "taylor", "wanda", "magnitude"] = "obs"
     reweigh: int = Field(default=2, ge=0)  # with obs: how often layers are weighed anew by gradients of the pruned model
     sequential: bool = True  # with obs: each layer on the inputs of the already pruned ones
+    fisher_images: PositiveInt = 128  # with mfac and fisher: calibration images, each with a gradient of its own
     block: Block | Annotated[tuple[Block, ...], Field(min_length=1)] = (64, 32)  # output x input features; of several, a layer
     # takes the one that suits it
     patterns: tuple[Literal["balanced", "neurons", "heads"], ...] = ()  # balanced: equal counts in every block row; neurons,
