@@ -29,6 +29,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python scripts/bench_linear.py --threads 1 --output benchmarks/results/linear_cpu.json
+	$(BIN)/python scripts/bench_mfac.py --output benchmarks/results/mfac_cpu.json
 	$(BIN)/lpvit run digits_vit --output runs/bench --no-resume --json > benchmarks/results/digits_vit_cpu.json
 
 clean:

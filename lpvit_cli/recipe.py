@@ -145,9 +145,10 @@ class PruneSection(Section):
     """Which blocks go. `beta` weighs power against distortion; where every layer sees the same number of tokens (a plain
     ViT) a block costs the same power in every layer, and beta changes nothing."""
 
-    method: Literal["obs", "lpvit", "taylor", "wanda", "magnitude"] = "obs"
+    method: Literal["obs", "mfac", "fisher", "lpvit", "taylor", "wanda", "magnitude"] = "obs"
     reweigh: int = Field(default=2, ge=0)  # with obs: how often layers are weighed anew by gradients of the pruned model
     sequential: bool = True  # with obs: each layer on the inputs of the already pruned ones
+    fisher_images: PositiveInt = 128  # with mfac and fisher: calibration images, each with a gradient of its own
     block: Block | Annotated[tuple[Block, ...], Field(min_length=1)] = (64, 32)  # output x input features; of several, a layer
     # takes the one that suits it
     patterns: tuple[Literal["balanced", "neurons", "heads"], ...] = ()  # balanced: equal counts in every block row; neurons,
@@ -185,6 +186,15 @@ class Distill(Section):
     temperature: float = Field(default=2.0, gt=0)
 
 
+class Mfac(Section):
+    """SGD preconditioned by the inverse Fisher of the latest `window` gradients plus `damping` (M-FAC, arXiv 2107.03356). Takes
+    window x trained parameters x 4 bytes, in the checkpoint too. The default window goes with the default finetune.lr; steps
+    grow with the window, so halve one when you double the other."""
+
+    window: PositiveInt = 128
+    damping: float = Field(default=1e-4, gt=0)
+
+
 class FinetuneSection(Section):
     """Masked LoRA-GA on the pruned layers, biases and norms trained along. `alpha`, `gamma`: the scales of the paper."""
 
@@ -193,6 +203,8 @@ class FinetuneSection(Section):
     alpha: float = Field(default=16.0, gt=0)
     gamma: float = Field(default=16.0, gt=0)
     init_batches: PositiveInt = 8
+    optimizer: Literal["adamw", "mfac"] = "adamw"
+    mfac: Mfac = Mfac()  # with optimizer: mfac
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_epochs: float = Field(default=1.0, ge=0)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lpvit_cli.curvature import LayerStatistics, collect
-from lpvit_cli.curvature.mfac import FisherInverse
 from lpvit_cli.data import DigitsReader
 from lpvit_cli.lora import adapt, merge
 from lpvit_cli.lora.init import kept_gradients, lora_ga_init
@@ -30,8 +29,8 @@ from lpvit_cli.measure.accuracy import accuracy
 from lpvit_cli.measure.machine import provenance
 from lpvit_cli.models import build_model, prunable_layers, write_tensors
 from lpvit_cli.pruning.allocate import Curve, allocate
-from lpvit_cli.pruning.blocks import Block, block_elements, block_sums
-from lpvit_cli.pruning.saliency import METHODS, Removal, additive
+from lpvit_cli.pruning.blocks import Block, block_elements
+from lpvit_cli.pruning.saliency import METHODS, Removal
 from lpvit_cli.pruning.surgeon import compensated
 from lpvit_cli.recipe import Budget, FinetuneSection, Layers, ModelSection, Recipe
 from lpvit_cli.sparse import sparsify
@@ -39,7 +38,6 @@ from lpvit_cli.stages.plan import Plan, build_plan
 
 CPU = torch.device("cpu")
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
-MFAC_IMAGES = 128
 RECOVERED = ("magnitude, global", "wanda, uniform", "taylor", "lpvit", "block Fisher", "M-FAC", "obs")  # the rest: ablations
 Batches = list[tuple[Tensor, Tensor]]
 SWIN = ModelSection(
@@ -120,54 +118,6 @@ class Method:
     plan: Plan | None = None  # lpvit's own engine prunes; the rest is not used
 
 
-def sample_gradients(model: nn.Module, layers: dict[str, nn.Linear], batches: Batches, images: int) -> dict[str, Tensor]:
-    """Gradient of each image's own loss: [images, out, in] a layer."""
-    model = copy.deepcopy(model).requires_grad_(False)
-    weights = {name: model.get_submodule(name).weight.requires_grad_() for name in layers}
-    collected: dict[str, list[Tensor]] = {name: [] for name in layers}
-    x, y = torch.cat([b[0] for b in batches])[:images], torch.cat([b[1] for b in batches])[:images]
-    for image, label in zip(x.split(1), y.split(1), strict=True):
-        gradients = torch.autograd.grad(F.cross_entropy(model(image), label), list(weights.values()))
-        for name, gradient in zip(weights, gradients, strict=True):
-            collected[name].append(gradient)
-    return {name: torch.stack(rows) for name, rows in collected.items()}
-
-
-def mfac(layers: dict[str, nn.Linear], gradients: dict[str, Tensor], block: Block) -> Method:
-    """Saliency and compensation with the inverse Fisher of each block row's weights (arXiv 2107.03356).
-
-    Damped by the mean squared gradient (0.1 and 12 times that give 95.6 and 91.4 % for the ViT at 50 %).
-    """
-    damping = float(torch.cat([g.flatten() for g in gradients.values()]).square().mean())
-    fishers: dict[str, list[FisherInverse]] = {}
-    removals = {}
-    for name, layer in layers.items():
-        rows = gradients[name].split(block[0], dim=1)
-        fishers[name] = [FisherInverse(g.flatten(1), damping) for g in rows]
-        width = layer.in_features
-        score = []
-        for i, fisher in enumerate(fishers[name]):
-            w = layer.weight.detach()[i * block[0] : (i + 1) * block[0]]
-            index = torch.arange(w.numel()).reshape(w.shape)
-            columns = range(0, width, block[1])
-            score.append(
-                [fisher.block_saliency(index[:, c : c + block[1]].flatten(), w[:, c : c + block[1]].flatten()) for c in columns]
-            )
-        removals[name] = additive(torch.tensor(score, dtype=torch.float64))
-
-    def weights(name: str, mask: Tensor) -> Tensor:
-        new = layers[name].weight.detach().clone()
-        for i, fisher in enumerate(fishers[name]):
-            w = new[i * block[0] : (i + 1) * block[0]]
-            gone = (~mask[i]).repeat_interleave(block[1])[: w.shape[1]].expand_as(w)
-            indices = gone.flatten().nonzero()[:, 0]
-            if len(indices):
-                w += fisher.block_update(indices, w.flatten()[indices]).reshape(w.shape).to(w)
-        return new
-
-    return Method(removals, weights=weights)
-
-
 def methods(task: Task, layers: dict[str, nn.Linear], seed: int, block: Block, fisher: bool) -> dict[str, Callable[[], Method]]:
     calibration = task.calibration(seed)
     gathered = copy.deepcopy(task.model)
@@ -188,12 +138,12 @@ def methods(task: Task, layers: dict[str, nn.Linear], seed: int, block: Block, f
         orders = {name: METHODS["obs"](module.weight.detach(), other[name], block) for name, module in layers.items()}
         return Method(orders, weights=least_squares)
 
-    def engine(**settings: object) -> Method:
+    def engine(gradient: str = "sampled", **settings: object) -> Method:
         prune = {"block": block, "min_keep": 0.0, "beta": 0.0, **settings}
         model = {"name": task.name}
         recipe = Recipe.model_validate(
             {"name": task.name, "seed": seed, "model": model, "data": {"dataset": "digits"}, "prune": prune}
-            | {"device": "cpu", "calibrate": {"gradient": "sampled"}}
+            | {"device": "cpu", "calibrate": {"gradient": gradient}}
         )
         return Method({}, plan=build_plan(recipe, task.model, statistics, calibration, None, None, lambda *_: None))
 
@@ -214,16 +164,10 @@ def methods(task: Task, layers: dict[str, nn.Linear], seed: int, block: Block, f
         "obs": lambda: engine(),
     }
     if fisher:
-        gradients = sample_gradients(task.model, layers, calibration, MFAC_IMAGES)
-
-        def block_fisher() -> Method:
-            score = {}
-            for name, layer in layers.items():
-                products = gradients[name] * layer.weight.detach()
-                score[name] = torch.stack([block_sums(p.double(), block).square() for p in products]).mean(0) / 2
-            return Method({name: additive(s) for name, s in score.items()})
-
-        made |= {"block Fisher": block_fisher, "M-FAC": lambda: mfac(layers, gradients, block)}
+        made |= {  # of the given labels
+            "block Fisher": lambda: engine("empirical", method="fisher"),
+            "M-FAC": lambda: engine("empirical", method="mfac"),
+        }
     return made
 
 

@@ -74,8 +74,17 @@ def test_unknown_key_without_a_near_one_lists_the_valid_ones(tmp_path: Path) -> 
         ("prune: {min_keep: lots}", "prune.min_keep", "should be a valid number"),
         ("prune: {beta: high}", "prune.beta", "should be 'auto', or should be a valid number"),
         ("prune: {budget: {flops: 0.5, sparsity: 0.5}}", "prune.budget", "exactly one of flops"),
-        ("prune: {method: best}", "prune.method", "should be 'obs', 'lpvit', 'taylor', 'wanda' or 'magnitude'"),
+        (
+            "prune: {method: best}",
+            "prune.method",
+            "should be 'obs', 'mfac', 'fisher', 'lpvit', 'taylor', 'wanda' or 'magnitude'",
+        ),
+        ("prune: {method: mfac, fisher_images: 0}", "prune.fisher_images", "should be greater than 0"),
+        ("prune: {method: mfac, patterns: [heads]}", "prune", "patterns need method: obs"),
         ("calibrate: {images: -1}", "calibrate.images", "greater than 0"),
+        ("finetune: {optimizer: sgd}", "finetune.optimizer", "should be 'adamw' or 'mfac'"),
+        ("finetune: {mfac: {window: 0}}", "finetune.mfac.window", "should be greater than 0"),
+        ("finetune: {mfac: {damping: 0.0}}", "finetune.mfac.damping", "should be greater than 0"),
         ("dtype: int8", "dtype", "should be 'auto', 'float32', 'bfloat16' or 'float16'"),
     ],
 )

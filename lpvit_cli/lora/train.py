@@ -1,4 +1,4 @@
-"""The recovery loop: AdamW with warm-up and cosine, cross-entropy with optional soft distillation, resumable by epoch."""
+"""The recovery loop: AdamW or M-FAC, warm-up and cosine, cross-entropy with optional soft distillation, resumable by epoch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lpvit_cli.curvature.mfac import MFAC
 from lpvit_cli.models import write_tensors
 from lpvit_cli.recipe import Distill, FinetuneSection
 from lpvit_cli.report.schema import Epoch
@@ -49,13 +50,19 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
 
 
+def optimizer_of(parameters: list[nn.Parameter], settings: FinetuneSection) -> torch.optim.Optimizer:
+    if settings.optimizer == "mfac":
+        return MFAC(parameters, settings.lr, settings.mfac.window, settings.mfac.damping, settings.weight_decay)
+    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
 class Trainer:
     """Trains the parameters of `model` that require a gradient; its state after each epoch is kept in `checkpoint`."""
 
     def __init__(self, model: nn.Module, settings: FinetuneSection, steps_per_epoch: int, checkpoint: Path, seed: int):
         self.model, self.settings, self.seed = model, settings, seed
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.optimizer = optimizer_of(self.parameters, settings)
         self.steps_per_epoch = steps_per_epoch
         self.checkpoint = checkpoint
         self.history: list[Epoch] = []

@@ -161,6 +161,8 @@ class DeviceProfile(BaseModel):
 
 
 def _between(kept: Tensor, fractions: list[float], costs: list[float], dense: float) -> Tensor:
+    """A layer with fewer blocks cannot take longer: where it was measured so, the machine was disturbed meanwhile."""
     kept = kept.double().cpu()
-    sparse = torch.as_tensor(np.interp(kept.numpy(), fractions, costs), dtype=torch.float64)
+    rising = np.minimum.accumulate(costs[::-1])[::-1]
+    sparse = torch.as_tensor(np.interp(kept.numpy(), fractions, rising), dtype=torch.float64)
     return torch.where(kept == 1, dense, sparse)

@@ -50,16 +50,30 @@ def blocks_picture(layers: list[LayerReport]) -> str:
 
 
 def sweep_picture(report: SweepReport) -> str:
-    """One-shot accuracy against the FLOPs left."""
-    figure, axes = _figure(6.5, 4)
-    points = sorted((p.report.flops / p.report.flops_dense, p.report.accuracy.top1, f"{p.budget:g}") for p in report.points)
-    dense = report.points[0].report.accuracy_dense.top1
-    axes.axhline(dense, color=COLORS["dense"], linestyle=":", label=f"dense, {dense:.2f} %")
-    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=COLORS["sparse"], label="pruned, one-shot")
-    for x, y, name in points:
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(0, -14), ha="center", fontsize=8)
-    axes.set(xlabel="FLOPs, fraction of dense", ylabel="top-1 (%)", xlim=(0, 1.02))
-    axes.legend(frameon=False, loc="lower right")
+    """One-shot accuracy, and speed-up with its interval, against the FLOPs left."""
+    figure, (left, right) = _figure(11, 4, 1, 2)
+    points = sorted(report.points, key=lambda p: p.report.flops)
+    x = [p.report.flops / p.report.flops_dense for p in points]
+    dense = points[0].report.accuracy_dense.top1
+    left.axhline(dense, color=COLORS["dense"], linestyle=":", label=f"dense, {dense:.2f} %")
+    left.plot(x, [p.report.accuracy.top1 for p in points], "o-", color=COLORS["sparse"], label="pruned, one-shot")
+    for at, point in zip(x, points, strict=True):
+        y = point.report.accuracy.top1
+        left.annotate(f"{point.budget:g}", (at, y), textcoords="offset points", xytext=(0, -14), ha="center", fontsize=8)
+    left.set(xlabel="FLOPs, fraction of dense", ylabel="top-1 (%)", xlim=(0, 1.02))
+    right.axhline(1, color=COLORS["dense"], linestyle=":", label=f"dense, {report.latency_ms_dense:.2f} ms")
+    speed = [p.speedup for p in points]
+    below, above = [s.value - s.low for s in speed], [s.high - s.value for s in speed]
+    measured = f"measured, batch {report.batch_size}"
+    right.errorbar(x, [s.value for s in speed], (below, above), fmt="o-", capsize=3, color=COLORS["sparse"], label=measured)
+    predicted = [
+        p.report.latency_ms_dense / p.report.latency_ms for p in points if p.report.latency_ms_dense and p.report.latency_ms
+    ]
+    if len(predicted) == len(x):
+        right.plot(x, predicted, "s--", color=COLORS["masked-dense"], label="predicted from the device profile")
+    right.set(xlabel="FLOPs, fraction of dense", ylabel="speed-up", xlim=(0, 1.02), ylim=(0, None))
+    for axes in (left, right):
+        axes.legend(frameon=False)
     return _svg(figure)
 
 

@@ -125,13 +125,15 @@ def _prune(report: PruneReport, folder: Path) -> list[Any]:
 
 def _sweep(report: SweepReport, folder: Path) -> list[Any]:
     first = report.points[0].report
-    title = f"one-shot, by {first.method}; speed at batch {report.batch_size} on {report.device}"
-    columns = [report.kind, "weights", "FLOPs", "size", "top-1", "- dense", "ms", "speed-up (95 %)"]
-    rows = table(title, *columns, *(["ms predicted"] if first.latency_ms is not None else []))
-    dense_ms = f"{report.latency_ms_dense:.2f}"
-    rows.add_row("dense", "1.00", "1.00", "1.00", f"{first.accuracy_dense.top1:.2f} %", "", dense_ms, "1")
+    title = f"one-shot, by {first.method}; speed at batch {report.batch_size}: dense {report.latency_ms_dense:.2f} ms"
+    columns = [report.kind, "weights", "FLOPs", "size", "top-1", "- dense", "speed-up (95 %)"]
+    rows = table(title, *columns, *(["predicted"] if first.latency_ms is not None else []))
+    rows.add_row("dense", "1.00", "1.00", "1.00", f"{first.accuracy_dense.top1:.2f} %", "", "1")
     for point in report.points:
         made = point.report
+        predicted = []
+        if made.latency_ms is not None and made.latency_ms_dense is not None:
+            predicted.append(f"{made.latency_ms_dense / made.latency_ms:.2f}")
         rows.add_row(
             f"{point.budget:g}",
             f"{made.linear_kept_fraction:.2f}",
@@ -139,9 +141,8 @@ def _sweep(report: SweepReport, folder: Path) -> list[Any]:
             f"{made.bytes / made.bytes_dense:.2f}",
             f"{made.accuracy.top1:.2f} %",
             f"{made.accuracy.top1 - made.accuracy_dense.top1:+.2f}",
-            f"{point.latency_ms:.2f}",
             interval(point.speedup),
-            *([f"{made.latency_ms:.2f}"] if made.latency_ms is not None else []),
+            *predicted,
         )
     return [rows, f"model folders and picture (sweep.svg): {folder}"]
 

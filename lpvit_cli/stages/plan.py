@@ -10,18 +10,21 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from lpvit_cli.curvature import (
+    ImageGradients,
     LayerStatistics,
     calibration_loss,
     class_probabilities,
     divergence,
     load_statistics,
     output_moments,
+    single_images,
 )
 from lpvit_cli.data import Batches, class_names
 from lpvit_cli.errors import UsageError
@@ -31,8 +34,9 @@ from lpvit_cli.models import VisionModel, build_model, device_of, prunable_layer
 from lpvit_cli.pruning.allocate import Choice, Curve, allocate, automatic_beta
 from lpvit_cli.pruning.blocks import Block, require_fit
 from lpvit_cli.pruning.cost import BYTES_PER_VALUE, LayerCost, ModelFlops, count_flops, layer_cost
+from lpvit_cli.pruning.fisher import GRADIENT_METHODS, block_scores, compensated_by_mfac
 from lpvit_cli.pruning.patterns import Pair, find_pairs
-from lpvit_cli.pruning.saliency import METHODS, Removal
+from lpvit_cli.pruning.saliency import METHODS, Removal, additive
 from lpvit_cli.pruning.sequential import Target, images_that_fit, prune_sequentially
 from lpvit_cli.pruning.surgeon import compensated, removal_order
 from lpvit_cli.recipe import Budget, PruneSection, Recipe
@@ -119,6 +123,7 @@ class Plan:
     calibration: Iterable[tuple[Tensor, Tensor]]
     validation: Batches | None  # None: a plan whose models are evaluated elsewhere
     profile: DeviceProfile | None
+    gradients: ImageGradients | None  # with mfac and fisher
 
     @property
     def settings(self) -> PruneSection:
@@ -246,7 +251,7 @@ class Plan:
     # making it so
 
     def prune(self, budget: Budget, progress: Progress) -> tuple[VisionModel, Pruned]:
-        """A pruned copy of the model. With `obs` the kept weights make up for the removed ones.
+        """A pruned copy of the model. With `obs` and `mfac` the kept weights make up for the removed ones.
 
         Layers are weighed by the gradients of their outputs; those of the dense model say little about a model that has lost
         most of its blocks. So `prune.reweigh` times the gradients of the model pruned so far are added, and the budget is
@@ -256,7 +261,9 @@ class Plan:
         plan = self.allocation(budget)
         if self.compensates and self.settings.reweigh:
             plan, weights = self._weighed_anew(plan, weights, budget, progress)
-        if not self.compensates:
+        if self.settings.method == "mfac":
+            model, masks = self._compensated_by_mfac(plan, progress)
+        elif not self.compensates:
             model, masks = copy.deepcopy(self.model), plan.planned_masks()
         elif self.settings.sequential:
             model, masks = self._sequential(plan, weights, progress)
@@ -302,6 +309,15 @@ class Plan:
             weight, hessian = self.layers[name].weight.detach().to(device), self.statistics[name].hessian.to(device)
             model.get_submodule(name).weight.data = compensated(weight, hessian, mask, plan.option(name).block).cpu()
             progress("compensating", done, len(masks), name)
+        return model, masks
+
+    def _compensated_by_mfac(self, plan: Pruned, progress: Progress) -> tuple[VisionModel, dict[str, Tensor]]:
+        assert self.gradients is not None
+        model, masks = copy.deepcopy(self.model), plan.planned_masks()
+        blocks = {name: plan.option(name).block for name in masks}
+        weights = compensated_by_mfac(self.gradients, masks, blocks, partial(progress, "compensating"))
+        for name, weight in weights.items():
+            model.get_submodule(name).weight.data = weight
         return model, masks
 
     def _sequential(
@@ -390,6 +406,11 @@ def build_plan(
     pairs = find_pairs(model, layers, shared, settings.blocks[0][1])
     producers = {pair.producer for pair in pairs.values()}
     flops = count_flops(model, layers)
+    gradients, scores = None, {}
+    if settings.method in GRADIENT_METHODS:
+        images = single_images(calibration, settings.fisher_images)
+        gradients = ImageGradients(model, layers, images, recipe.calibrate.gradient, recipe.seed, device)
+        scores = block_scores(settings.method, gradients, settings.blocks, partial(progress, "gradients of single images"))
     parts = {}
     for done, (name, layer) in enumerate(layers.items(), start=1):
         if name in producers:
@@ -403,10 +424,11 @@ def build_plan(
             costs[block] = _costs(name, layers, flops, block, pair, settings)
             cost = _together(pair, costs[block], flops) if pair else costs[block][name]
             weight, gathered = layer.weight.detach().to(device), statistics[name].to(device)
-            options.append(_option(weight, gathered, block, cost, balanced, settings))
+            score = scores.get((name, block))
+            options.append(_option(weight, gathered, block, cost, balanced, settings.method, score))
             progress("layer curves", done, len(layers), name)
         parts[name] = Part(options, balanced, pair, costs)
-    return Plan(recipe, model, layers, statistics, flops, parts, calibration, validation, profile)
+    return Plan(recipe, model, layers, statistics, flops, parts, calibration, validation, profile, gradients)
 
 
 def open_profile(recipe: Recipe, run: Run) -> DeviceProfile | None:
@@ -424,10 +446,19 @@ def open_profile(recipe: Recipe, run: Run) -> DeviceProfile | None:
 
 
 def _option(
-    weight: Tensor, statistics: LayerStatistics, block: Block, cost: LayerCost, balanced: bool, settings: PruneSection
+    weight: Tensor,
+    statistics: LayerStatistics,
+    block: Block,
+    cost: LayerCost,
+    balanced: bool,
+    method: str,
+    score: Tensor | None,
 ) -> Option:
-    if settings.method != "obs":
-        return Option(block, METHODS[settings.method](weight, statistics, block), cost, None)
+    """`score` [rows, cols]: of the methods whose scores are not made of statistics."""
+    if score is not None:
+        return Option(block, additive(score), cost, None)
+    if method != "obs":
+        return Option(block, METHODS[method](weight, statistics, block), cost, None)
     greedy = removal_order(weight, statistics.hessian / 2, block, statistics.loss_weights)
     return Option(block, Removal.greedy(*greedy, balanced), cost, greedy)
 

@@ -163,6 +163,9 @@ def _notes(plan: Plan) -> list[str]:
             f"calibration saw {layer.tokens} tokens of {name}, fewer than its {len(layer.input_outer)} inputs "
             f"({len(seen)} such layers): raise calibrate.images"
         )
+    if plan.gradients and len(plan.gradients.images) < plan.settings.fisher_images:
+        asked, found = plan.settings.fisher_images, len(plan.gradients.images)
+        notes.append(f"gradients of {found} images, fewer than the {asked} of prune.fisher_images: raise calibrate.images")
     images, used = next(iter(plan.statistics.values())).images, plan.images_in_sequence()
     if plan.compensates and plan.settings.sequential and used < images:
         notes.append(f"pruned in sequence on {used} of the {images} calibration images: no more fit into memory at once")

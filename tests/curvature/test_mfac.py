@@ -1,12 +1,15 @@
-"""M-FAC against the dense inverse in float64."""
+"""M-FAC against the dense inverse: in float64, and with 60 digits where float64 is not enough for the oracle itself."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from helpers import relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpmath import mp
 from torch import Tensor, nn
 
 from lpvit_cli.curvature.mfac import MFAC, FisherInverse, SlidingFisherInverse
@@ -65,6 +68,63 @@ def test_block_saliency_is_the_loss_of_the_best_removal(m: int, d: int, damping:
     assert relative(fisher.block_update(indices, w), move) < tolerance(g, damping)
 
 
+def ill_conditioned(kind: str, m: int, d: int) -> Tensor:
+    """Gradients [m, d]: `rows` or `columns` of sizes from 1 to 10^6, every row there twice (`repeated`), or all in a plane."""
+    generator = torch.Generator().manual_seed(m)
+    g = torch.randn(m, d, generator=generator, dtype=torch.float64)
+    sizes = 10 ** (6 * torch.rand(max(m, d), generator=generator, dtype=torch.float64))
+    return {
+        "rows": lambda: g * sizes[:m, None],
+        "columns": lambda: g * sizes[:d],
+        "repeated": lambda: g[torch.arange(m) // 2],
+        "plane": lambda: torch.randn(m, 2, generator=generator, dtype=torch.float64) @ g[:2],
+    }[kind]()
+
+
+def exact_fisher(g: Tensor, damping: float):  # type: ignore[no-untyped-def]
+    g_exact = mp.matrix(g.tolist())
+    return g_exact.T * g_exact / len(g) + mp.mpf(damping) * mp.eye(g.shape[1])
+
+
+def as_tensor(matrix) -> Tensor:  # type: ignore[no-untyped-def]
+    return torch.tensor(matrix.tolist(), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1e-8])
+@pytest.mark.parametrize(("m", "d"), [(3, 12), (8, 8), (14, 8)])
+@pytest.mark.parametrize("kind", ["rows", "columns", "repeated", "plane"])
+def test_ill_conditioned_fisher_matrices(kind: str, m: int, d: int, damping: float) -> None:
+    """Condition numbers of F up to 10^20: the factor must not see more than their root, 10^10, times the rounding of 10^-16."""
+    g = ill_conditioned(kind, m, d)
+    fisher = FisherInverse(g, damping)
+    v = torch.randn(d, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with mp.workdps(60):
+        inverse = exact_fisher(g, damping) ** -1
+        product, inverse = as_tensor(inverse * mp.matrix(v.tolist())), as_tensor(inverse)
+    assert relative(fisher.product(v), product) < 1e-8
+    elements = torch.tensor([[fisher.element(i, j) for j in range(d)] for i in range(d)], dtype=torch.float64)
+    assert relative(elements, inverse) < 1e-8
+
+
+@pytest.mark.parametrize("size", [2, 5, 9, 12])
+@pytest.mark.parametrize("kind", ["rows", "columns", "repeated", "plane"])
+@pytest.mark.parametrize("m", [3, 14])
+def test_blocks_of_any_size_where_the_fisher_matrix_is_ill_conditioned(m: int, kind: str, size: int) -> None:
+    """([F^-1]_QQ)^-1 for blocks smaller and larger than the rest and than m: condition numbers of F up to 10^13."""
+    g = ill_conditioned(kind, m, 12)
+    fisher = FisherInverse(g, 1e-2)
+    indices = torch.arange(size) * 7 % 12
+    w = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    with mp.workdps(60):
+        inverse = exact_fisher(g, 1e-2) ** -1
+        block = mp.matrix([[inverse[i, j] for j in indices.tolist()] for i in indices.tolist()])
+        solved = block**-1 * mp.matrix(w.tolist())
+        columns = mp.matrix([[inverse[i, j] for j in indices.tolist()] for i in range(12)])
+        move, solved = -as_tensor(columns * solved)[:, 0], as_tensor(solved)[:, 0]
+    assert fisher.block_saliency(indices, w) == pytest.approx(float(w @ solved) / 2, rel=1e-6)
+    assert relative(fisher.block_update(indices, w), move) < 1e-4
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(0, 15), st.floats(1e-3, 10))
 def test_the_window_holds_the_latest_gradients(window: int, dim: int, pushes: int, damping: float) -> None:
@@ -85,6 +145,19 @@ def test_single_precision_windows_stay_accurate_over_many_replacements() -> None
         fisher.push(g)
     v = torch.randn(40)
     assert relative(fisher.product(v), dense(stream[-8:].double(), 1e-2) @ v.double()) < 1e-3
+
+
+def test_the_latest_product_keeps_its_digits_in_single_precision() -> None:
+    """F^-1 g is small along the gradients themselves: with damping 1e-8, subtracting it from g / damping would leave noise."""
+    fisher = SlidingFisherInverse(4, 10, 1e-8)
+    stream = gradients(7, 10).float()
+    for n, g in enumerate(stream, start=1):
+        fisher.push(g)
+        latest = stream[max(0, n - 4) : n].double()
+        padded = torch.cat([latest, torch.zeros(4 - len(latest), 10, dtype=torch.float64)])
+        with mp.workdps(60):
+            expected = as_tensor(exact_fisher(padded, 1e-8) ** -1 * mp.matrix(g.double().tolist()))[:, 0]
+        assert relative(fisher.latest_product(), expected) < 1e-5
 
 
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("nan")])
@@ -115,3 +188,103 @@ def test_the_optimizer_takes_the_preconditioned_step() -> None:
     optimizer.step()
     expected = start * (1 - 0.1 * 0.01) - 0.1 * dense(torch.stack([g, torch.zeros_like(g)]), 0.5) @ g
     assert relative(torch.cat([p.detach().flatten() for p in layer.parameters()]), expected) < 1e-10
+
+
+class Quadratic:
+    """The loss 1/2 (x - target)^T A (x - target), eigenvalues of A [10, 10] from 1e-2 to 1e2, x in two parameters.
+
+    Starts at x = 0. Its gradients have noise A^1/2 z, z normal: at the target their Fisher matrix is A.
+    """
+
+    def __init__(self, *dtypes: torch.dtype):
+        self.generator = torch.Generator().manual_seed(0)
+        basis, _ = torch.linalg.qr(self.normal(10, 10))
+        self.root = basis * torch.logspace(-1, 1, 10, dtype=torch.float64)
+        self.target = torch.linalg.solve(
+            self.root.T, torch.ones(10, dtype=torch.float64)
+        )  # every eigenvector adds the same loss
+        first, second = dtypes
+        self.parameters = [nn.Parameter(torch.zeros(2, 3, dtype=first)), nn.Parameter(torch.zeros(4, dtype=second))]
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def x(self) -> Tensor:
+        return torch.cat([p.detach().flatten().double() for p in self.parameters])
+
+    def backward(self, signal: float = 1.0, noise: float = 1.0) -> Tensor:
+        """Leaves the gradient in the parameters; returns it as they hold it."""
+        gradient = self.root @ (signal * (self.root.T @ (self.x() - self.target)) + noise * self.normal(10))
+        for p, part in zip(self.parameters, gradient.split([6, 4]), strict=True):
+            p.grad = part.view_as(p).to(p.dtype)
+        return torch.cat([p.grad.flatten().double() for p in self.parameters])
+
+
+DTYPES = [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float16,) * 2]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_every_step_is_that_of_the_dense_inverse(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    task = Quadratic(*dtypes)
+    groups = [{"params": [task.parameters[0]], "lr": 0.02}, {"params": [task.parameters[1]], "weight_decay": 0.1}]
+    optimizer = MFAC(groups, lr=0.01, window=3, damping=0.1)
+    lr = torch.tensor([0.02] * 6 + [0.01] * 4, dtype=torch.float64)
+    decay = torch.tensor([0.0] * 6 + [0.1] * 4, dtype=torch.float64)
+    rounding = max(torch.finfo(dtype).eps for dtype in dtypes)
+    window_rounding = 1e-9 if rounding < 1e-9 else 1e-5  # in single precision at least, of gradients that are nearly parallel
+    seen = [torch.zeros(10, dtype=torch.float64)] * 3
+    for _ in range(5):
+        before = task.x()
+        seen.append(task.backward())
+        optimizer.step()
+        expected = before * (1 - lr * decay) - lr * (dense(torch.stack(seen[-3:]), 0.1) @ seen[-1])
+        assert relative(task.x(), expected) < rounding / 2 + window_rounding
+
+
+def test_a_window_that_knows_the_curvature_steps_to_the_minimum() -> None:
+    """A Newton step, up to the sampling error of m = 200 gradients in d = 10: the eigenvalues of A^1/2 F^-1 A^1/2 lie between
+    1 / (1 + sqrt(d/m))^2 and 1 / (1 - sqrt(d/m))^2 (Marchenko and Pastur, 1967). Plain descent shrinks one part of ten."""
+    task = Quadratic(torch.float64, torch.float64)
+    optimizer = MFAC(task.parameters, lr=0.0, window=200, damping=1e-6)
+    for _ in range(199):
+        task.backward(signal=0.0)
+        optimizer.step()
+    task.backward(signal=0.1, noise=0.0)
+    optimizer.param_groups[0]["lr"] = 10.0
+    optimizer.step()
+    left = task.root.T @ (task.x() - task.target)
+    assert float(left.norm()) < (1 / (1 - (10 / 200) ** 0.5) ** 2 - 1) * 10**0.5
+
+
+@pytest.mark.parametrize("steps", [0, 2, 3, 8])
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy"])
+def test_a_restored_optimizer_goes_on_bit_for_bit(dtypes: tuple[torch.dtype, torch.dtype], steps: int, how: str) -> None:
+    task = Quadratic(*dtypes)
+    optimizer = MFAC(task.parameters, lr=0.01, window=3, damping=1e-3)
+    for _ in range(steps):
+        task.backward()
+        optimizer.step()
+    if how == "deepcopy":
+        other, resumed = copy.deepcopy((task, optimizer))
+    else:
+        other = copy.deepcopy(task)
+        resumed = MFAC(other.parameters, lr=1.0, window=3, damping=1e-3)
+        resumed.load_state_dict(optimizer.state_dict())
+    for _ in range(4):
+        assert torch.equal(task.backward(), other.backward())
+        optimizer.step()
+        resumed.step()
+        assert torch.equal(task.x(), other.x())
+    assert int(resumed.state[other.parameters[0]]["step"]) == steps + 4
+
+
+def test_a_gradient_that_is_no_number_spoils_the_weights_but_not_the_window() -> None:
+    task = Quadratic(torch.float32, torch.float32)
+    optimizer = MFAC(task.parameters, lr=0.01, window=3)
+    task.backward()
+    task.parameters[1].grad[2] = float("nan")
+    optimizer.step()
+    assert task.x().isnan().any()
+    assert optimizer.fisher.pushed == 0
+    assert not optimizer.fisher.gradients.any()
