@@ -137,11 +137,11 @@ def test_latency_that_cannot_be_reached_is_told_with_the_interval() -> None:
         plan.allocation(Budget(latency_ms=5))
 
 
-@pytest.mark.parametrize("budget", [22, 24, 26, 28, 30])
+@pytest.mark.parametrize("budget", [21, 22, 23, 28])
 def test_sequential_pruning_keeps_the_blocks_that_latency_counts(budget: float) -> None:
     """Ragged blocks, of which others are kept than planned; but as many, and so the predicted latency holds."""
-    facts = ("prune.block=[20,12]", f"prune.budget.latency_ms={budget}", "prune.min_keep=0.1")
-    plan = plan_of("vit", *facts, profile=profile(blocks=((20, 12),)))
+    facts = ("prune.block=[24,12]", f"prune.budget.latency_ms={budget}", "prune.min_keep=0.1")
+    plan = plan_of("vit", *facts, profile=profile(blocks=((24, 12),)))
     model, pruned = plan.prune(plan.recipe.prune.budget, quiet)
     assert milliseconds(plan, pruned) <= budget
     kept = {name: len(layer.cols) for name, layer in sparse_layers(model).items()}
