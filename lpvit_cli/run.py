@@ -99,6 +99,12 @@ class Run:
         recovered = self.recipe.finetune is not None and (self.folder / FINETUNE.folder / "stage.json").is_file()
         return FINETUNE if recovered else PRUNE
 
+    def sources(self, stage: Stage) -> list[Stage]:
+        """The stages of this run whose artefacts this one reads."""
+        before = self.upstream(stage)
+        measured = [PROFILE] if stage in (PRUNE, SWEEP) and self._needs_own_profile else []
+        return [before, *measured] if before else []
+
     def inputs(self, stage: Stage) -> dict[str, Any]:
         """Everything the artefact's content depends on, as flat keys and JSON values."""
         inputs = {key: value for key, value in self.recipe.flat().items() if stage.reads(key)}
@@ -119,10 +125,11 @@ class Run:
 
     def profile_path(self) -> Path | None:
         """The device profile that pruning reads: the one the recipe names, or this run's where the budget needs one."""
-        settings = self.recipe.prune
-        if settings.profile is None and settings.budget.needs_profile:
-            return self.artefact(PROFILE) / "profile.json"
-        return settings.profile
+        return self.folder / PROFILE.folder / "profile.json" if self._needs_own_profile else self.recipe.prune.profile
+
+    @property
+    def _needs_own_profile(self) -> bool:
+        return self.recipe.prune.profile is None and self.recipe.prune.budget.needs_profile
 
     @cached_property
     def _contents(self) -> dict[str, Any]:
@@ -144,9 +151,9 @@ class Run:
         record = self.record(stage)
         if record is None:
             return None
-        before = self.upstream(stage)
-        if before and (earlier := self.changes(before)):
-            return [f"{before.folder}: {earlier[0]}"]
+        for before in self.sources(stage):
+            if earlier := self.changes(before):
+                return [f"{before.folder}: {earlier[0]}"]
         old, new = record["inputs"], self.inputs(stage)
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         artefacts = {stage.folder for stage in STAGES}
@@ -183,8 +190,7 @@ class Run:
 
     def execute(self, stage: Stage, progress: Progress, resume: bool = True) -> Any:
         """Run one stage and publish what it made; returns its report."""
-        before = self.upstream(stage)
-        if before:
+        for before in self.sources(stage):
             self.artefact(before)
         inputs = self.inputs(stage)
         kept = self.progress_folder(stage) if resume else None

@@ -406,6 +406,8 @@ def build_plan(
     pairs = find_pairs(model, layers, shared, settings.blocks[0][1])
     producers = {pair.producer for pair in pairs.values()}
     flops = count_flops(model, layers)
+    if profile is not None:
+        _require_same_layers(profile, layers)
     gradients, scores = None, {}
     if settings.method in GRADIENT_METHODS:
         images = single_images(calibration, settings.fisher_images)
@@ -443,6 +445,16 @@ def open_profile(recipe: Recipe, run: Run) -> DeviceProfile | None:
             "run `lpvit profile` where a power meter can be read, or give a latency_ms or flops budget",
         )
     return profile
+
+
+def _require_same_layers(profile: DeviceProfile, layers: dict[str, nn.Linear]) -> None:
+    """What a profile takes for the rest of the model is what its own layers leave of it."""
+    measured = {name for layer in profile.layers for name in layer.names}
+    if other := sorted(measured ^ layers.keys()):
+        raise UsageError(
+            f"prune.profile: made for other layers: {other[0]} is only {'there' if other[0] in measured else 'here'}",
+            "profile with the same model and prune.layers: lpvit profile RECIPE",
+        )
 
 
 def _option(

@@ -17,7 +17,7 @@ from lpvit_cli.pruning.cost import LayerCost
 from lpvit_cli.recipe import Budget, Recipe
 from lpvit_cli.report.schema import LayerReport, PredictedPoint, PredictionReport, PruneReport
 from lpvit_cli.run import Progress, Run
-from lpvit_cli.stages import CALIBRATE, PROFILE
+from lpvit_cli.stages import CALIBRATE, PROFILE, PRUNE
 from lpvit_cli.stages.plan import Plan, Pruned, make_plan
 from lpvit_cli.stages.profile import PROFILE_FILE
 
@@ -68,6 +68,8 @@ def predict(recipe: Recipe, run: Run, progress: Progress) -> PredictionReport:
         reasons.append("max_drop: finding the model takes evaluating some; give a flops budget to predict")
     if run.changes(CALIBRATE) != []:
         reasons.append(f"this recipe is not calibrated yet: lpvit calibrate {recipe.name}")
+    if PROFILE in run.sources(PRUNE) and run.changes(PROFILE) != []:
+        reasons.append(f"{kind}: no device profile: lpvit profile {recipe.name}")
     if reasons:
         return PredictionReport(device=describe_device(device_of(recipe)), kind=kind, points=[], reasons=reasons)
     plan = make_plan(recipe, run, progress)
