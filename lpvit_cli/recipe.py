@@ -165,6 +165,19 @@ class PruneSection(Section):
     def _beside_the_recipe(cls, path: Path | None, info: ValidationInfo) -> Path | None:
         return _resolved(path, info)
 
+    @field_validator("block", mode="before")
+    @classmethod
+    def _is_block_or_blocks(cls, block: Any) -> Any:
+        """Both forms at once: an error of each would leave the reader to guess which one was meant."""
+        shapes = block if isinstance(block, list | tuple) and block and isinstance(block[0], list | tuple) else [block]
+        for shape in shapes:
+            fits = isinstance(shape, list | tuple) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+            if not fits:
+                raise ValueError(
+                    "a block is two whole numbers above 0, [output, input] features; several blocks are a list of them"
+                )
+        return block
+
     @model_validator(mode="after")
     def _patterns_fit(self) -> Self:
         if self.patterns and self.method != "obs":

@@ -69,8 +69,8 @@ def test_unknown_key_without_a_near_one_lists_the_valid_ones(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("line", "key", "rule"),
     [
-        ("prune: {block: [64]}", "prune.block", "needs more values"),
-        ("prune: {block: [0, 32]}", "prune.block", "should be greater than 0"),
+        ("prune: {block: [64]}", "prune.block", "a block is two whole numbers above 0"),
+        ("prune: {block: [0, 32]}", "prune.block", "a block is two whole numbers above 0"),
         ("prune: {min_keep: lots}", "prune.min_keep", "should be a valid number"),
         ("prune: {beta: high}", "prune.beta", "should be 'auto', or should be a valid number"),
         ("prune: {budget: {flops: 0.5, sparsity: 0.5}}", "prune.budget", "exactly one of flops"),
@@ -175,3 +175,73 @@ def test_a_sweep_holds_budgets(sweep: str) -> None:
     with pytest.raises(UsageError, match="sweep"):
         Recipe.load("digits_vit", [f"sweep={sweep}"])
     assert Recipe.load("digits_vit", ["sweep=[0.5,0.9]"]).sweep == (0.5, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("block", "blocks"),
+    [
+        ("[64, 32]", ((64, 32),)),
+        ("[[64, 32]]", ((64, 32),)),
+        ("[[128, 32], [64, 64]]", ((128, 32), (64, 64))),
+        ("[[64, 64], [128, 32], [64, 64]]", ((64, 64), (128, 32))),
+    ],
+)
+def test_one_block_shape_or_several(tmp_path: Path, block: str, blocks: tuple[tuple[int, int], ...]) -> None:
+    recipe = Recipe.load(written(tmp_path, MINIMAL + f"prune: {{block: {block}}}"))
+    assert recipe.prune.blocks == blocks
+    assert Recipe.load(written(tmp_path, recipe.to_yaml())) == recipe
+    assert recipe.smoke("vit_tiny_patch16_224", {}).prune.block == recipe.prune.block
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "[0, 32]",
+        "[64, -1]",
+        "[64, 32, 16]",
+        "[64]",
+        "[]",
+        "[[]]",
+        "64",
+        "a",
+        "null",
+        "[1.5, 2]",
+        "[true, 32]",
+        "[[64, 32], 64]",
+        "[64, [64, 32]]",
+        "[[64, 32], [0, 1]]",
+        "[[64, 32], [1, 2, 3]]",
+        "{rows: 64, columns: 32}",
+    ],
+)
+def test_block_shapes_that_are_none(tmp_path: Path, block: str) -> None:
+    """One rule, whichever form was meant."""
+    message, hint = problem(tmp_path, MINIMAL + f"prune:\n  block: {block}\n")
+    rule = "a block is two whole numbers above 0, [output, input] features; several blocks are a list of them"
+    assert message.startswith(f"{tmp_path}/mine.yaml:4: prune.block: {rule} (given: ")
+    assert hint.startswith("change prune.block")
+
+
+@pytest.mark.parametrize(
+    ("prune", "told"),
+    [
+        ("{patterns: [neurons], method: lpvit}", "patterns need method: obs"),
+        ("{patterns: [balanced], method: magnitude}", "patterns need method: obs"),
+        ("{patterns: [neurons], budget: {latency_ms: 3}}", "a profile has no smaller layers"),
+        ("{patterns: [balanced, heads], budget: {energy_mj: 3}}", "a profile has no smaller layers"),
+        ("{patterns: [rows]}", "should be 'balanced', 'neurons' or 'heads'"),
+        ("{budget: {latency_ms: 0}}", "should be greater than 0"),
+        ("{budget: {energy_mj: -1}}", "should be greater than 0"),
+        ("{budget: {latency_ms: 1, flops: 0.5}}", "give exactly one of flops, sparsity, latency_ms, energy_mj, max_drop"),
+        ("{reweigh: -1}", "should be greater than or equal to 0"),
+    ],
+)
+def test_what_pruning_cannot_do(tmp_path: Path, prune: str, told: str) -> None:
+    message, _ = problem(tmp_path, MINIMAL + f"prune: {prune}\n")
+    assert "mine.yaml:3: prune" in message
+    assert told in message
+
+
+@pytest.mark.parametrize("prune", ["{patterns: [balanced], budget: {latency_ms: 3}}", "{method: lpvit, sequential: true}"])
+def test_what_goes_together(tmp_path: Path, prune: str) -> None:
+    assert Recipe.load(written(tmp_path, MINIMAL + f"prune: {prune}\n"))
