@@ -425,9 +425,9 @@ def build_plan(
             require_fit(name, (layer.out_features, layer.in_features), block)
             costs[block] = _costs(name, layers, flops, block, pair, settings)
             cost = _together(pair, costs[block], flops) if pair else costs[block][name]
-            weight, gathered = layer.weight.detach().to(device), statistics[name].to(device)
             score = scores.get((name, block))
-            options.append(_option(weight, gathered, block, cost, balanced, settings.method, score))
+            weight = layer.weight.detach()
+            options.append(_option(weight, statistics[name], block, cost, balanced, settings.method, score, device))
             progress("layer curves", done, len(layers), name)
         parts[name] = Part(options, balanced, pair, costs)
     return Plan(recipe, model, layers, statistics, flops, parts, calibration, validation, profile, gradients)
@@ -465,13 +465,15 @@ def _option(
     balanced: bool,
     method: str,
     score: Tensor | None,
+    device: torch.device,
 ) -> Option:
-    """`score` [rows, cols]: of the methods whose scores are not made of statistics."""
+    """`score` [rows, cols]: of the methods whose scores are not made of statistics. Only obs is worth a GPU."""
     if score is not None:
         return Option(block, additive(score), cost, None)
     if method != "obs":
         return Option(block, METHODS[method](weight, statistics, block), cost, None)
-    greedy = removal_order(weight, statistics.hessian / 2, block, statistics.loss_weights)
+    gathered = statistics.to(device)
+    greedy = removal_order(weight.to(device), gathered.hessian / 2, block, gathered.loss_weights)
     return Option(block, Removal.greedy(*greedy, balanced), cost, greedy)
 
 

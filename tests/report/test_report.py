@@ -23,7 +23,7 @@ from lpvit_cli.measure.timing import Timing, TimingRun
 from lpvit_cli.recipe import shipped_recipes
 from lpvit_cli.report import html
 from lpvit_cli.report.html import write_html
-from lpvit_cli.report.pictures import blocks_picture, latency_picture
+from lpvit_cli.report.pictures import blocks_picture, latency_picture, sweep_picture
 from lpvit_cli.report.schema import (
     REPORTS,
     BatchBench,
@@ -35,7 +35,9 @@ from lpvit_cli.report.schema import (
     FinetuneReport,
     LayerReport,
     Parity,
+    PredictedPoint,
     Prediction,
+    PredictionReport,
     PredictReport,
     ProfileReport,
     PruneReport,
@@ -217,13 +219,39 @@ def calibrate() -> CalibrateReport:
     return CalibrateReport(device=CPU, images=1024, gradient="empirical", layers=48, statistics_bytes=5 * 2**19)
 
 
-def sweep() -> SweepReport:
-    tops = {0.5: 80.12, 0.7: 74.29}
-    points = [
-        SweepPoint(budget=budget, folder=f"{budget:g}", report=prune(accuracy=Accuracy(top1, 91.52, 50_000)))
-        for budget, top1 in tops.items()
-    ]
-    return SweepReport(device=CPU, kind="sparsity", points=points)
+def sweep(profiled: bool = False) -> SweepReport:
+    speed = {0.5: Ratio(1.63, 1.58, 1.71), 0.7: Ratio(2.41, 2.33, 2.52)}
+    points = []
+    for (budget, top1), ratio in zip({0.5: 80.12, 0.7: 74.29}.items(), speed.values(), strict=True):
+        report = prune(accuracy=Accuracy(top1, 91.52, 50_000))
+        if profiled:
+            report = report.model_copy(update={"latency_ms_dense": 82.0, "latency_ms": 82.0 / ratio.low})
+        points.append(
+            SweepPoint(budget=budget, folder=f"{budget:g}", report=report, latency_ms=81.4 / ratio.value, speedup=ratio)
+        )
+    return SweepReport(device=CPU, kind="sparsity", batch_size=8, latency_ms_dense=81.4, points=points)
+
+
+def prediction() -> PredictionReport:
+    point = PredictedPoint(
+        budget=0.5,
+        kept_fraction=0.488,
+        kept_by_layer={"blocks.0.mlp.fc1": 0.488},
+        flops=17_600_000_000,
+        bytes=180 * 2**20,
+        energy_uj=1234.0,
+        latency_ms=41.0,
+    )
+    return PredictionReport(
+        device=CPU,
+        kind="flops",
+        flops_dense=35_100_000_000,
+        bytes_dense=330 * 2**20,
+        energy_uj_dense=2345.0,
+        latency_ms_dense=82.0,
+        points=[point, point.model_copy(update={"budget": 0.3, "latency_ms": None})],
+        reasons=["latency: no device profile: lpvit profile deit_base_50"],
+    )
 
 
 ALL: dict[str, Callable[[], Report]] = {
@@ -231,6 +259,8 @@ ALL: dict[str, Callable[[], Report]] = {
     "prune": prune,
     "finetune": finetune,
     "sweep": sweep,
+    "sweep with a profile": lambda: sweep(profiled=True),
+    "prediction": prediction,
     "bench": bench,
     "bench with energy": measured_bench,
     "profile": profile,
@@ -342,9 +372,27 @@ def test_pruning_shows_dense_pruned_and_their_ratio() -> None:
 
 def test_a_sweep_shows_a_row_for_every_budget() -> None:
     lines = [words(line) for line in shown(sweep(), Path("runs/a/sweep")).splitlines()]
-    assert "0.5 48.8 % 0.50 0.52 80.12 % -1.71" in lines
-    assert "0.7 48.8 % 0.50 0.52 74.29 % -7.54" in lines
-    assert "dense 100 % 1.00 1.00 81.83 %" in lines
+    assert "0.5 0.49 0.50 0.52 80.12 % -1.71 1.63 (1.58-1.71)" in lines
+    assert "0.7 0.49 0.50 0.52 74.29 % -7.54 2.41 (2.33-2.52)" in lines
+    assert "dense 1.00 1.00 1.00 81.83 % 1" in lines
+    assert lines[0].endswith("speed at batch 8: dense 81.40 ms")
+    profiled = [words(line) for line in shown(sweep(profiled=True), Path("runs/a/sweep")).splitlines()]
+    assert "0.7 0.49 0.50 0.52 74.29 % -7.54 2.41 (2.33-2.52) 2.33" in profiled
+
+
+def test_a_sweep_is_drawn_with_its_speed() -> None:
+    drawn = sweep_picture(sweep())
+    assert "measured, batch 8" in drawn
+    assert "predicted" not in drawn
+    assert "predicted from the device profile" in sweep_picture(sweep(profiled=True))
+
+
+def test_a_prediction_shows_what_it_can_and_why_not_the_rest() -> None:
+    lines = [words(line) for line in shown(prediction()).splitlines()]
+    assert "dense 1.00 35.10 G 330.0 MiB 2345 82.00" in lines
+    assert "0.5 0.49 17.60 G 180.0 MiB 1234 41.00 2.00x" in lines
+    assert "0.3 0.49 17.60 G 180.0 MiB 1234 - -" in lines
+    assert lines[-1] == "not predicted latency: no device profile: lpvit profile deit_base_50"
 
 
 def test_recovery_shows_both_accuracies_and_what_was_trained() -> None:
