@@ -91,8 +91,8 @@ def test_bad_input(lpvit: Cli, arguments: list[str], code: int, message: str, hi
     ("change", "message"),
     [
         ("prune.block=[2048,32]", "2048x32 is larger than layer blocks.0.attn.qkv (720x240, out x in)"),
-        ("prune.budget.sparsity=0.96", "sparsity 0.96 cannot be reached: with min_keep 0.05 it can be from 0 to 0.9"),
-        ("prune.budget.flops=0.01", "flops 0.01 cannot be reached: with min_keep 0.05 it can be from 0.1"),
+        ("prune.budget.sparsity=0.96", "sparsity 0.96 cannot be reached: with min_keep 0.05 it can be from 0 to 0.9166"),
+        ("prune.budget.flops=0.01", "flops 0.01 cannot be reached: with min_keep 0.05 it can be from 0.12"),
         ("prune.layers.include=[nothing.*]", "no linear layer matches"),
     ],
 )

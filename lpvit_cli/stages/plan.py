@@ -161,7 +161,7 @@ class Plan:
     def _require_reachable(self, budget: Budget, curves: dict[str, list[Curve]]) -> None:
         if _lowest(curves) > self._allowance(budget) * (1 + 1e-9):
             furthest, unpruned = (self._in_units_of(budget, cost) for cost in (_lowest(curves), _highest(curves)))
-            low, high = sorted((furthest, unpruned))
+            low, high = sorted((_rounded(furthest, up=furthest < unpruned), unpruned))
             raise UsageError(
                 f"prune.budget: {budget.kind} {budget.value:g} cannot be reached: with min_keep {self.settings.min_keep:g} it "
                 f"can be from {low:.4g} to {high:.4g}",
@@ -500,6 +500,12 @@ def _together(pair: Pair, costs: dict[str, LayerCost], flops: ModelFlops) -> Lay
     between = flops.attention.get(pair.module, 0) / consumer.weights.shape[1]
     fixed = consumer.fixed_energy_pj + producer.fixed_energy_pj
     return LayerCost(consumer.shape, of("weights"), of("flops") + between, of("energy_pj"), fixed)
+
+
+def _rounded(value: float, up: bool) -> float:
+    """To four digits, in the direction that can still be reached, so that what is told can be asked for."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 3) if value > 0 else 1.0
+    return (math.ceil(value / step - 1e-9) if up else math.floor(value / step + 1e-9)) * step
 
 
 def _lowest(curves: dict[str, list[Curve]]) -> float:

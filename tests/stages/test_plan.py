@@ -166,12 +166,28 @@ def test_what_cannot_be_reached_is_told_with_what_can(which: str, patterns: str)
     assert plan.predict(plan.allocation(Budget(sparsity=0.75))).kept_fraction == pytest.approx(0.25)
     assert plan.predict(plan.allocation(Budget(sparsity=0))).kept_fraction == 1
     lowest = plan.reachable(Budget(flops=1))
-    with pytest.raises(UsageError, match=rf"flops 0.1 cannot be reached: .* it can be from {lowest:.4g} to 1$"):
+    with pytest.raises(UsageError, match=r"flops 0.1 cannot be reached: .* it can be from [0-9.]+ to 1$") as caught:
         plan.allocation(Budget(flops=0.1))
+    told = float(caught.value.message.split(" from ")[1].split()[0])
+    assert lowest <= told < 1.001 * lowest
+    assert plan.predict(plan.allocation(Budget(flops=told))).flops <= told * plan.flops.total
     pruned = plan.allocation(Budget(flops=lowest))
     assert plan.predict(pruned).flops == pytest.approx(lowest * plan.flops.total)
     with pytest.raises(UsageError, match="cannot be reached"):
         plan.allocation(Budget(flops=lowest * 0.999))
+
+
+@pytest.mark.parametrize("min_keep", [0.02, 0.05, 0.1, 1 / 3, 0.34, 0.7])
+@pytest.mark.parametrize("kind", ["flops", "sparsity"])
+def test_the_furthest_value_that_is_told_can_be_asked_for(kind: str, min_keep: float) -> None:
+    plan = plan_of("vit", f"prune.min_keep={min_keep}", "prune.method=magnitude")
+    too_far = {"flops": 1e-3, "sparsity": 0.999}[kind]
+    with pytest.raises(UsageError, match="cannot be reached") as caught:
+        plan.allocation(Budget.model_validate({kind: too_far}))
+    low, high = (float(n) for n in caught.value.message.split(" from ")[1].split(" to "))
+    furthest = low if kind == "flops" else high
+    assert furthest == pytest.approx(plan.reachable(Budget.model_validate({kind: 0.5})), rel=1e-3)
+    plan.allocation(Budget.model_validate({kind: furthest}))
 
 
 def test_a_pair_never_loses_all() -> None:
