@@ -135,7 +135,7 @@ class Plan:
         return self.validation.skipped if self.validation else []
 
     @property
-    def compensates(self) -> bool:
+    def by_obs(self) -> bool:
         return self.settings.method == "obs"
 
     def evaluate(self, model: VisionModel, progress: Progress, what: str) -> Accuracy:
@@ -259,11 +259,11 @@ class Plan:
         """
         weights = {name: self.statistics[name].loss_weights for name in self.parts}
         plan = self.allocation(budget)
-        if self.compensates and self.settings.reweigh:
+        if self.by_obs and self.settings.reweigh:
             plan, weights = self._weighed_anew(plan, weights, budget, progress)
         if self.settings.method == "mfac":
             model, masks = self._compensated_by_mfac(plan, progress)
-        elif not self.compensates:
+        elif not self.by_obs:
             model, masks = copy.deepcopy(self.model), plan.planned_masks()
         elif self.settings.sequential:
             model, masks = self._sequential(plan, weights, progress)
@@ -292,7 +292,7 @@ class Plan:
                 for name, moment in moments.items()
             }
             plan = self.allocation(budget, self._reweighed(weights))
-        _, plan, weights = min(tried, key=lambda one: one[0])
+        _, plan, weights = min(tried, key=lambda one: (math.isnan(one[0]), one[0]))  # NaN compares with nothing
         return plan, weights
 
     def _reweighed(self, weights: dict[str, Tensor]) -> dict[str, Part]:

@@ -159,7 +159,7 @@ def _notes(plan: Plan) -> list[str]:
     if plan.skipped:
         notes.append(f"{len(plan.skipped)} unreadable images skipped (first: {plan.skipped[0]})")
     seen = {name: layer for name, layer in plan.statistics.items() if layer.tokens < len(layer.input_outer)}
-    if seen and plan.compensates:
+    if seen and plan.by_obs:
         name, layer = max(seen.items(), key=lambda item: len(item[1].input_outer) / item[1].tokens)
         notes.append(
             f"calibration saw {layer.tokens} tokens of {name}, fewer than its {len(layer.input_outer)} inputs "
@@ -169,7 +169,7 @@ def _notes(plan: Plan) -> list[str]:
         asked, found = plan.settings.fisher_images, len(plan.gradients.images)
         notes.append(f"gradients of {found} images, fewer than the {asked} of prune.fisher_images: raise calibrate.images")
     images, used = next(iter(plan.statistics.values())).images, plan.images_in_sequence()
-    if plan.compensates and plan.settings.sequential and used < images:
+    if plan.by_obs and plan.settings.sequential and used < images:
         notes.append(f"pruned in sequence on {used} of the {images} calibration images: no more fit into memory at once")
     if len({plan.flops.tokens[name] for name in plan.layers}) == 1:
         notes.append(
