@@ -35,6 +35,7 @@ from lpvit_cli.pruning.surgeon import compensated
 from lpvit_cli.recipe import Budget, FinetuneSection, Layers, ModelSection, Recipe
 from lpvit_cli.sparse import sparsify
 from lpvit_cli.stages.plan import Plan, build_plan
+from lpvit_cli.stages.pruned_model import prune_model
 
 CPU = torch.device("cpu")
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
@@ -174,7 +175,7 @@ def methods(task: Task, layers: dict[str, nn.Linear], seed: int, block: Block, f
 def prune(task: Task, layers: dict[str, nn.Linear], method: Method, sparsity: float, block: Block) -> nn.Module:
     """The model with that fraction of its prunable weights removed; equal to FLOPs where all layers see the same tokens."""
     if method.plan:
-        return method.plan.prune(Budget(sparsity=sparsity), lambda *_: None)[0]
+        return prune_model(method.plan, Budget(sparsity=sparsity), lambda *_: None)[0]
     counts = {}
     if method.uniform:
         counts = {name: round(sparsity * len(removal.order)) for name, removal in method.removals.items()}

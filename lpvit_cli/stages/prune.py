@@ -20,6 +20,7 @@ from lpvit_cli.run import Progress, Run
 from lpvit_cli.stages import CALIBRATE, PROFILE, PRUNE
 from lpvit_cli.stages.plan import Plan, Pruned, make_plan
 from lpvit_cli.stages.profile import PROFILE_FILE
+from lpvit_cli.stages.pruned_model import images_in_sequence, prune_model
 
 SEARCH_STEP = 0.01  # of the FLOPs: how finely the search for an accuracy looks
 
@@ -36,7 +37,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Prune
 def prune_to(plan: Plan, budget: Budget, dense: Accuracy, work: Path, progress: Progress) -> PruneReport:
     """Prune to a budget, evaluate, and write the model folder `work`."""
     recipe, settings = plan.recipe, plan.settings
-    model, pruned = plan.prune(budget, progress)
+    model, pruned = prune_model(plan, budget, progress)
     accuracy = plan.evaluate(model, progress, "evaluating the pruned model")
     data = {"dataset": recipe.data.dataset, "root": str(recipe.data.root or ""), "split": recipe.data.val_split}
     save_model(work, model, model_config(recipe.model, model, data=data, parent=recipe.model.model_dump(mode="json")))
@@ -114,7 +115,7 @@ def search(plan: Plan, least_top1: float, progress: Progress) -> Budget:
     while high - low > 0:
         middle = (low + high) // 2
         budget = Budget(flops=middle * SEARCH_STEP)
-        model, _ = plan.prune(budget, progress)
+        model, _ = prune_model(plan, budget, progress)
         top1 = plan.evaluate(model, progress, f"evaluating at {middle * SEARCH_STEP:.0%} of the FLOPs").top1
         low, high = (low, middle) if top1 >= least_top1 else (middle + 1, high)
     if high * SEARCH_STEP >= 1:
@@ -168,7 +169,7 @@ def _notes(plan: Plan) -> list[str]:
     if plan.gradients and len(plan.gradients.images) < plan.settings.fisher_images:
         asked, found = plan.settings.fisher_images, len(plan.gradients.images)
         notes.append(f"gradients of {found} images, fewer than the {asked} of prune.fisher_images: raise calibrate.images")
-    images, used = next(iter(plan.statistics.values())).images, plan.images_in_sequence()
+    images, used = next(iter(plan.statistics.values())).images, images_in_sequence(plan)
     if plan.by_obs and plan.settings.sequential and used < images:
         notes.append(f"pruned in sequence on {used} of the {images} calibration images: no more fit into memory at once")
     if len({plan.flops.tokens[name] for name in plan.layers}) == 1:

@@ -17,6 +17,7 @@ from lpvit_cli.measure.profile import DeviceProfile, LayerProfile, SparseProfile
 from lpvit_cli.recipe import Budget
 from lpvit_cli.sparse import sparse_layers
 from lpvit_cli.stages.plan import Plan, Pruned
+from lpvit_cli.stages.pruned_model import prune_model
 
 KEPT = [0.05, 0.25, 0.5, 0.75, 0.9, 1.0]
 TIMES = [0.3, 0.5, 0.65, 0.9, 1.3, 1.6]  # of the dense layer: sparse is slower down to four fifths
@@ -142,7 +143,7 @@ def test_sequential_pruning_keeps_the_blocks_that_latency_counts(budget: float) 
     """Ragged blocks, of which others are kept than planned; but as many, and so the predicted latency holds."""
     facts = ("prune.block=[24,12]", f"prune.budget.latency_ms={budget}", "prune.min_keep=0.1")
     plan = plan_of("vit", *facts, profile=profile(blocks=((24, 12),)))
-    model, pruned = plan.prune(plan.recipe.prune.budget, quiet)
+    model, pruned = prune_model(plan, plan.recipe.prune.budget, quiet)
     assert milliseconds(plan, pruned) <= budget
     kept = {name: len(layer.cols) for name, layer in sparse_layers(model).items()}
     for name, choice in pruned.choices.items():

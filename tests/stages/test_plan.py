@@ -17,6 +17,7 @@ from lpvit_cli.recipe import Budget
 from lpvit_cli.sparse import BlockSparseLinear, densify, sparse_layers
 from lpvit_cli.stages.plan import Plan
 from lpvit_cli.stages.prune import _notes, layer_reports
+from lpvit_cli.stages.pruned_model import images_in_sequence, prune_model, sequential_images
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -47,7 +48,7 @@ def test_what_is_promised_is_what_the_pruned_model_has(which: str, patterns: str
     """FLOPs of the narrower model counted anew, less twice the zeros that each token meets in its layers."""
     plan = plan_of(which, f"prune.patterns=[{patterns}]", f"prune.sequential={in_sequence}")
     dense = count_flops(plan.model, {}).total
-    model, pruned = plan.prune(Budget(flops=0.6), quiet)
+    model, pruned = prune_model(plan, Budget(flops=0.6), quiet)
     predicted, made = plan.predict(pruned), weights(model)
     assert list(made) == list(plan.layers), "every layer is stored in blocks, whole ones as one"
     zeros = {name: int((weight == 0).sum()) for name, weight in made.items()}
@@ -76,7 +77,7 @@ def test_what_is_promised_is_what_the_pruned_model_has(which: str, patterns: str
 def test_a_narrow_model_computes_what_the_masked_one_does(which: str) -> None:
     """The kept weights of one that is cut and of one that is masked are the same, the outputs too."""
     plan = plan_of(which, "prune.patterns=[neurons,heads]", "prune.sequential=false")
-    model, pruned = plan.prune(Budget(flops=0.6), quiet)
+    model, pruned = prune_model(plan, Budget(flops=0.6), quiet)
     masked = copy.deepcopy(plan.model)
     for name, part in plan.parts.items():
         columns = pruned.masks[name][0].repeat_interleave(pruned.option(name).block[1])
@@ -94,7 +95,7 @@ def test_a_narrow_model_computes_what_the_masked_one_does(which: str) -> None:
 def test_a_layer_that_is_kept_whole_is_one_block() -> None:
     plan = plan_of("vit", "prune.layers.include=['*.fc2', blocks.0.attn.qkv]", "prune.sequential=false")
     plan.parts["blocks.0.attn.qkv"].options[0].removal.distortion[1:] = 1e9  # nobody would touch it
-    model, pruned = plan.prune(Budget(sparsity=0.3), quiet)
+    model, pruned = prune_model(plan, Budget(sparsity=0.3), quiet)
     whole = model.get_submodule("blocks.0.attn.qkv")
     assert isinstance(whole, BlockSparseLinear)
     assert whole.values.shape == (1, 96, 32)
@@ -114,7 +115,7 @@ SHAPES = [(16, 8), (8, 16), (20, 12)]  # the last divides no layer
 def test_every_layer_takes_one_of_several_shapes_and_says_which(in_sequence: bool) -> None:
     plan = plan_of("vit", "prune.block=[[16,8],[8,16],[20,12]]", f"prune.sequential={in_sequence}")
     total = count_flops(plan.model, {}).total
-    model, pruned = plan.prune(Budget(flops=0.6), quiet)
+    model, pruned = prune_model(plan, Budget(flops=0.6), quiet)
     assert [option.block for option in plan.parts["blocks.0.mlp.fc1"].options] == SHAPES
     taken = {report.name: report.block for report in layer_reports(plan, pruned)}
     assert set(taken.values()) <= set(SHAPES)
@@ -133,7 +134,7 @@ def test_every_layer_takes_one_of_several_shapes_and_says_which(in_sequence: boo
 @pytest.mark.parametrize("budget", [0.45, 0.5, 0.55, 0.6, 0.65, 0.7])
 def test_blocks_that_divide_no_layer_stay_within_the_budget_in_sequence(budget: float) -> None:
     plan = plan_of("vit", "prune.block=[20,12]", "prune.min_keep=0.2")
-    model, _ = plan.prune(Budget(flops=budget), quiet)
+    model, _ = prune_model(plan, Budget(flops=budget), quiet)
     left = plan.flops.total - sum(2 * 17 * int((weight == 0).sum()) for weight in weights(model).values())
     assert 0.97 * budget < left / plan.flops.total <= budget
 
@@ -193,7 +194,7 @@ def test_the_furthest_value_that_is_told_can_be_asked_for(kind: str, min_keep: f
 def test_a_pair_never_loses_all() -> None:
     """A block with no head or no neuron is none of timm's."""
     plan = plan_of("vit", "prune.min_keep=0", "prune.patterns=[neurons,heads]")
-    model, _ = plan.prune(Budget(flops=plan.reachable(Budget(flops=1))), quiet)
+    model, _ = prune_model(plan, Budget(flops=plan.reachable(Budget(flops=1))), quiet)
     assert [module.num_heads for name, module in model.named_modules() if name.endswith(".attn")] == [1, 1]
     assert [module.fc1.out_features for name, module in model.named_modules() if name.endswith(".mlp")] == [8, 8]
     assert model(batches(2)[0][0]).isfinite().all()
@@ -209,8 +210,8 @@ def test_as_many_calibration_images_as_fit_are_used_in_sequence(
     """17 tokens of 128 inputs of fc2, and the residual stream about twice that, in float32, in two models."""
     plan = plan_of("vit")
     monkeypatch.setattr(sequential, "CPU_BYTES", images * 2 * 2 * 4 * 17 * 128)
-    assert plan.images_in_sequence() == sum(cut)
-    taken = plan.sequential_images()
+    assert images_in_sequence(plan) == sum(cut)
+    taken = sequential_images(plan)
     assert [len(x) for x in taken] == cut
     assert all(torch.equal(x, whole[: len(x)]) for x, (whole, _) in zip(taken, plan.calibration, strict=False))
     (note,) = [n for n in _notes(plan) if "in sequence" in n] or [""]
@@ -232,9 +233,9 @@ def test_images_that_do_not_fit_are_no_matter_to_other_ways(monkeypatch: pytest.
 def test_methods_without_compensation_know_no_sequence(method: str) -> None:
     """The default, sequential: true, is theirs to ignore: kept weights stay what they were."""
     made = [
-        plan_of("vit", f"prune.method={method}", f"prune.sequential={s}", "prune.reweigh=2").prune(Budget(sparsity=0.5), quiet)[
-            0
-        ]
+        prune_model(
+            plan_of("vit", f"prune.method={method}", f"prune.sequential={s}", "prune.reweigh=2"), Budget(sparsity=0.5), quiet
+        )[0]
         for s in ("true", "false")
     ]
     states = [model.state_dict() for model in made]
@@ -252,6 +253,6 @@ def test_methods_without_compensation_know_no_sequence(method: str) -> None:
     "overrides", [["prune.reweigh=1"], ["prune.patterns=[heads]"], ["calibrate.gradient=sampled", "prune.reweigh=1"]]
 )
 def test_a_seed_makes_the_same_model_to_the_last_bit(overrides: list[str]) -> None:
-    first, second = (plan_of("vit", *overrides).prune(Budget(flops=0.5), quiet)[0].state_dict() for _ in range(2))
+    first, second = (prune_model(plan_of("vit", *overrides), Budget(flops=0.5), quiet)[0].state_dict() for _ in range(2))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)

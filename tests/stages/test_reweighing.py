@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lpvit_cli.pruning.cost import layer_cost
+from lpvit_cli.pruning.parts import Option
 from lpvit_cli.pruning.saliency import Removal
 from lpvit_cli.pruning.surgeon import removal_order
 from lpvit_cli.recipe import Budget, Power
 from lpvit_cli.sparse import densify
-from lpvit_cli.stages import plan as engine
-from lpvit_cli.stages.plan import Option, Plan
+from lpvit_cli.stages import pruned_model as engine
+from lpvit_cli.stages.plan import Plan
+from lpvit_cli.stages.pruned_model import prune_model
 
 # one layer
 
@@ -91,13 +94,17 @@ def same_weights(a: nn.Module, b: nn.Module, plan: Plan) -> bool:
     return all(torch.equal(a.get_submodule(name).weight, b.get_submodule(name).weight) for name in plan.layers)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("divergences", "best"), [([1, 2, 3], 0), ([3, 1, 2], 1), ([3, 2, 1], 2), ([2, 2, 2], 0)], ids=str)
+@pytest.mark.parametrize(
+    ("divergences", "best"),
+    [([1, 2, 3], 0), ([3, 1, 2], 1), ([3, 2, 1], 2), ([2, 2, 2], 0), ([math.nan, 3, 2], 2), ([1, math.nan, 2], 0)],
+    ids=str,
+)
 def test_the_round_nearest_to_the_dense_model_is_taken(
     monkeypatch: pytest.MonkeyPatch, divergences: list[float], best: int
 ) -> None:
     watched = Watched(monkeypatch, *divergences)
     plan = plan_of("vit", "prune.reweigh=2", "prune.sequential=false", "prune.block=[8,4]")
-    model, pruned = plan.prune(Budget(sparsity=0.8), quiet)
+    model, pruned = prune_model(plan, Budget(sparsity=0.8), quiet)
     assert len(watched.models) == 3, "the last round is judged too"
     assert [same_weights(model, one, plan) for one in watched.models] == [n == best for n in range(3)]
     for name, mask in pruned.masks.items():
@@ -108,7 +115,7 @@ def test_the_round_nearest_to_the_dense_model_is_taken(
 @pytest.mark.parametrize("rounds", [0, 1, 3])
 def test_as_many_rounds_as_asked_for(monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
     watched = Watched(monkeypatch, 9, 8, 7, 6)
-    plan_of("vit", f"prune.reweigh={rounds}").prune(Budget(sparsity=0.5), quiet)
+    prune_model(plan_of("vit", f"prune.reweigh={rounds}"), Budget(sparsity=0.5), quiet)
     assert len(watched.models) == (rounds + 1 if rounds else 0)
 
 
@@ -132,7 +139,7 @@ def test_gradients_of_the_pruned_model_are_added_to_those_of_the_dense_one(monke
     """The distortion of a whole block row grows as its outputs' squared gradients do."""
     watched = Watched(monkeypatch, 2, 1)
     plan = plan_of("vit", "prune.reweigh=1")
-    _, pruned = plan.prune(Budget(sparsity=0.6), quiet)
+    _, pruned = prune_model(plan, Budget(sparsity=0.6), quiet)
     dense, images = output_gradients(plan.model, name)
     after, _ = output_gradients(watched.models[0], name)
     greedy = plan.parts[name].options[0].greedy
@@ -149,12 +156,12 @@ def test_gradients_of_the_pruned_model_are_added_to_those_of_the_dense_one(monke
 @pytest.mark.parametrize("patterns", ["neurons", "heads", "balanced"])
 def test_patterns_are_weighed_anew_too(patterns: str) -> None:
     plan = plan_of("vit", "prune.reweigh=2", f"prune.patterns=[{patterns}]")
-    model, pruned = plan.prune(Budget(flops=0.6), quiet)
+    model, pruned = prune_model(plan, Budget(flops=0.6), quiet)
     assert plan.predict(pruned).flops <= 0.6 * plan.flops.total
     assert model(batches(2)[0][0]).isfinite().all()
 
 
 def test_methods_without_compensation_are_not_weighed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch)
-    plan_of("vit", "prune.reweigh=2", "prune.method=taylor").prune(Budget(sparsity=0.5), quiet)
+    prune_model(plan_of("vit", "prune.reweigh=2", "prune.method=taylor"), Budget(sparsity=0.5), quiet)
     assert not watched.models
