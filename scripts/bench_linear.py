@@ -6,15 +6,14 @@ Prints a table of ratios (dense time over sparse time: above 1 is faster); the l
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from lpvit_kernels import BlockSparseMatrix, linear
+from results import publish
 from torch import Tensor
 from torch.nn import functional as F
 
-from lpvit_cli.measure.machine import provenance
 from lpvit_cli.measure.timing import time_interleaved
 
 LAYERS = ((3072, 768), (768, 3072))  # out x in: fc1 and fc2 of ViT-B
@@ -84,19 +83,16 @@ def main() -> None:
                 times = f"{row['dense_ms']:9.3f} {row['sparse_ms']:9.3f}"
                 ideal = f"{1 / (1 - sparsity):7.2f}"
                 print(f"{row['layer']:>12} {row['block']:>8} {sparsity:8.0%} {times}  {interval:21} {ideal}", flush=True)
-    result = {
-        "benchmark": "bench_linear",
-        **provenance("torch", "triton"),
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
-        "dtype": args.dtype,
-        "tokens": args.tokens,
-        "threads": args.threads,
-        "rows": rows,
-    }
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    publish(
+        "bench_linear",
+        ("torch", "triton"),
+        args.output,
+        device=torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
+        dtype=args.dtype,
+        tokens=args.tokens,
+        threads=args.threads,
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ other processes change least. The last line of stdout is the result as JSON.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,10 +17,10 @@ from math import log
 from pathlib import Path
 
 import torch
+from results import publish
 from torch import Tensor
 
 from lpvit_cli.curvature.mfac import FisherInverse, SlidingFisherInverse
-from lpvit_cli.measure.machine import provenance
 
 DAMPING = 1e-3
 FEW = [(d, m) for d in (16384, 32768, 65536, 131072) for m in (16, 32, 64, 128)]  # d much larger than m
@@ -138,19 +137,9 @@ def main() -> None:
             exponents[quantity] = {"measured": measured, "expected": paper}
         grids[title] = {"growth": exponents, "rows": rows}
         print()
-    result = {
-        "benchmark": "bench_mfac",
-        **provenance("torch"),
-        "device": "cpu",
-        "threads": 1,
-        "damping": DAMPING,
-        "time_unit": "s of CPU time",
-        "grids": grids,
-    }
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    publish(
+        "bench_mfac", ("torch",), args.output, device="cpu", threads=1, damping=DAMPING, time_unit="s of CPU time", grids=grids
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from results import publish
+
 CASES = (  # model, images, block
     ("deit_small_patch16_224", 64, (128, 32)),
     ("deit_small_patch16_224", 256, (128, 32)),
@@ -67,18 +69,13 @@ def main() -> None:
     if args.case is not None:
         print(json.dumps(measure(*CASES[args.case])))
         return
-    from lpvit_cli.measure.machine import provenance
 
     rows = []
     for case in range(len(CASES)):
         done = subprocess.run([sys.executable, __file__, "--case", str(case)], stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    result = {"benchmark": "bench_prune", **provenance("torch", "timm"), "sparsity": BUDGET, "rows": rows}
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    publish("bench_prune", ("torch", "timm"), args.output, sparsity=BUDGET, rows=rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ written beside the output; the last line of stdout is the result as JSON.
 
 import argparse
 import copy
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from results import publish
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,7 +26,6 @@ from lpvit_cli.lora import adapt, merge
 from lpvit_cli.lora.init import kept_gradients, lora_ga_init
 from lpvit_cli.lora.train import Trainer, distilled_loss
 from lpvit_cli.measure.accuracy import accuracy
-from lpvit_cli.measure.machine import provenance
 from lpvit_cli.models import build_model, prunable_layers, write_tensors
 from lpvit_cli.pruning.allocate import Curve, allocate
 from lpvit_cli.pruning.blocks import Block, block_elements
@@ -119,7 +118,7 @@ class Method:
     plan: Plan | None = None  # lpvit's own engine prunes; the rest is not used
 
 
-def methods(task: Task, layers: dict[str, nn.Linear], seed: int, block: Block, fisher: bool) -> dict[str, Callable[[], Method]]:
+def methods(task: Task, layers: dict[str, nn.Linear], seed: int, block: Block) -> dict[str, Callable[[], Method]]:
     calibration = task.calibration(seed)
     gathered = copy.deepcopy(task.model)
     found = prunable_layers(gathered, Layers())  # type: ignore[arg-type]
@@ -148,7 +147,7 @@ def methods(task: Task, layers: dict[str, nn.Linear], seed: int, block: Block, f
         )
         return Method({}, plan=build_plan(recipe, task.model, statistics, calibration, None, None, lambda *_: None))
 
-    made: dict[str, Callable[[], Method]] = {
+    return {
         "magnitude, uniform": lambda: Method(removals("magnitude"), uniform=True),
         "magnitude, global": lambda: Method(removals("magnitude")),
         "wanda, uniform": lambda: Method(removals("wanda"), uniform=True),
@@ -163,13 +162,9 @@ def methods(task: Task, layers: dict[str, nn.Linear], seed: int, block: Block, f
         "obs, reweighed": lambda: engine(sequential=False),
         "obs, sequential": lambda: engine(reweigh=0),
         "obs": lambda: engine(),
+        "block Fisher": lambda: engine("empirical", method="fisher"),  # of the given labels
+        "M-FAC": lambda: engine("empirical", method="mfac"),
     }
-    if fisher:
-        made |= {  # of the given labels
-            "block Fisher": lambda: engine("empirical", method="fisher"),
-            "M-FAC": lambda: engine("empirical", method="mfac"),
-        }
-    return made
 
 
 def prune(task: Task, layers: dict[str, nn.Linear], method: Method, sparsity: float, block: Block) -> nn.Module:
@@ -226,9 +221,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, nargs=2, default=(16, 16), metavar=("R", "C"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--recovery-epochs", type=int, default=1, help="0: one-shot only")
-    parser.add_argument(
-        "--no-fisher", action="store_true", help="leave out the two methods that need a gradient for each image"
-    )
+    parser.add_argument("--methods", nargs="+", help="of those in the tables; all if not given")
     parser.add_argument("--cache", type=Path, default=Path("runs/compare"), help="where the trained Swin is kept")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -244,7 +237,9 @@ def main() -> None:
         print(f"{task.name}: dense top-1 {dense:.2f} %, blocks {block[0]}x{block[1]}", flush=True)
         results: dict[tuple[str, float], list[tuple[float, float | None]]] = {}
         for seed in range(args.seeds):
-            for name, make in methods(task, layers, seed, block, not args.no_fisher).items():
+            for name, make in methods(task, layers, seed, block).items():
+                if args.methods and name not in args.methods:
+                    continue
                 method = make()
                 for sparsity in SPARSITIES:
                     model = prune(task, layers, method, sparsity, block)
@@ -262,20 +257,18 @@ def main() -> None:
         print_table(rows, task.name, "one_shot")
         if args.recovery_epochs:
             print_table(rows, task.name, "recovered")
-    result = {
-        "benchmark": "compare_methods",
-        **provenance("torch", "timm"),
-        "block": list(block),
-        "seeds": args.seeds,
-        "recovery_epochs": args.recovery_epochs,
-        "minutes": round((time.monotonic() - started) / 60, 1),
-        "rows": rows,
-    }
+    publish(
+        "compare_methods",
+        ("torch", "timm"),
+        args.output,
+        block=list(block),
+        seeds=args.seeds,
+        recovery_epochs=args.recovery_epochs,
+        minutes=round((time.monotonic() - started) / 60, 1),
+        rows=rows,
+    )
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
         draw(rows, args.output.with_suffix(".svg"))
-    print(json.dumps(result))
 
 
 def print_table(rows: list[dict[str, object]], model: str, what: str) -> None:
