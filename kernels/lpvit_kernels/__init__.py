@@ -1,6 +1,8 @@
 """Block-sparse linear layers for PyTorch."""
 
+from lpvit_kernels.backends import NAMES as BACKENDS
 from lpvit_kernels.matrix import BlockSparseMatrix
-from lpvit_kernels.ops import BACKENDS, linear
+from lpvit_kernels.ops import linear
+from lpvit_kernels.tuning import tune
 
-__all__ = ["BACKENDS", "BlockSparseMatrix", "linear"]
+__all__ = ["BACKENDS", "BlockSparseMatrix", "linear", "tune"]

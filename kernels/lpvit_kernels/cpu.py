@@ -1,90 +1,126 @@
-"""The CPU backend: matrix products of kept blocks only, forward and backward.
+"""The CPU forms of the product: what of a block-sparse layer is given to BLAS, and how.
 
-Many tokens: one strided product per block, accumulated in place. BLAS reads its slice of x and writes its slice of y where
-they lie (leading dimensions in and out), so nothing is gathered, packed or copied. Few tokens, where launching a product per
-block would cost more than it saves: all blocks in one batched product. scripts/bench_linear.py measures both against dense;
-gathering whole block rows, runs of adjacent blocks and transposed activations were slower than these.
+    strided   one product per block, accumulated in place: BLAS reads its slice of x and writes its slice of y where they lie
+    gathered  one product per block row: the slices of x it needs side by side, times its blocks one above the other
+    batched   all blocks in one batched product: for so few tokens that launching a product per block would cost more
+
+Which is fastest depends on the block, the tokens and the machine: dispatch.py chooses. Each form also runs over the transposed
+weight, for the gradient of the input; the gradient of the values has forms of its own. All take tokens in chunks that stay in
+the cache.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lpvit_kernels.kept import kept
 from lpvit_kernels.matrix import BlockSparseMatrix
 
-FEW_TOKENS = 48
+CHUNK = 256  # tokens
+
+Form = Callable[[Tensor, BlockSparseMatrix, bool], Tensor]
 
 
-def linear(x: Tensor, weight: BlockSparseMatrix, bias: Tensor | None) -> Tensor:
-    """x [tokens, in] -> [tokens, out]; differentiable in x, the values and the bias."""
-    tensors = (x, weight.values, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y: Tensor = _Linear.apply(*tensors, weight)
-        return y
-    return _forward(*tensors, weight)  # an autograd function costs as much as a small product
+def strided(x: Tensor, weight: BlockSparseMatrix, transposed: bool) -> Tensor:
+    """x [tokens, in] -> x W^T [tokens, out]; `transposed`: [tokens, out] -> x W [tokens, in]."""
+    lines, blocks = _lines(weight, transposed), _blocks(weight, transposed)
+    y = x.new_empty(len(x), weight.shape[transposed])
+    for x_part, y_part in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+        x_slices, y_slices = _slices(x_part, weight, not transposed), _slices(y_part, weight, transposed)
+        for line, target in zip(lines, y_slices, strict=True):
+            if not line:
+                target.zero_()
+            for place, (source, block) in enumerate(line):
+                if place:
+                    target.addmm_(x_slices[source], blocks[block])
+                else:
+                    torch.mm(x_slices[source], blocks[block], out=target)
+    return y
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, values, bias, weight):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, values)
-        ctx.weight = weight
-        return _forward(x, values, bias, weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        x, values = ctx.saved_tensors
-        weight = ctx.weight
-        need_x, need_values, need_bias, _ = ctx.needs_input_grad
-        dx = torch.zeros_like(x) if need_x else None
-        dvalues = torch.zeros_like(values) if need_values else None
-        dy_rows, x_columns = _slices(dy, x, weight)
-        if dx is not None:
-            _, dx_columns = _slices(dy, dx, weight)
-            for (i, j), w in zip(weight.places, _trimmed(values, weight), strict=True):
-                dx_columns[j].addmm_(dy_rows[i], w)
-        if dvalues is not None:
-            for (i, j), dw in zip(weight.places, _trimmed(dvalues, weight), strict=True):
-                dw.addmm_(dy_rows[i].T, x_columns[j])
-        return dx, dvalues, dy.sum(dim=0) if need_bias else None, None
+def gathered(x: Tensor, weight: BlockSparseMatrix, transposed: bool) -> Tensor:
+    """As `strided`."""
+    packed = kept(weight.values, f"gathered {transposed}", lambda: _packed(weight, transposed))
+    y = x.new_empty(len(x), weight.shape[transposed])
+    for x_part, y_part in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+        x_slices, y_slices = _slices(x_part, weight, not transposed), _slices(y_part, weight, transposed)
+        for (sources, factor), target in zip(packed, y_slices, strict=True):
+            if sources:
+                torch.mm(torch.cat([x_slices[source] for source in sources], dim=1), factor, out=target)
+            else:
+                target.zero_()
+    return y
 
 
-def _forward(x: Tensor, values: Tensor, bias: Tensor | None, weight: BlockSparseMatrix) -> Tensor:
-    return (_batched if len(x) < FEW_TOKENS else _strided)(x, values, bias, weight)
+def batched(x: Tensor, weight: BlockSparseMatrix, transposed: bool) -> Tensor:
+    """As `strided`."""
+    here, there = (0, 1) if transposed else (1, 0)
+    sources, targets = (weight.block_rows, weight.cols.long()) if transposed else (weight.cols.long(), weight.block_rows)
+    slices = F.pad(x, (0, weight.grid[here] * weight.block[here] - weight.shape[here])).unflatten(1, (weight.grid[here], -1))
+    products = torch.bmm(slices.transpose(0, 1)[sources], weight.values if transposed else weight.values.mT)  # [nnz, tokens, .]
+    y = x.new_zeros(weight.grid[there], len(x), weight.block[there]).index_add_(0, targets, products)
+    return y.transpose(0, 1).flatten(1)[:, : weight.shape[there]].contiguous()
 
 
-def _strided(x: Tensor, values: Tensor, bias: Tensor | None, weight: BlockSparseMatrix) -> Tensor:
-    y = x.new_empty(len(x), weight.shape[0])
-    rows, columns = _slices(y, x, weight)
-    written = [False] * len(rows)
-    for (i, j), w in zip(weight.places, _trimmed(values, weight), strict=True):
-        if written[i]:
-            rows[i].addmm_(columns[j], w.T)
-        else:
-            torch.mm(columns[j], w.T, out=rows[i])
-            written[i] = True
-    for row, done in zip(rows, written, strict=True):
-        if not done:
-            row.zero_()
-    return y if bias is None else y.add_(bias)
+def strided_gradient(dy: Tensor, x: Tensor, weight: BlockSparseMatrix) -> Tensor:
+    """dy [tokens, out], x [tokens, in] -> gradient of the values [nnz, R, C]."""
+    gradient = torch.zeros_like(weight.values)
+    for dy_part, x_part in zip(dy.split(CHUNK), x.split(CHUNK), strict=True):
+        dy_slices, x_slices = _slices(dy_part, weight, False), _slices(x_part, weight, True)
+        for (i, j), block in zip(weight.places, _trimmed(gradient, weight), strict=True):
+            block.addmm_(dy_slices[i].T, x_slices[j])
+    return gradient
 
 
-def _batched(x: Tensor, values: Tensor, bias: Tensor | None, weight: BlockSparseMatrix) -> Tensor:
-    out, features = weight.shape
-    rows, columns = weight.grid
-    x = F.pad(x, (0, columns * weight.block[1] - features)).unflatten(1, (columns, -1)).transpose(0, 1)  # [in/C, tokens, C]
-    products = torch.bmm(x[weight.cols.long()], values.transpose(1, 2))  # [nnz, tokens, R]
-    y = x.new_zeros(rows, x.shape[1], weight.block[0]).index_add_(0, weight.block_rows, products)
-    y = y.transpose(0, 1).flatten(1)[:, :out]
-    return y.contiguous() if bias is None else y + bias
+def gathered_gradient(dy: Tensor, x: Tensor, weight: BlockSparseMatrix) -> Tensor:
+    """As `strided_gradient`."""
+    width = weight.block[1]
+    x = F.pad(x, (0, weight.grid[1] * width - weight.shape[1]))
+    gradient = torch.zeros_like(weight.values)
+    for dy_part, x_part in zip(dy.split(CHUNK), x.split(CHUNK), strict=True):
+        x_slices, first = x_part.split(width, dim=1), 0
+        for line, slice_ in zip(_lines(weight, False), _slices(dy_part, weight, False), strict=True):
+            if line:
+                product = slice_.T @ torch.cat([x_slices[source] for source, _ in line], dim=1)  # [<= R, k C]
+                blocks = gradient[first : first + len(line), : len(product)]
+                blocks += product.unflatten(1, (-1, width)).transpose(0, 1)
+                first += len(line)
+    return gradient
 
 
-def _slices(out_side: Tensor, in_side: Tensor, weight: BlockSparseMatrix) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Views of a [tokens, out] tensor by block row and of a [tokens, in] tensor by block column."""
-    return out_side.split(weight.block[0], dim=1), in_side.split(weight.block[1], dim=1)
+FORMS: dict[str, Form] = {"strided": strided, "gathered": gathered, "batched": batched}
+GRADIENTS = {"strided": strided_gradient, "gathered": gathered_gradient}
+
+
+def _lines(weight: BlockSparseMatrix, transposed: bool) -> list[list[tuple[int, int]]]:
+    """For each block row (transposed: block column) the blocks it sums: their slice of the input and their index."""
+
+    def make() -> list[list[tuple[int, int]]]:
+        lines: list[list[tuple[int, int]]] = [[] for _ in range(weight.grid[transposed])]
+        for block, (i, j) in enumerate(weight.places):
+            lines[j if transposed else i].append((i if transposed else j, block))
+        return lines
+
+    return kept(weight.cols, f"lines {transposed}", make)
+
+
+def _packed(weight: BlockSparseMatrix, transposed: bool) -> list[tuple[list[int], Tensor]]:
+    """For each block row its slices of the input, and the factor [k C, R] they are multiplied with."""
+    blocks = _blocks(weight, transposed)
+    return [
+        ([source for source, _ in line], torch.cat([blocks[block] for _, block in line]) if line else weight.values[:0])
+        for line in _lines(weight, transposed)
+    ]
+
+
+def _blocks(weight: BlockSparseMatrix, transposed: bool) -> list[Tensor]:
+    """Views of the blocks as right factors: [C, R], or [R, C] of the transposed product."""
+    blocks = _trimmed(weight.values, weight)
+    return list(blocks) if transposed else [block.T for block in blocks]
 
 
 def _trimmed(values: Tensor, weight: BlockSparseMatrix) -> tuple[Tensor, ...] | list[Tensor]:
@@ -94,3 +130,8 @@ def _trimmed(values: Tensor, weight: BlockSparseMatrix) -> tuple[Tensor, ...] | 
     if out % height == 0 and features % width == 0:
         return blocks
     return [w[: out - i * height, : features - j * width] for (i, j), w in zip(weight.places, blocks, strict=True)]
+
+
+def _slices(x: Tensor, weight: BlockSparseMatrix, columns: bool) -> tuple[Tensor, ...]:
+    """Views of a [tokens, out] tensor by block row, or of a [tokens, in] tensor by block column."""
+    return x.split(weight.block[columns], dim=1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import InitVar, dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lpvit_kernels.kept import kept
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -21,16 +22,19 @@ class BlockSparseMatrix:
     cols     [nnz] int32: block column of each value, ascending within a block row
     shape    (out, in); R and C need not divide it
 
-    Construction checks shapes, types, devices and indices, and raises ValueError. Padding of ragged edges is not read.
+    Construction checks shapes, types, devices and indices, and raises ValueError; `check=False` is for parts that were checked
+    before. Indices derived from these are made once for all matrices that share `cols`. Padding of ragged edges is not read.
     """
 
     values: Tensor
     row_ptr: Tensor
     cols: Tensor
     shape: tuple[int, int]
+    check: InitVar[bool] = True
 
-    def __post_init__(self) -> None:
-        _check(self.values, self.row_ptr, self.cols, self.shape)
+    def __post_init__(self, check: bool) -> None:
+        if check:
+            _check(self.values, self.row_ptr, self.cols, self.shape)
 
     @classmethod
     def from_dense(cls, weight: Tensor, block: tuple[int, int], mask: Tensor | None = None) -> BlockSparseMatrix:
@@ -56,23 +60,22 @@ class BlockSparseMatrix:
         """Blocks along out and in."""
         return -(-self.shape[0] // self.block[0]), -(-self.shape[1] // self.block[1])
 
-    @cached_property
+    @property
     def block_rows(self) -> Tensor:
         """[nnz] int64: block row of each value."""
-        counts = self.row_ptr.diff().long()
-        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        return kept(self.cols, "block_rows", lambda: _block_rows(self.row_ptr))
 
-    @cached_property
+    @property
     def block_mask(self) -> Tensor:
         """[ceil(out/R), ceil(in/C)] bool: which blocks are kept."""
         mask = torch.zeros(self.grid, dtype=torch.bool, device=self.cols.device)
         mask[self.block_rows, self.cols.long()] = True
         return mask
 
-    @cached_property
+    @property
     def places(self) -> list[tuple[int, int]]:
         """Block row and column of each value, as Python numbers."""
-        return list(zip(self.block_rows.tolist(), self.cols.tolist(), strict=True))
+        return kept(self.cols, "places", lambda: list(zip(self.block_rows.tolist(), self.cols.tolist(), strict=True)))
 
     @property
     def density(self) -> float:
@@ -92,14 +95,18 @@ class BlockSparseMatrix:
         """The same pattern with other values of the same shape; differentiable, and checked for shape only."""
         if values.shape != self.values.shape:
             raise ValueError(f"values must be {list(self.values.shape)}, got {list(values.shape)}")
-        other = object.__new__(BlockSparseMatrix)
-        other.__dict__.update(self.__dict__, values=values, block_rows=self.block_rows, places=self.places)
-        return other
+        return BlockSparseMatrix(values, self.row_ptr, self.cols, self.shape, check=False)
 
     def to(self, *args: object, **kwargs: object) -> BlockSparseMatrix:
         """As torch.Tensor.to, for a device, a floating type, or both; indices stay int32."""
         values = self.values.to(*args, **kwargs)  # type: ignore[call-overload]
-        return BlockSparseMatrix(values, self.row_ptr.to(values.device), self.cols.to(values.device), self.shape)
+        row_ptr, cols = self.row_ptr.to(values.device), self.cols.to(values.device)
+        return BlockSparseMatrix(values, row_ptr, cols, self.shape, check=False)
+
+
+def _block_rows(row_ptr: Tensor) -> Tensor:
+    counts = row_ptr.diff().long()
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
 
 
 def _check(values: Tensor, row_ptr: Tensor, cols: Tensor, shape: tuple[int, int]) -> None:

@@ -1,17 +1,17 @@
-"""The one public operation, and which backend computes it."""
+"""The one public operation, as operators that torch knows: autograd, torch.compile, torch.export and flop counters see them."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
-from lpvit_kernels import cpu, reference
+from lpvit_kernels import backends, reference
+from lpvit_kernels.kept import kept
 from lpvit_kernels.matrix import BlockSparseMatrix
-
-BACKENDS = {"cpu": cpu.linear, "reference": reference.linear}
 
 
 def linear(
@@ -21,40 +21,189 @@ def linear(
     activation: Literal["gelu"] | None = None,
     residual: Tensor | None = None,
     backend: str = "auto",
+    *,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """y = act(x W^T + b) [+ residual]; x [..., in], bias [out], residual and y [..., out]; differentiable in all of them.
+    """y = act(x W^T + b) [* scale] [+ residual]; x [..., in], bias and scale [out], residual and y [..., out].
 
-    `backend`: "cpu", "reference", or "auto" (cpu for CPU tensors; elsewhere the reference, until there is a GPU kernel).
-    `activation`: "gelu" is the exact one, with erf. Under autocast it computes in the autocast type, as F.linear does.
+    Differentiable in all of them and in the values of `weight`, whose gradient exists on kept blocks only. `backend`: "auto"
+    takes what `tune` found fastest for this layer, number of tokens and device, dense included, and a rule of thumb where
+    nothing was tuned; or one of `BACKENDS`. `activation`: "gelu" is the exact one, with erf (in half precision the GPU kernels
+    take a polynomial within its rounding). Under autocast it computes in the autocast type, as F.linear does.
+
     Raises ValueError when shapes, types, devices or the backend do not fit.
     """
-    if backend == "auto":
-        backend = "cpu" if x.device.type == "cpu" else "reference"
-    if backend not in BACKENDS:
-        known = ", ".join(["auto", *BACKENDS])
-        raise ValueError(f"unknown backend {backend!r}: use one of {known} (a triton backend is not built yet)")
+    if x.device != weight.values.device:
+        raise ValueError(f"x is on {x.device}, the weight on {weight.values.device}")
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x, weight, bias, scale, residual = _autocast(x, weight, bias, scale, residual)
+    _check(x, weight, bias, activation, scale, residual, backend)
+    if backend == "reference":
+        return reference.linear(x, weight, bias, activation, scale, residual)
+    rows = None if residual is None else residual.reshape(-1, weight.shape[0])
+    flat = x.reshape(-1, x.shape[-1])
+    needs_z = torch.is_grad_enabled() and (activation is not None or (scale is not None and scale.requires_grad))
+    y, _ = torch.ops.lpvit.block_sparse_linear(
+        flat, weight.values, bias, scale, rows, weight.row_ptr, weight.cols, weight.shape[0], activation, needs_z, backend
+    )
+    made: Tensor = y.reshape(*x.shape[:-1], weight.shape[0])
+    return made
+
+
+def _autocast(
+    x: Tensor, weight: BlockSparseMatrix, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, BlockSparseMatrix, Tensor | None, Tensor | None, Tensor | None]:
+    dtype, values = torch.get_autocast_dtype(x.device.type), weight.values
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        values = values.to(dtype)
+    else:
+        values = kept(values, f"as {dtype}", lambda: weight.values.to(dtype))
+    others = [None if t is None else t.to(dtype) for t in (bias, scale, residual)]
+    return x.to(dtype), weight.with_values(values), others[0], others[1], others[2]
+
+
+def _check(
+    x: Tensor,
+    weight: BlockSparseMatrix,
+    bias: Tensor | None,
+    activation: str | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    backend: str,
+) -> None:
+    if backend not in backends.NAMES:
+        raise ValueError(f"unknown backend {backend!r}: use one of {', '.join(backends.NAMES)}")
     if activation not in (None, "gelu"):
         raise ValueError(f"activation must be None or 'gelu', got {activation!r}")
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.shape[1]}")
-    if backend == "cpu" and x.device.type != "cpu":
-        raise ValueError(f"the cpu backend needs CPU tensors, x is on {x.device}")
-    if x.device != weight.values.device:
-        raise ValueError(f"x is on {x.device}, the weight on {weight.values.device}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.with_values(weight.values.to(dtype))
-        bias = None if bias is None else bias.to(dtype)
-    if x.dtype != weight.values.dtype or (bias is not None and bias.dtype != x.dtype):
-        raise ValueError(
-            f"x is {x.dtype}, the weight {weight.values.dtype}, the bias {bias.dtype if bias is not None else None}"
-        )
-    out = (*x.shape[:-1], weight.shape[0])
-    if bias is not None and bias.shape != out[-1:]:
-        raise ValueError(f"bias must be {list(out[-1:])}, got {list(bias.shape)}")
-    if residual is not None and residual.shape != out:
-        raise ValueError(f"residual must be {list(out)}, got {list(residual.shape)}")
-    y = BACKENDS[backend](x.reshape(-1, x.shape[-1]), weight, bias).reshape(out)
-    if activation == "gelu":
-        y = F.gelu(y)
-    return y if residual is None else y + residual
+    if reason := backends.refusal(backend, x.device.type):
+        raise ValueError(reason)
+    out = (weight.shape[0],)
+    for name, tensor, shape in (("bias", bias, out), ("scale", scale, out), ("residual", residual, (*x.shape[:-1], *out))):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    dtypes = {"weight": weight.values.dtype} | {
+        name: t.dtype for name, t in (("bias", bias), ("scale", scale), ("residual", residual)) if t is not None
+    }
+    if other := [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype != x.dtype]:
+        raise ValueError(f"x is {x.dtype}, but {', '.join(other)}: convert to one type, or use autocast")
+
+
+# the operators: the product with its epilogue, and the two products of its backward pass
+
+_LIBRARY = torch.library.Library("lpvit", "DEF")
+_LIBRARY.define(
+    "block_sparse_linear(Tensor x, Tensor values, Tensor? bias, Tensor? scale, Tensor? residual, Tensor row_ptr, Tensor cols,"
+    " SymInt out_features, str? activation, bool needs_z, str backend) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "block_sparse_input_gradient(Tensor dz, Tensor values, Tensor row_ptr, Tensor cols, SymInt in_features, str backend)"
+    " -> Tensor"
+)
+_LIBRARY.define(
+    "block_sparse_weight_gradient(Tensor dz, Tensor x, Tensor values, Tensor row_ptr, Tensor cols, str backend) -> Tensor"
+)
+
+
+def _matrix(values: Tensor, row_ptr: Tensor, cols: Tensor, shape: tuple[int, int]) -> BlockSparseMatrix:
+    return BlockSparseMatrix(values, row_ptr, cols, shape, check=False)
+
+
+def _forward(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    row_ptr: Tensor,
+    cols: Tensor,
+    out_features: int,
+    activation: str | None,
+    needs_z: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """y, and with `needs_z` the pre-activation z = x W^T + b for the backward pass, else an empty tensor."""
+    weight = _matrix(values, row_ptr, cols, (out_features, x.shape[1]))
+    y, z = backends.forward(x, weight, bias, activation, scale, residual, needs_z, backend)
+    return y, x.new_empty(0) if z is None else z
+
+
+def _input_gradient(dz: Tensor, values: Tensor, row_ptr: Tensor, cols: Tensor, in_features: int, backend: str) -> Tensor:
+    return backends.input_gradient(dz, _matrix(values, row_ptr, cols, (dz.shape[1], in_features)), backend)
+
+
+def _weight_gradient(dz: Tensor, x: Tensor, values: Tensor, row_ptr: Tensor, cols: Tensor, backend: str) -> Tensor:
+    return backends.weight_gradient(dz, x, _matrix(values, row_ptr, cols, (dz.shape[1], x.shape[1])), backend)
+
+
+_LIBRARY.impl("block_sparse_linear", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("block_sparse_input_gradient", _input_gradient, "CompositeExplicitAutograd")
+_LIBRARY.impl("block_sparse_weight_gradient", _weight_gradient, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lpvit::block_sparse_linear", lib=_LIBRARY)
+def _(x, values, bias, scale, residual, row_ptr, cols, out_features, activation, needs_z, backend):  # type: ignore[no-untyped-def]
+    y = x.new_empty(x.shape[0], out_features)
+    return y, torch.empty_like(y) if needs_z else x.new_empty(0)
+
+
+@torch.library.register_fake("lpvit::block_sparse_input_gradient", lib=_LIBRARY)
+def _(dz, values, row_ptr, cols, in_features, backend):  # type: ignore[no-untyped-def]
+    return dz.new_empty(dz.shape[0], in_features)
+
+
+@torch.library.register_fake("lpvit::block_sparse_weight_gradient", lib=_LIBRARY)
+def _(dz, x, values, row_ptr, cols, backend):  # type: ignore[no-untyped-def]
+    return torch.empty_like(values)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, values, _, scale, _, row_ptr, cols, _, ctx.activation, _, ctx.backend = inputs
+    ctx.save_for_backward(x, values, scale, row_ptr, cols, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    x, values, scale, row_ptr, cols, z = ctx.saved_tensors
+    need_x, need_values, need_bias, need_scale, need_residual = ctx.needs_input_grad[:5]
+    dscale = None
+    if need_scale:
+        dscale = (dy * (F.gelu(z) if ctx.activation else z)).sum(dim=0)
+    dz = (dy if scale is None else dy * scale).contiguous()
+    if ctx.activation:
+        dz = torch.ops.aten.gelu_backward(dz, z)
+    dx = dvalues = None
+    if need_x:
+        dx = torch.ops.lpvit.block_sparse_input_gradient(dz, values, row_ptr, cols, x.shape[1], ctx.backend)
+    if need_values:
+        dvalues = torch.ops.lpvit.block_sparse_weight_gradient(dz, x, values, row_ptr, cols, ctx.backend)
+    return (dx, dvalues, dz.sum(dim=0) if need_bias else None, dscale, dy if need_residual else None, *(None,) * 6)
+
+
+torch.library.register_autograd("lpvit::block_sparse_linear", _backward, setup_context=_save, lib=_LIBRARY)
+
+
+def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError("block-sparse linear layers have no second derivative (once_differentiable)")
+
+
+for _name in ("input", "weight"):
+    torch.library.register_autograd(f"lpvit::block_sparse_{_name}_gradient", _no_second_derivative, lib=_LIBRARY)
+
+
+@register_flop_formula(
+    [
+        torch.ops.lpvit.block_sparse_linear,
+        torch.ops.lpvit.block_sparse_input_gradient,
+    ]
+)
+def _product_flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """Multiplications and additions of kept blocks."""
+    nnz, height, width = values_shape
+    return 2 * int(x_shape[0]) * nnz * height * width
+
+
+@register_flop_formula(torch.ops.lpvit.block_sparse_weight_gradient)
+def _gradient_flops(dz_shape, x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _product_flops(x_shape, values_shape)

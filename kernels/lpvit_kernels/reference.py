@@ -8,6 +8,18 @@ from torch.nn import functional as F
 from lpvit_kernels.matrix import BlockSparseMatrix
 
 
-def linear(x: Tensor, weight: BlockSparseMatrix, bias: Tensor | None) -> Tensor:
-    """x [tokens, in] -> [tokens, out]."""
-    return F.linear(x, weight.to_dense(), bias)
+def linear(
+    x: Tensor,
+    weight: BlockSparseMatrix,
+    bias: Tensor | None,
+    activation: str | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """x [..., in] -> [..., out], as `lpvit_kernels.linear`."""
+    y = F.linear(x, weight.to_dense(), bias)
+    if activation:
+        y = F.gelu(y)
+    if scale is not None:
+        y = y * scale
+    return y if residual is None else y + residual

@@ -30,7 +30,7 @@ def kept_gradients(
     gradients = {}
     for name, layer in layers.items():
         assert layer.values.grad is not None
-        gradients[name] = layer.pattern.with_values(layer.values.grad / count)
+        gradients[name] = layer.weight.with_values(layer.values.grad / count)
         layer.values.grad = None
     return gradients
 

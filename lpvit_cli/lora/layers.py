@@ -32,19 +32,19 @@ class MaskedLoraLinear(nn.Module):
 
     def delta_values(self) -> Tensor:
         """eta B_i A_j on the kept blocks, packed [nnz, R, C]; differentiable in A and B."""
-        pattern = self.base.pattern
-        _, block_rows, block_cols = pattern.values.shape
+        weight = self.base.weight
+        _, block_rows, block_cols = weight.values.shape
         a = _pad_to_multiple(self.lora_a.T, block_cols).unflatten(0, (-1, block_cols))  # [in/C, C, r]
         b = _pad_to_multiple(self.lora_b, block_rows).unflatten(0, (-1, block_rows))  # [out/R, R, r]
         with torch.autocast(a.device.type, enabled=False):  # W0 nearly cancels it: rounding it first would show
-            return self.eta * torch.bmm(b[pattern.block_rows], a[pattern.cols.long()].transpose(1, 2))
+            return self.eta * torch.bmm(b[weight.block_rows], a[weight.cols.long()].transpose(1, 2))
 
     def delta_weight(self) -> BlockSparseMatrix:
         """M o (eta B A) as a block-sparse matrix [out, in]."""
-        return self.base.pattern.with_values(self.delta_values())
+        return self.base.weight.with_values(self.delta_values())
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        weight = self.base.pattern.with_values(self.base.values + self.delta_values())
+        weight = self.base.weight.with_values(self.base.values + self.delta_values())
         return linear(x, weight, self.base.bias)
 
     @torch.no_grad()

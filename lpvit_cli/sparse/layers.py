@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from functools import cached_property
 from typing import TypeVar
 
-import torch
 from lpvit_kernels import BlockSparseMatrix, linear
 from torch import Tensor, nn
 
@@ -36,24 +34,13 @@ class BlockSparseLinear(nn.Module):
         """Keep the blocks of `layer` where `mask` [ceil(out/R), ceil(in/C)] is True."""
         return cls(BlockSparseMatrix.from_dense(layer.weight.detach(), block, mask), layer.bias)
 
-    @cached_property
-    def pattern(self) -> BlockSparseMatrix:
-        """Where the blocks are; its values are those of the moment it was made."""
-        with torch.inference_mode(False):  # made while evaluating, it must serve training too
-            made = BlockSparseMatrix(self.values.detach(), self.row_ptr, self.cols, (self.out_features, self.in_features))
-            return made.with_values(made.values)
-
     @property
     def weight(self) -> BlockSparseMatrix:
         """The weight in use; differentiable in `values`."""
-        return self.pattern.with_values(self.values)
+        return BlockSparseMatrix(self.values, self.row_ptr, self.cols, (self.out_features, self.in_features), check=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         return linear(x, self.weight, self.bias)
-
-    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        self.__dict__.pop("pattern", None)  # the indices may move to another device
-        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         rows, columns = self.values.shape[1:]

@@ -104,7 +104,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
 
 
 def block_masks(model: nn.Module) -> dict[str, Tensor]:
-    return {name: layer.pattern.block_mask.cpu() for name, layer in sparse_layers(model).items()}
+    return {name: layer.weight.block_mask.cpu() for name, layer in sparse_layers(model).items()}
 
 
 def require_same_masks(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:

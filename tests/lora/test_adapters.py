@@ -28,7 +28,7 @@ def adapter_of(shape: tuple[int, int], block: tuple[int, int], rank: int = 4, de
 def effective(adapter: MaskedLoraLinear, block: tuple[int, int]) -> torch.Tensor:
     """M o (W0 + eta B A) as a dense float64 matrix, eta = alpha / sqrt(rank) written out."""
     base = adapter.base.weight.to_dense().double()
-    mask = expanded(adapter.base.pattern.block_mask, tuple(base.shape), block)
+    mask = expanded(adapter.base.weight.block_mask, tuple(base.shape), block)
     eta = 8.0 / adapter.rank**0.5
     return mask * (base + eta * adapter.lora_b.double() @ adapter.lora_a.double())
 
@@ -46,7 +46,7 @@ def test_forward_is_the_masked_sum(shape: tuple[int, int], block: tuple[int, int
 def test_delta_weight_is_zero_outside_the_mask_exactly(shape: tuple[int, int], block: tuple[int, int]) -> None:
     adapter = adapter_of(shape, block)
     delta = adapter.delta_weight().to_dense()
-    mask = expanded(adapter.base.pattern.block_mask, shape, block)
+    mask = expanded(adapter.base.weight.block_mask, shape, block)
     assert not delta[~mask].any()
     assert relative(delta, effective(adapter, block) - adapter.base.weight.to_dense().double()) < 1e-5
 
@@ -58,7 +58,7 @@ def test_gradients_of_a_and_b_are_those_of_the_dense_formula(shape: tuple[int, i
     adapter(x).backward(dy)
     got = adapter.lora_a.grad.clone(), adapter.lora_b.grad.clone()
     a, b = adapter.lora_a.detach().double().requires_grad_(), adapter.lora_b.detach().double().requires_grad_()
-    mask = expanded(adapter.base.pattern.block_mask, shape, block)
+    mask = expanded(adapter.base.weight.block_mask, shape, block)
     weight = mask * (adapter.base.weight.to_dense().detach().double() + 8.0 / adapter.rank**0.5 * b @ a)
     F.linear(x.double(), weight, adapter.base.bias.detach().double()).backward(dy.double())
     assert relative(got[0], a.grad) < 1e-5
@@ -70,12 +70,12 @@ def test_gradients_of_a_and_b_are_those_of_the_dense_formula(shape: tuple[int, i
 def test_merge_keeps_output_and_zeros(shape: tuple[int, int], block: tuple[int, int]) -> None:
     adapter = adapter_of(shape, block)
     x = torch.randn(70, shape[1])
-    before, mask, expected = adapter(x), adapter.base.pattern.block_mask.clone(), effective(adapter, block)
+    before, mask, expected = adapter(x), adapter.base.weight.block_mask.clone(), effective(adapter, block)
     layer = adapter.merge()
     assert relative(layer(x), before) < 1e-5
     assert relative(layer.weight.to_dense(), expected) < 1e-5
     assert not layer.weight.to_dense()[~expanded(mask, shape, block)].any()
-    assert torch.equal(layer.pattern.block_mask, mask)
+    assert torch.equal(layer.weight.block_mask, mask)
 
 
 def test_an_adapter_starts_by_changing_nothing() -> None:

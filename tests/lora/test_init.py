@@ -85,7 +85,7 @@ def test_rank_beyond_half_of_the_layer_is_refused() -> None:
     dense.weight.data = weight
     adapter = MaskedLoraLinear(BlockSparseLinear.from_linear(dense, BLOCK, mask), rank=25)
     with pytest.raises(ValueError, match="2 x rank <= min"):
-        lora_ga_init(adapter, adapter.base.pattern)
+        lora_ga_init(adapter, adapter.base.weight)
 
 
 def test_gradients_are_averaged_over_batches_and_masked(tiny_vit: nn.Module) -> None:

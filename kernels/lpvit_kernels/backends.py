@@ -1,0 +1,74 @@
+"""What can compute the product, and the one place where a backend is called."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lpvit_kernels import cpu, dense, dispatch
+from lpvit_kernels.matrix import BlockSparseMatrix
+from lpvit_kernels.tuned import Choice
+
+NAMES = ("auto", "triton", "cpu", *cpu.FORMS, "dense", "reference")
+
+
+def refusal(backend: str, device: str) -> str | None:
+    """Why this backend cannot run on this type of device; None: it can."""
+    if backend in ("cpu", *cpu.FORMS) and device != "cpu":
+        return f"the {backend} backend needs CPU tensors, x is on {device}"
+    if backend == "triton" and (missing := dispatch.triton_missing(device)):
+        return f"the triton backend cannot run: {missing}"
+    return None
+
+
+def forward(
+    x: Tensor,
+    weight: BlockSparseMatrix,
+    bias: Tensor | None,
+    activation: str | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    needs_z: bool,
+    backend: str | Choice,
+) -> tuple[Tensor, Tensor | None]:
+    """y and, if `needs_z`, z = x W^T + b, all [tokens, ...]."""
+    choice = dispatch.choose("forward", backend, x, weight)
+    if choice.backend == "triton":
+        from lpvit_kernels import gpu
+
+        return gpu.forward(x, weight, bias, activation, scale, residual, choice.config, needs_z)
+    y = _product(choice.backend, x, weight, transposed=False)
+    if bias is not None:
+        y += bias
+    z = y if needs_z else None
+    if activation:
+        y = F.gelu(y)
+    if scale is not None:
+        y = y * scale
+    if residual is not None:
+        y = y + residual
+    return y.clone() if y is z else y, z
+
+
+def input_gradient(dz: Tensor, weight: BlockSparseMatrix, backend: str | Choice) -> Tensor:
+    """dz [tokens, out] -> dz W [tokens, in]."""
+    choice = dispatch.choose("input_gradient", backend, dz, weight)
+    if choice.backend == "triton":
+        from lpvit_kernels import gpu
+
+        return gpu.input_gradient(dz, weight, choice.config)
+    return _product(choice.backend, dz, weight, transposed=True)
+
+
+def weight_gradient(dz: Tensor, x: Tensor, weight: BlockSparseMatrix, backend: str | Choice) -> Tensor:
+    """dz [tokens, out], x [tokens, in] -> the gradient of the kept blocks [nnz, R, C]. There is no dense form of it."""
+    choice = dispatch.choose("weight_gradient", backend, dz, weight)
+    if choice.backend == "triton":
+        from lpvit_kernels import gpu
+
+        return gpu.weight_gradient(dz, x, weight, choice.config)
+    return cpu.GRADIENTS[choice.backend](dz, x, weight)
+
+
+def _product(form: str, x: Tensor, weight: BlockSparseMatrix, transposed: bool) -> Tensor:
+    return (dense.product if form == "dense" else cpu.FORMS[form])(x, weight, transposed)

@@ -1,0 +1,114 @@
+"""Which backend computes a layer: what tuning found fastest on this device, else a rule of thumb."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lpvit_kernels import tuned
+from lpvit_kernels.matrix import BlockSparseMatrix
+from lpvit_kernels.tuned import Choice
+
+Kind = Literal["forward", "input_gradient", "weight_gradient"]
+KINDS: tuple[Kind, ...] = ("forward", "input_gradient", "weight_gradient")
+FEW_TOKENS = 48
+LEAST_CAPABILITY = (8, 0)  # of GPUs
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that a choice depends on."""
+
+    kind: Kind
+    device: str  # "cpu" or "cuda:0"
+    threads: int  # of the CPU
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    density: float  # to the next twentieth
+    tokens: int  # to the next power of two
+
+    @property
+    def key(self) -> str:
+        """Its name in the file of tuned choices: machine and versions included."""
+        sizes = f"{self.shape[0]}x{self.shape[1]} {self.block[0]}x{self.block[1]} {self.density:.2f} {self.tokens}"
+        return f"{hardware(self.device, self.threads)} | {self.kind} {str(self.dtype).removeprefix('torch.')} {sizes}"
+
+
+def case(kind: Kind, x: Tensor, weight: BlockSparseMatrix) -> Case:
+    """`x` [tokens, ...]: the input, or the gradient of the output."""
+    density, tokens = -(-weight.density * 20 // 1) / 20, 1 << max(len(x) - 1, 0).bit_length()
+    threads = torch.get_num_threads() if x.device.type == "cpu" else 0
+    return Case(kind, str(x.device), threads, x.dtype, weight.shape, weight.block, density, tokens)
+
+
+def choose(kind: Kind, backend: str | Choice, x: Tensor, weight: BlockSparseMatrix) -> Choice:
+    """The choice for `backend`, which may be "auto" or "cpu", or chosen already."""
+    if isinstance(backend, Choice):
+        return backend
+    if kind == "weight_gradient" and backend in ("dense", "batched"):
+        backend = "auto"
+    if backend not in ("auto", "cpu"):
+        return Choice(backend)
+    return _choice(case(kind, x, weight), backend, tuned.changes())
+
+
+@lru_cache(maxsize=4096)
+def _choice(case: Case, backend: str, _: int) -> Choice:
+    if backend == "auto" and (found := tuned.find(case.key)):
+        return found.choice
+    return by_rule(case, sparse_only=backend == "cpu")
+
+
+def by_rule(case: Case, sparse_only: bool = False) -> Choice:
+    """Where nothing was tuned. On GPUs none of this was measured."""
+    if not case.device.startswith("cpu"):
+        return Choice("triton" if not triton_missing(case.device) and case.dtype != torch.float64 else "dense")
+    if case.kind == "weight_gradient":
+        return Choice("gathered")
+    if not sparse_only and case.density > (0.7 if case.block[0] * case.block[1] >= 2048 else 0.5):
+        return Choice("dense")
+    return Choice("batched" if case.tokens < FEW_TOKENS else "gathered")
+
+
+@cache
+def triton_missing(device: str) -> str | None:
+    """Why triton kernels cannot run on this device; None: they can."""
+    if not find_spec("triton"):
+        return "triton is not installed"
+    if device.startswith("cuda") and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    if not device.startswith("cuda") and not _interpreted():
+        return f"it needs a GPU, x is on {device}"
+    return None
+
+
+def _interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@cache
+def hardware(device: str, threads: int) -> str:
+    """The device and the versions that times depend on."""
+    if device.startswith("cuda"):
+        import triton
+
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}"
+    return f"{_cpu_name()}, {threads} threads, torch {torch.__version__}"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

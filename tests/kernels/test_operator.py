@@ -1,0 +1,129 @@
+"""The operator as torch sees it: schema, autograd, compile, export, flops, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import masked, relative
+from lpvit_kernels import BlockSparseMatrix, linear
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from lpvit_cli.sparse import BlockSparseLinear
+
+SHAPE, BLOCK = (64, 96), (32, 16)
+
+
+def layer_of(density: float = 0.5, dtype: torch.dtype = torch.float32) -> BlockSparseLinear:
+    weight, mask = masked(SHAPE, BLOCK, density)
+    dense = nn.Linear(SHAPE[1], SHAPE[0])
+    dense.weight.data = weight
+    return BlockSparseLinear.from_linear(dense, BLOCK, mask).to(dtype)
+
+
+def arguments(layer: BlockSparseLinear, backend: str, grad: bool) -> tuple[object, ...]:
+    tensors = [torch.randn(5, 96), layer.values.detach().clone(), *torch.randn(2, 64), torch.randn(5, 64)]
+    return (*(t.requires_grad_(grad) for t in tensors), layer.row_ptr, layer.cols, 64, "gelu", grad, backend)
+
+
+@pytest.mark.parametrize("backend", ["strided", "gathered", "batched", "dense"])
+def test_it_keeps_the_promises_of_its_schema(backend: str) -> None:
+    """torch's own check: no argument is changed, no output is an alias, fake and real outputs agree, autograd is registered."""
+    torch.library.opcheck(torch.ops.lpvit.block_sparse_linear.default, arguments(layer_of(), backend, grad=False))
+    torch.library.opcheck(torch.ops.lpvit.block_sparse_linear.default, arguments(layer_of(), backend, grad=True))
+
+
+def gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    layer(x).square().sum().backward()
+    found = [x.grad, *(p.grad.clone() for p in layer.parameters())]
+    layer.zero_grad()
+    return found  # type: ignore[return-value]
+
+
+def test_it_compiles_into_one_graph_forward_and_backward() -> None:
+    layer, x = layer_of(), torch.randn(2, 5, 96)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert relative(compiled(x), layer(x).double()) < 1e-6
+    for found, expected in zip(gradients(compiled, x), gradients(layer, x), strict=True):
+        assert relative(found, expected.double()) < 1e-6
+    assert compiled(torch.randn(3, 7, 96)).shape == (3, 7, 64)
+
+
+def test_it_is_exported_with_a_free_number_of_tokens() -> None:
+    layer, tokens = layer_of().eval(), torch.export.Dim("tokens", min=2, max=100)
+    program = torch.export.export(layer, (torch.randn(4, 96),), dynamic_shapes={"x": {0: tokens}})
+    x = torch.randn(9, 96)
+    assert relative(program.module()(x), layer(x).double()) < 1e-6
+    assert "lpvit.block_sparse_linear" in str(program.graph)
+
+
+def test_flops_count_kept_blocks() -> None:
+    layer, x = layer_of(), torch.randn(2, 5, 96, requires_grad=True)
+    kept = 2 * 10 * layer.values.numel()
+    with FlopCounterMode(display=False) as counter:
+        y = layer(x)
+    assert counter.get_total_flops() == kept
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * kept
+
+
+def test_training_stores_no_dense_weight_and_no_dense_gradient() -> None:
+    """No tensor of the size of the weight is made, forward or backward."""
+    layer = layer_of(0.3)
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            self.largest = max(
+                [self.largest, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))]
+            )
+            return out
+
+    x = torch.randn(4, 96, requires_grad=True)
+    for backend in ("strided", "gathered", "batched"):
+        with Watch() as watch:
+            linear(x, layer.weight, layer.bias, "gelu", backend=backend).sum().backward()
+        assert watch.largest < 64 * 96
+    with Watch() as watch:
+        linear(x, layer.weight, layer.bias, backend="reference").sum().backward()
+    assert watch.largest == 64 * 96, "the watch sees dense weights"
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("backend", ["strided", "dense", "reference"])
+def test_scale_and_its_gradient(activation: str | None, backend: str) -> None:
+    """LayerScale against the same in float64 and in separate steps."""
+    weight, mask = masked(SHAPE, BLOCK, 0.5)
+    matrix = BlockSparseMatrix.from_dense(weight.double(), BLOCK, mask)
+    x, bias, scale, residual = (
+        t.double().requires_grad_() for t in (torch.randn(5, 96), *torch.randn(2, 64), torch.randn(5, 64))
+    )
+    inputs = (x, bias, scale, residual)
+    y = linear(x, matrix, bias, activation, residual, backend, scale=scale)  # type: ignore[arg-type]
+    z = F.linear(x, matrix.to_dense(), bias)
+    expected = (F.gelu(z) if activation else z) * scale + residual
+    assert relative(y, expected) < 1e-14
+    dy = torch.randn_like(y)
+    for found, wanted in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True):
+        assert relative(found, wanted) < 1e-13
+
+
+@pytest.mark.parametrize("backend", ["gathered", "dense"])
+def test_packed_weights_follow_changes_of_the_values(backend: str) -> None:
+    """What a backend keeps is made anew after a step of an optimizer, and after the values moved."""
+    layer, x = layer_of(), torch.randn(5, 96)
+
+    def error() -> float:
+        return relative(linear(x, layer.weight, backend=backend), linear(x, layer.weight, backend="reference").double())
+
+    with torch.no_grad():
+        assert error() < 1e-6
+        layer.values.mul_(2)
+        assert error() < 1e-6
+        layer.values.data = layer.values.data * 3
+        assert error() < 1e-6
