@@ -19,10 +19,10 @@ LEAST_SECONDS = 1e-3  # of one timing: faster calls are repeated
 
 
 def tune(weight: BlockSparseMatrix, tokens: int, kinds: tuple[Kind, ...] = KINDS) -> dict[Kind, Tuned]:
-    """Time all candidates for this layer and number of tokens, in the values' type and on their device; remember the best.
-
     """Time all candidates for this layer and number of tokens, in the type and on the device of the values; keep the best.
-    many tokens and backend "auto" take the fastest; so do later processes (tuned.py).
+
+    Candidates are timed in turns, so that a disturbance meets all of them. Later calls of `linear` on such a layer with about
+    as many tokens and backend "auto" take the fastest; so do later processes (tuned.py).
     """
     found = {kind: _tune(kind, weight, tokens) for kind in kinds}
     x = weight.values.new_empty(tokens, 1)
