@@ -245,6 +245,33 @@ def predict(
 
 
 @app.command()
+def tune(
+    model: ModelArgument,
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch-size", min=1, help="Batch to tune for; repeatable (default: 1, 16, 256).")
+    ] = None,
+    training: Annotated[bool, typer.Option("--training", help="Tune the backward pass too.")] = False,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: torch's).")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Time every way to run each block-sparse layer on this device, dense included; lpvit then takes the fastest."""
+    console = _console(json_, quiet, verbose)
+    with console.command():
+        from lpvit_cli.report.tables import render
+        from lpvit_cli.stages.tune import tune_any
+
+        report = tune_any(
+            model, batch_size or [1, 16, 256], training, threads, device or "auto", dtype or "auto", console.progress
+        )
+        console.document = report.model_dump(mode="json")
+        console.human(*render(report, Path(model)))
+
+
+@app.command()
 def doctor(json_: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """What this machine can do: versions, devices, power meters, optional packages; and how to get what is missing."""
     console = _console(json_, quiet, verbose)

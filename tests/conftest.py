@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,12 @@ import timm
 import torch
 from helpers import Demo, Result, run_cli
 from torch import nn
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_choices_of_this_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests tune is forgotten, and what the user has tuned does not change them."""
+    os.environ["LPVIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from lpvit_kernels.tuned import Choice
 
 Kind = Literal["forward", "input_gradient", "weight_gradient"]
 KINDS: tuple[Kind, ...] = ("forward", "input_gradient", "weight_gradient")
-FEW_TOKENS = 48
+FEW_TOKENS = 32
 LEAST_CAPABILITY = (8, 0)  # of GPUs
 
 
@@ -75,7 +75,7 @@ def by_rule(case: Case, sparse_only: bool = False) -> Choice:
         return Choice("gathered")
     if not sparse_only and case.density > (0.7 if case.block[0] * case.block[1] >= 2048 else 0.5):
         return Choice("dense")
-    return Choice("batched" if case.tokens < FEW_TOKENS else "gathered")
+    return Choice("batched" if case.tokens <= FEW_TOKENS else "gathered")
 
 
 @cache

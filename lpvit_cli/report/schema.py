@@ -158,6 +158,28 @@ class ProfileReport(Report):
     profile: DeviceProfile
 
 
+class TunedLayers(BaseModel):
+    """Layers that no choice of a backend can tell apart. Times are medians in microseconds, by backend."""
+
+    layers: list[str]
+    kind: str  # forward, input_gradient or weight_gradient
+    shape: tuple[int, int]  # out, in
+    block: tuple[int, int]
+    density: float
+    tokens: int
+    choice: str
+    times_us: dict[str, float]
+    speedup: float | None  # dense time over the choice's; None: there is no dense form
+    kept_tflops: float  # TFLOP/s on kept blocks
+
+
+class TuneReport(Report):
+    model: str
+    dtype: str
+    threads: int | None  # of the CPU
+    tuned: list[TunedLayers]
+
+
 class Parity(BaseModel):
     batch_size: int
     relative_error: float

@@ -24,6 +24,7 @@ from lpvit_cli.report.schema import (
     PruneReport,
     Report,
     SweepReport,
+    TuneReport,
 )
 
 
@@ -40,6 +41,7 @@ def render(report: Report, folder: Path) -> list[Any]:
         ExportReport: _export,
         EvaluateReport: _evaluate,
         PredictReport: _predict,
+        TuneReport: _tune,
     }
     notes = [Text(f"note: {note}", "dim") for note in report.notes]
     return [*renderers[type(report)](report, folder), *notes]
@@ -288,6 +290,28 @@ def _predict(report: PredictReport, folder: Path) -> list[Any]:
             rows.add_row(name, str(index), percent(probability))
         shown.append(rows)
     return shown
+
+
+def _tune(report: TuneReport, folder: Path) -> list[Any]:
+    kinds = len({one.kind for one in report.tuned}) > 1
+    columns = ("weight", "block", "kept", "tokens", *(["pass"] * kinds), "fastest", "x dense", "GFLOP/s")
+    rows = table(f"fastest on {report.device}, {report.dtype}; GFLOP/s on kept blocks", "layer", *columns)
+    rows.columns[0].no_wrap = True
+    for one in report.tuned:
+        more = f" +{len(one.layers) - 1}" if len(one.layers) > 1 else ""
+        rows.add_row(
+            one.layers[0] + more,
+            _by(one.shape),
+            _by(one.block),
+            percent(one.density),
+            str(one.tokens),
+            *([one.kind.replace("_", " ")] * kinds),
+            one.choice,
+            "-" if one.speedup is None else f"{one.speedup:.2f}",
+            f"{1e3 * one.kept_tflops:.0f}",
+        )
+    dense = sum(one.choice == "dense" for one in report.tuned)
+    return [rows, f"dense is the fastest for {dense} of {len(report.tuned)}: lpvit runs those as dense layers"]
 
 
 def findings_table(findings: Iterable[Any]) -> Table:

@@ -16,8 +16,9 @@ from lpvit_cli.recipe import Recipe
 from lpvit_cli.report.html import write_html
 from lpvit_cli.report.schema import BASELINE, BatchBench, BenchReport, FinetuneReport, PruneReport
 from lpvit_cli.run import Progress, Run
-from lpvit_cli.sparse import densify
+from lpvit_cli.sparse import densify, sparse_layers
 from lpvit_cli.stages import BENCH, FINETUNE, PRUNE
+from lpvit_cli.stages.tune import run_dense, tune_model
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> BenchReport:
@@ -28,11 +29,12 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
         source = run.model_artefact(BENCH)
         sparse = load_model(source).to(device, dtype)
         models = {BASELINE: build_model(recipe.model).to(device, dtype), "masked-dense": densify(sparse), "sparse": sparse}
+        tune_model(sparse, settings.batch_sizes, ("forward",), progress, again=False)
         measured = [_bench_batch(models, size, recipe, device, dtype, progress) for size in settings.batch_sizes]
         pruned = run.report(PRUNE, PruneReport)
         report = BenchReport(
             device=describe_device(device),
-            notes=advice(measured),
+            notes=[*advice(measured), *_layers_run_dense(sparse, settings.batch_sizes)],
             model=source.name,
             dtype=str(dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
@@ -45,6 +47,13 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
     finetuned = run.report(FINETUNE, FinetuneReport) if source.name == FINETUNE.folder else None
     write_html(work / "report.html", recipe.name, report, pruned, finetuned)
     return report
+
+
+def _layers_run_dense(model: VisionModel, batch_sizes: tuple[int, ...]) -> list[str]:
+    """What a user must know to read the ratios."""
+    layers, counts = len(sparse_layers(model)), {size: len(run_dense(model, size)) for size in batch_sizes}
+    where = ", ".join(f"{count} of {layers} at batch {size}" for size, count in counts.items() if count)
+    return [f"block-sparse layers that run as dense ones, which is faster here: {where} (see lpvit tune)"] if where else []
 
 
 def _bench_batch(

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from lpvit_kernels import tune
 from torch import nn
 
 from lpvit_cli.measure.energy import EnergyRun, energy_on
@@ -51,9 +52,9 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Profi
     blocks = recipe.prune.blocks
     images = torch.randn(settings.batch_size, *model.pretrained_cfg["input_size"]).to(device, dtype)
     subjects: dict[str, Subject] = {MODEL: partial(model.to(device, dtype), images)}
-    for layer in layers:
-        subjects |= _subjects(layer, blocks, device, dtype)
     with cpu_threads(recipe.bench.threads), torch.inference_mode():
+        for layer in layers:
+            subjects |= _subjects(layer, blocks, device, dtype)
         timing = time_interleaved(
             subjects,
             device=device,
@@ -121,6 +122,7 @@ def _subjects(layer: Layer, blocks: tuple[Block, ...], device: torch.device, dty
         for count in kept_counts(layer.shape, block):
             mask = (torch.randperm(places[0] * places[1]) < count).reshape(places)
             sparse = BlockSparseLinear.from_linear(dense, block, mask).to(device, dtype)
+            tune(sparse.weight, layer.rows, ("forward",))  # no model would run it slower
             made[layer.subject(block, count)] = partial(sparse, x)
     return {layer.subject(): partial(dense.to(device, dtype), x), **made}
 

@@ -17,6 +17,7 @@ from lpvit_cli.run import Progress, Run, replace_text
 from lpvit_cli.stages.bench import forward_of
 from lpvit_cli.stages.plan import Plan, make_plan
 from lpvit_cli.stages.prune import prune_to, search
+from lpvit_cli.stages.tune import tune_model
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> SweepReport:
@@ -68,6 +69,8 @@ def _speed(plan: Plan, folders: list[Path], progress: Progress) -> TimingRun:
     images = torch.randn(size, generator=generator).to(device, dtype)
     models = {BASELINE: plan.model} | {folder.name: load_model(folder) for folder in folders}
     with cpu_threads(recipe.bench.threads):
+        for model in list(models.values())[1:]:
+            tune_model(model.to(device, dtype), [recipe.profile.batch_size], ("forward",), progress, again=False)
         return time_interleaved(
             {name: forward_of(model.to(device, dtype), images) for name, model in models.items()},
             device=device,

@@ -1,0 +1,115 @@
+"""tune: time every way to run each block-sparse layer on this device, dense included, and remember the fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lpvit_kernels import BlockSparseMatrix, dispatch, tune
+from lpvit_kernels.dispatch import KINDS, Kind
+from torch import Tensor, nn
+
+from lpvit_cli.errors import UsageError
+from lpvit_cli.export.runtime import OnnxModel
+from lpvit_cli.measure.timing import cpu_threads
+from lpvit_cli.models import VisionModel, describe_device, pick_device, pick_dtype
+from lpvit_cli.report.schema import TunedLayers, TuneReport
+from lpvit_cli.run import Progress
+from lpvit_cli.sparse import sparse_layers
+from lpvit_cli.stages.evaluate import open_model
+
+
+def tune_any(
+    model_name: str,
+    batch_sizes: Sequence[int],
+    training: bool,
+    threads: int | None,
+    device_name: str,
+    dtype_name: str,
+    progress: Progress,
+) -> TuneReport:
+    """Tune a model folder or run folder. Raises UsageError where nothing in it is block-sparse."""
+    model, _ = open_model(model_name)
+    if isinstance(model, OnnxModel):
+        raise UsageError(f"{model_name}: an ONNX file is run by onnxruntime, there is nothing to tune", "give a model folder")
+    if not sparse_layers(model):
+        raise UsageError(f"{model_name}: no layer is block-sparse", "give a pruned model: lpvit prune RECIPE")
+    device = pick_device(device_name)
+    dtype = pick_dtype(dtype_name, device)
+    with cpu_threads(threads):
+        tuned = tune_model(model.to(device, dtype), batch_sizes, KINDS if training else ("forward",), progress)
+        return TuneReport(
+            device=describe_device(device),
+            model=model_name,
+            dtype=str(dtype).removeprefix("torch."),
+            threads=torch.get_num_threads() if device.type == "cpu" else None,
+            tuned=tuned,
+        )
+
+
+def tune_model(
+    model: VisionModel, batch_sizes: Sequence[int], kinds: tuple[Kind, ...], progress: Progress, again: bool = True
+) -> list[TunedLayers]:
+    """Layers that a choice cannot tell apart are timed once; with `again` false, only those that were never timed here."""
+    cases: dict[dispatch.Case, tuple[list[str], BlockSparseMatrix, int]] = {}
+    for batch_size in batch_sizes:
+        for name, tokens in layer_tokens(model).items():
+            weight = sparse_layers(model)[name].weight
+            like = weight.values.new_empty(batch_size * tokens, 1)
+            for kind in kinds:
+                case = dispatch.case(kind, like, weight)
+                if again or not dispatch.tuned.find(case.key):
+                    cases.setdefault(case, ([], weight, batch_size * tokens))[0].append(name)
+    found = []
+    for done, (case, (names, weight, tokens)) in enumerate(cases.items(), start=1):
+        progress("tuning", done - 1, len(cases), f"{done}/{len(cases)}: {names[0]}, {tokens} tokens")
+        best = tune(weight, tokens, (case.kind,))[case.kind]
+        fastest = best.times_us[best.choice.backend]
+        found.append(
+            TunedLayers(
+                layers=names,
+                kind=case.kind,
+                shape=case.shape,
+                block=case.block,
+                density=weight.density,
+                tokens=tokens,
+                choice=best.choice.backend,
+                times_us=best.times_us,
+                speedup=best.times_us["dense"] / fastest if "dense" in best.times_us else None,
+                kept_tflops=2 * tokens * weight.values.numel() / fastest * 1e-6,
+            )
+        )
+    progress("tuning", len(cases), len(cases), "done")
+    return found
+
+
+def layer_tokens(model: VisionModel) -> dict[str, int]:
+    """Rows of x that one image gives each block-sparse layer."""
+    tokens: dict[str, int] = {}
+
+    def count(name: str) -> object:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            tokens[name] = inputs[0].flatten(0, -2).shape[0]
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(count(name)) for name, layer in sparse_layers(model).items()]  # type: ignore[arg-type]
+    like = next(model.parameters())
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, *model.pretrained_cfg["input_size"], device=like.device, dtype=like.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tokens
+
+
+def run_dense(model: VisionModel, batch_size: int) -> list[str]:
+    """The block-sparse layers that run as dense ones on batches of this size: faster here, tuned or by rule of thumb."""
+    found = []
+    for name, tokens in layer_tokens(model).items():
+        weight = sparse_layers(model)[name].weight
+        like = weight.values.new_empty(batch_size * tokens, 1)
+        if weight.density < 1 and dispatch.choose("forward", "auto", like, weight).backend == "dense":
+            found.append(name)
+    return found
