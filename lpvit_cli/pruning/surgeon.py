@@ -70,12 +70,13 @@ def compensated(weight: Tensor, hessian: Tensor, mask: Tensor, block: Block, cro
     w = weight.double()
     target = w @ (h if cross is None else cross.double() + (h - hessian.double()))
     new = torch.zeros_like(w)
-    for i, columns in enumerate(expand(mask, (mask.shape[0] * block[0], weight.shape[1]), block)[:: block[0]]):
+    patterns, pattern_of = mask.unique(dim=0, return_inverse=True)  # block rows that keep the same share a factor
+    for number, columns in enumerate(expand(patterns, (len(patterns), weight.shape[1]), (1, block[1])).to(w.device)):
         kept = columns.nonzero()[:, 0]
-        row = slice(i * block[0], (i + 1) * block[0])
+        rows = (pattern_of == number).repeat_interleave(block[0])[: len(w)].nonzero()[:, 0].to(w.device)
         if len(kept):
             factor = torch.linalg.cholesky(h[kept[:, None], kept])
-            new[row, kept] = torch.cholesky_solve(target[row, kept].T, factor).T
+            new[rows[:, None], kept] = torch.cholesky_solve(target[rows[:, None], kept].T, factor).T
     return new.to(weight.dtype)
 
 
