@@ -41,13 +41,16 @@ class Target:
     """What a layer is to lose: blocks of this shape, until what is left costs no more than `kept`."""
 
     block: Block
-    costs: Tensor  # of each block [rows, cols]
+    costs: Tensor  # of each block [rows, cols], in a unit that all layers share
     kept: float
     balanced: bool = False
 
-    def mask(self, removal: Removal) -> Tensor:
-        """Other blocks may go than were planned, and at ragged edges they are smaller: their cost counts, not their number."""
-        return removal.mask(int((removal.along(self.costs) > self.kept).sum()))
+    def removals(self, removal: Removal, spare: float) -> tuple[int, float]:
+        """How many, with `spare` more to keep, and what then is spare. Other blocks may go than were planned, and at ragged edges
+        they are smaller: their cost counts, not their number."""
+        kept, allowed = removal.along(self.costs), self.kept + spare
+        count = int((kept > allowed).sum())
+        return count, allowed - float(kept[count])
 
 
 def prune_sequentially(
@@ -64,6 +67,7 @@ def prune_sequentially(
     more than `images_that_fit`.
     """
     masks: dict[str, Tensor] = {}
+    spare = 0.0  # what earlier layers, in whole blocks, could not keep of their share
     with _passes(dense, list(targets), batches) as ahead, _passes(model, list(targets), batches) as behind:
         while stops := [stop for one in ahead if (stop := one.proceed())]:
             name = stops[0][0]
@@ -77,7 +81,9 @@ def prune_sequentially(
             everything = torch.ones(grid((weight.shape[0], weight.shape[1]), target.block), dtype=torch.bool)
             ideal = compensated(weight, hessian, everything, target.block, cross)
             found = removal_order(ideal, (hessian / 2).to(weight.dtype), target.block, output_weights[name])
-            masks[name] = target.mask(Removal.greedy(*found, target.balanced))
+            removal = Removal.greedy(*found, target.balanced)
+            count, spare = target.removals(removal, spare)
+            masks[name] = removal.mask(count)
             layer.weight.data = compensated(weight, hessian, masks[name], target.block, cross)
             on_layer(name)
     return masks

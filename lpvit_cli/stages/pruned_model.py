@@ -38,7 +38,7 @@ def prune_model(plan: Plan, budget: Budget, progress: Progress) -> tuple[VisionM
     elif not plan.by_obs:
         model, masks = copy.deepcopy(plan.model), pruned.planned_masks()
     elif plan.settings.sequential:
-        model, masks = _sequential(plan, pruned, weights, progress)
+        model, masks = _sequential(plan, pruned, weights, budget, progress)
     else:
         model, masks = _compensated(plan, pruned, progress)
     return _packed(plan, model.cpu(), pruned, masks)
@@ -98,10 +98,10 @@ def _compensated_by_mfac(plan: Plan, pruned: Pruned, progress: Progress) -> tupl
 
 
 def _sequential(
-    plan: Plan, pruned: Pruned, weights: dict[str, Tensor], progress: Progress
+    plan: Plan, pruned: Pruned, weights: dict[str, Tensor], budget: Budget, progress: Progress
 ) -> tuple[VisionModel, dict[str, Tensor]]:
     device = plan.device
-    targets = {name: _target(plan, pruned, name) for name in pruned.choices}
+    targets = {name: _target(plan, pruned, budget, name) for name in pruned.choices}
     done: list[str] = []
 
     def on_layer(name: str) -> None:
@@ -115,10 +115,12 @@ def _sequential(
     return model, masks
 
 
-def _target(plan: Plan, pruned: Pruned, name: str) -> Target:
+def _target(plan: Plan, pruned: Pruned, budget: Budget, name: str) -> Target:
     """What the budget counts of the planned blocks must hold for those that are removed: a profile counts blocks."""
     option = pruned.option(name)
-    costs = torch.ones_like(option.cost.weights) if plan.settings.budget.needs_profile else option.cost.weights
+    costs = torch.ones_like(option.cost.weights) if budget.needs_profile else option.cost.weights
+    if budget.flops is not None:
+        costs = option.cost.flops
     kept = float(option.removal.along(costs)[pruned.choices[name].removed])
     return Target(option.block, costs, kept, pruned.parts[name].balanced)
 
