@@ -46,8 +46,8 @@ class Target:
     balanced: bool = False
 
     def removals(self, removal: Removal, spare: float) -> tuple[int, float]:
-        """How many, with `spare` more to keep, and what then is spare. Other blocks may go than were planned, and at ragged edges
-        they are smaller: their cost counts, not their number."""
+        """How many, with `spare` more to keep, and what then is spare. Other blocks may go than were planned, and at ragged
+        edges they are smaller: their cost counts, not their number."""
         kept, allowed = removal.along(self.costs), self.kept + spare
         count = int((kept > allowed).sum())
         return count, allowed - float(kept[count])
