@@ -12,6 +12,24 @@ from torch.nn import functional as F
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+@dataclass(frozen=True)
+class View:
+    """The kept blocks line by line; a line is a block row (`by_row`) or a block column (`by_column`). All int32.
+
+    ptr     [lines + 1]: line i holds entries ptr[i] to ptr[i + 1]
+    across  [nnz + 1]: an entry's block column (by_row) or block row (by_column), ascending within a line
+    place   [nnz + 1]: an entry's position in `values`
+    order   [lines]: lines by descending number of entries, so that a GPU starts with the heaviest
+
+    `across` and `place` end with a zero that belongs to no line: kernels read one entry ahead.
+    """
+
+    ptr: Tensor
+    across: Tensor
+    place: Tensor
+    order: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class BlockSparseMatrix:
     """A weight [out, in] (PyTorch layout) made of kept blocks of R output features x C input features.
@@ -20,6 +38,9 @@ class BlockSparseMatrix:
     row_ptr  [ceil(out / R) + 1] int32: block row i holds values[row_ptr[i]:row_ptr[i + 1]]
     cols     [nnz] int32: block column of each value, ascending within a block row
     shape    (out, in); R and C need not divide it
+
+    Every other index (`by_row`, and the transposed `by_column` with `col_ptr`, `rows`, `perm`) is derived from these on first
+    use and shared by all matrices that `with_values` makes; the transposed ones point into the same values.
 
     Construction checks shapes, types, devices and indices, and raises ValueError. Padding of ragged edges is not read.
     """
@@ -63,6 +84,34 @@ class BlockSparseMatrix:
         return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
 
     @cached_property
+    def by_row(self) -> View:
+        """The kept blocks by block row, as `values` holds them."""
+        place = torch.arange(len(self.cols), dtype=torch.int32, device=self.cols.device)
+        return _view(self.row_ptr, self.cols, place)
+
+    @cached_property
+    def by_column(self) -> View:
+        """The kept blocks by block column: what the product with the transposed weight walks."""
+        perm = self.cols.argsort(stable=True)  # stable: rows ascend within a column
+        counts = torch.bincount(self.cols, minlength=self.grid[1])
+        return _view(F.pad(counts.cumsum(dim=0), (1, 0)).int(), self.block_rows[perm].int(), perm.int())
+
+    @property
+    def col_ptr(self) -> Tensor:
+        """[ceil(in / C) + 1] int32: block column j holds values[perm[col_ptr[j]:col_ptr[j + 1]]]."""
+        return self.by_column.ptr
+
+    @property
+    def rows(self) -> Tensor:
+        """[nnz] int32: block row of each value in the order of `perm`."""
+        return self.by_column.across[:-1]
+
+    @property
+    def perm(self) -> Tensor:
+        """[nnz] int32: positions in `values`, block column by block column."""
+        return self.by_column.place[:-1]
+
+    @cached_property
     def block_mask(self) -> Tensor:
         """[ceil(out/R), ceil(in/C)] bool: which blocks are kept."""
         mask = torch.zeros(self.grid, dtype=torch.bool, device=self.cols.device)
@@ -92,14 +141,21 @@ class BlockSparseMatrix:
         """The same pattern with other values of the same shape; differentiable, and checked for shape only."""
         if values.shape != self.values.shape:
             raise ValueError(f"values must be {list(self.values.shape)}, got {list(values.shape)}")
+        for name in ("block_rows", "places", "by_row", "by_column"):
+            getattr(self, name)  # made once here, not at every step of training
         other = object.__new__(BlockSparseMatrix)
-        other.__dict__.update(self.__dict__, values=values, block_rows=self.block_rows, places=self.places)
+        other.__dict__.update(self.__dict__, values=values)
         return other
 
     def to(self, *args: object, **kwargs: object) -> BlockSparseMatrix:
         """As torch.Tensor.to, for a device, a floating type, or both; indices stay int32."""
         values = self.values.to(*args, **kwargs)  # type: ignore[call-overload]
         return BlockSparseMatrix(values, self.row_ptr.to(values.device), self.cols.to(values.device), self.shape)
+
+
+def _view(ptr: Tensor, across: Tensor, place: Tensor) -> View:
+    order = ptr.diff().argsort(descending=True, stable=True).int()
+    return View(ptr, F.pad(across, (0, 1)), F.pad(place, (0, 1)), order)
 
 
 def _check(values: Tensor, row_ptr: Tensor, cols: Tensor, shape: tuple[int, int]) -> None:
