@@ -68,7 +68,7 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
     name, config, (height, width) = NAMES[case.dtype], case.config, case.block
     if case.kind == "weight_gradient":
         pointers = dict.fromkeys(("dy", "x"), f"*{name}") | dict.fromkeys(("row_ptr", "cols"), "*i32")
-        numbers = dict.fromkeys(("tokens", "out", "features", "nnz", "dy_stride", "x_stride", "STEPS"), "i32")
+        numbers = dict.fromkeys(("tokens", "out", "features", "nnz", "dy_stride", "x_stride", "steps"), "i32")
         result = "fp32" if config.splits > 1 else name
         constants = {"R": height, "C": width, "PER": config.tile, "STEP": config.step, "PRECISION": case.precision}
         return weight_gradient, pointers | numbers | {"dvalues": f"*{result}"}, constants

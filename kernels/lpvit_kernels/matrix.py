@@ -17,11 +17,9 @@ class View:
     """The kept blocks line by line; a line is a block row (`by_row`) or a block column (`by_column`). All int32.
 
     ptr     [lines + 1]: line i holds entries ptr[i] to ptr[i + 1]
-    across  [nnz + 1]: an entry's block column (by_row) or block row (by_column), ascending within a line
-    place   [nnz + 1]: an entry's position in `values`
+    across  [nnz]: an entry's block column (by_row) or block row (by_column), ascending within a line
+    place   [nnz]: an entry's position in `values`
     order   [lines]: lines by descending number of entries, so that a GPU starts with the heaviest
-
-    `across` and `place` end with a zero that belongs to no line: kernels read one entry ahead.
     """
 
     ptr: Tensor
@@ -104,12 +102,12 @@ class BlockSparseMatrix:
     @property
     def rows(self) -> Tensor:
         """[nnz] int32: block row of each value in the order of `perm`."""
-        return self.by_column.across[:-1]
+        return self.by_column.across
 
     @property
     def perm(self) -> Tensor:
         """[nnz] int32: positions in `values`, block column by block column."""
-        return self.by_column.place[:-1]
+        return self.by_column.place
 
     @cached_property
     def block_mask(self) -> Tensor:
@@ -155,7 +153,7 @@ class BlockSparseMatrix:
 
 def _view(ptr: Tensor, across: Tensor, place: Tensor) -> View:
     order = ptr.diff().argsort(descending=True, stable=True).int()
-    return View(ptr, F.pad(across, (0, 1)), F.pad(place, (0, 1)), order)
+    return View(ptr, across, place, order)
 
 
 def _check(values: Tensor, row_ptr: Tensor, cols: Tensor, shape: tuple[int, int]) -> None:

@@ -80,7 +80,7 @@ def store_result(
     tl.store(y + base + at, acc.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def epilogue_gradient(
     dy,
     preactivation,

@@ -23,7 +23,7 @@ from lpvit_kernels.gpu.epilogue import store_result
 GROUP = tl.constexpr(8)  # tiles of tokens that share a line's blocks in the L2 cache
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def matmul(
     x,
     values,
@@ -66,10 +66,7 @@ def matmul(
     acc = tl.zeros((TILE, BLOCK_N), dtype=tl.float32)
     if DESCRIPTORS:
         SUB: tl.constexpr = BLOCK_K // STEP
-        c = tl.load(across + start)
-        v = start
-        if TRANSPOSED:
-            v = tl.load(place + start)
+        c, v = _entry(across, place, start, end, TRANSPOSED)
         for s in range(0, (end - start) * SUB):
             inside = (s % SUB) * STEP
             x_tile = x.load([tile * TILE, c * BLOCK_K + inside])
@@ -77,21 +74,14 @@ def matmul(
                 w = values.load([v * BLOCK_K + inside, 0])
             else:
                 w = values.load([v * BLOCK_N, inside]).T
-            ahead = start + (s + 1) // SUB
-            c = tl.load(across + ahead)
-            v = ahead
-            if TRANSPOSED:
-                v = tl.load(place + ahead)
+            c, v = _entry(across, place, start + (s + 1) // SUB, end, TRANSPOSED)
             acc = tl.dot(x_tile, w, acc, input_precision=PRECISION)
     elif STEP <= BLOCK_K:
         SUB: tl.constexpr = BLOCK_K // STEP
         k = tl.arange(0, STEP)
         x_tiles = x + tile.to(tl.int64) * TILE * x_stride + (row[:, None] * x_stride + k[None, :])
         blocks = values + _inside_block(k, BLOCK_K, BLOCK_N, TRANSPOSED)
-        c = tl.load(across + start)
-        v = start
-        if TRANSPOSED:
-            v = tl.load(place + start)
+        c, v = _entry(across, place, start, end, TRANSPOSED)
         for s in range(0, (end - start) * SUB):
             inside = (s % SUB) * STEP
             at = c * BLOCK_K + inside
@@ -103,11 +93,7 @@ def matmul(
             else:
                 x_tile = tl.load(x_tiles + at, mask=token, other=0.0)
                 w = tl.load(block)
-            ahead = start + (s + 1) // SUB
-            c = tl.load(across + ahead)
-            v = ahead
-            if TRANSPOSED:
-                v = tl.load(place + ahead)
+            c, v = _entry(across, place, start + (s + 1) // SUB, end, TRANSPOSED)
             acc = tl.dot(x_tile, w, acc, input_precision=PRECISION)
     else:
         PER: tl.constexpr = STEP // BLOCK_K
@@ -115,22 +101,16 @@ def matmul(
         k = lane % BLOCK_K
         x_rows = x + tile.to(tl.int64) * TILE * x_stride + row[:, None] * x_stride
         blocks = values + _inside_block(k, BLOCK_K, BLOCK_N, TRANSPOSED)
-        v = start + lane // BLOCK_K
-        kept = v < end
-        c = tl.load(across + v, mask=kept, other=0)
-        if TRANSPOSED:
-            v = tl.load(place + v, mask=kept, other=0)
+        first = start + lane // BLOCK_K
+        c, v = _entry(across, place, first, end, TRANSPOSED)
         for s in range(0, tl.cdiv(end - start, PER)):
             at = c * BLOCK_K + k  # built here: what is carried loses its alignment, and loads fall to single elements
-            kept = start + s * PER + lane // BLOCK_K < end
+            kept = first + s * PER < end
             if RAGGED:
                 kept = kept & (at < features)
             x_tile = tl.load(x_rows + at[None, :], mask=token & kept[None, :], other=0.0)
             w = tl.load(blocks + (v * (BLOCK_K * BLOCK_N))[:, None], mask=kept[:, None], other=0.0)
-            v = start + (s + 1) * PER + lane // BLOCK_K
-            c = tl.load(across + v, mask=v < end, other=0)
-            if TRANSPOSED:
-                v = tl.load(place + v, mask=v < end, other=0)
+            c, v = _entry(across, place, first + (s + 1) * PER, end, TRANSPOSED)
             acc = tl.dot(x_tile, w, acc, input_precision=PRECISION)
     store_result(acc, y, preactivation, bias, scale, residual, tile, line, tokens, out, TILE, BLOCK_N, ACTIVATION)
 
@@ -143,6 +123,16 @@ def _assignment(order, tiles, lines):
     rest = program % (GROUP * lines)
     size = min(tiles - group * GROUP, GROUP)
     return group * GROUP + rest % size, tl.load(order + rest // size)
+
+
+@triton.jit
+def _entry(across, place, i, end, TRANSPOSED: tl.constexpr):
+    """Entry i of the View: the block's number on the side the product runs over, and its position in `values`; 0 past the end."""
+    c = tl.load(across + i, mask=i < end, other=0)
+    v = i
+    if TRANSPOSED:
+        v = tl.load(place + i, mask=i < end, other=0)
+    return c, v
 
 
 @triton.jit

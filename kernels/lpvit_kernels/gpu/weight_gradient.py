@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "nnz", "steps"])
 def weight_gradient(
     dy,
     x,
@@ -23,16 +23,16 @@ def weight_gradient(
     nnz,
     dy_stride,
     x_stride,
+    steps,
     R: tl.constexpr,
     C: tl.constexpr,
     PER: tl.constexpr,
     STEP: tl.constexpr,
-    STEPS,
     PRECISION: tl.constexpr,
 ):
     """dvalues [splits, nnz, R, C]; dy [tokens, out] and x [tokens, features] with rows `dy_stride`, `x_stride` elements apart.
 
-    Program (chunk, row, split) computes blocks chunk * PER ... of the block row, over STEPS steps of STEP tokens.
+    Program (chunk, row, split) computes blocks chunk * PER ... of the block row, over `steps` steps of STEP tokens.
     """
     row = tl.program_id(1)
     split = tl.program_id(2)
@@ -48,8 +48,8 @@ def weight_gradient(
     rows = (n < out)[:, None]
     columns = ((block < end) & (column < features))[None, :]
     acc = tl.zeros((R, PER * C), dtype=tl.float32)
-    for step in range(STEPS):
-        m = (split * STEPS + step) * STEP + tl.arange(0, STEP)
+    for step in range(steps):
+        m = (split * steps + step) * STEP + tl.arange(0, STEP)
         m64 = m.to(tl.int64)  # tokens x features may exceed 2^31
         # Read transposed, not transposed after reading: on sm_80 only the former is an asynchronous copy.
         dy_tile = tl.load(dy + m64[None, :] * dy_stride + n[:, None], mask=(m < tokens)[None, :] & rows, other=0.0)
