@@ -13,12 +13,13 @@ from typing import Literal
 import torch
 
 Kind = Literal["forward", "input_gradient", "weight_gradient"]
+Precision = Literal["ieee", "tf32"]
 
 SIDES = (16, 32, 64, 128)  # of a block, along out and along in
 BYTES = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4}
 SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}  # KiB per multiprocessor that programs can use
 OTHER_SHARED = 99  # consumer GPUs
-WARPS = (4, 8, 16)
+WARPS = (4, 8)
 STAGES = (4, 3, 2)
 MOST = 20  # configurations worth timing
 FULL = 2  # programs per multiprocessor below which tokens are split
@@ -49,17 +50,39 @@ def supports(dtype: torch.dtype, block: tuple[int, int], capability: tuple[int, 
     return dtype in BYTES and block[0] in SIDES and block[1] in SIDES and capability >= (8, 0)
 
 
-def default(kind: Kind, dtype: torch.dtype, block: tuple[int, int], tokens: int, capability: tuple[int, int]) -> Config:
+def default(
+    kind: Kind,
+    dtype: torch.dtype,
+    block: tuple[int, int],
+    tokens: int,
+    capability: tuple[int, int],
+    precision: Precision = "ieee",
+) -> Config:
     """The configuration to use where none was timed: the first candidate."""
-    return candidates(kind, dtype, block, tokens, capability)[0]
+    return candidates(kind, dtype, block, tokens, capability, precision)[0]
 
 
 def candidates(
-    kind: Kind, dtype: torch.dtype, block: tuple[int, int], tokens: int, capability: tuple[int, int]
+    kind: Kind,
+    dtype: torch.dtype,
+    block: tuple[int, int],
+    tokens: int,
+    capability: tuple[int, int],
+    precision: Precision = "ieee",
 ) -> list[Config]:
-    """At most 20 configurations worth timing, the likeliest first, that fit registers and shared memory."""
+    """At most 20 configurations worth timing, the likeliest first, that fit registers and shared memory.
+
+    `precision` is that of float32 products; 16-bit types ignore it.
+    """
+    scalar = dtype == torch.float32 and precision == "ieee"  # no matrix instruction: sums and operands all sit in registers
     every = _weight_gradients(dtype, block) if kind == "weight_gradient" else _products(kind, dtype, block, tokens, capability)
-    return [config for config in every if fits(config, kind, dtype, block, capability)][:MOST]
+    return [
+        config
+        for config in every
+        if _fits_registers(config, kind, dtype, block, scalar)
+        and _fits_memory(config, kind, dtype, block, capability)
+        and not (config.descriptors and scalar)
+    ][:MOST]
 
 
 def splits(programs: int, tokens: int, config: Config, processors: int) -> int:
@@ -68,14 +91,25 @@ def splits(programs: int, tokens: int, config: Config, processors: int) -> int:
     return max(1, min(wanted, tokens // (4 * config.step)))
 
 
-def fits(config: Config, kind: Kind, dtype: torch.dtype, block: tuple[int, int], capability: tuple[int, int]) -> bool:
-    """Whether a thread's sums leave registers for the rest, and two programs' pipelines share a multiprocessor's memory."""
+def _fits_registers(config: Config, kind: Kind, dtype: torch.dtype, block: tuple[int, int], scalar: bool) -> bool:
+    """Whether a thread's sums leave room for its operands (found by compiling: see aot.py), and are enough to keep it busy."""
     rows, columns = sides(config, kind, block)
     sums = rows * columns / (32 * config.warps)
+    gradient = kind == "weight_gradient"
+    if scalar:
+        room = config.step <= 32 and (sums * config.step <= 1024 if gradient else sums <= 16)
+    else:
+        room = sums <= (64 if gradient or BYTES[dtype] == 2 else 32)
+    return room and (sums >= 16 or config.warps == min(WARPS))
+
+
+def _fits_memory(config: Config, kind: Kind, dtype: torch.dtype, block: tuple[int, int], capability: tuple[int, int]) -> bool:
+    """Whether two programs' pipelines share a multiprocessor's memory, and every thread has 16 bytes of each tile to copy."""
+    rows, columns = sides(config, kind, block)
+    column = config.step * BYTES[dtype]
     buffers = config.stages if capability >= (9, 0) else config.stages - 1  # mma.sync reads its operands from registers
-    pipeline = buffers * (rows + columns) * config.step * BYTES[dtype]
-    enough = sums >= 16 or config.warps == 4  # more warps than that would only wait
-    return enough and sums <= (32 if dtype == torch.float32 else 64) and pipeline <= shared(capability) // 2
+    wide = min(rows, columns) * column >= 16 * 32 * config.warps
+    return wide and buffers * (rows + columns) * column <= shared(capability) // 2
 
 
 def sides(config: Config, kind: Kind, block: tuple[int, int]) -> tuple[int, int]:
@@ -90,14 +124,12 @@ def shared(capability: tuple[int, int]) -> int:
     return 1024 * SHARED.get(capability, OTHER_SHARED)
 
 
-def _products(
-    kind: Kind, dtype: torch.dtype, block: tuple[int, int], tokens: int, capability: tuple[int, int]
-) -> list[Config]:
+def _products(kind: Kind, dtype: torch.dtype, block: tuple[int, int], tokens: int, capability: tuple[int, int]) -> list[Config]:
     """For the forward product and dX, likeliest first."""
     side = block[1] if kind == "forward" else block[0]
     usual = 64 if BYTES[dtype] == 2 else 32
     steps = [usual] + [side] * (side in (usual // 2, 2 * usual))
-    tiles = [128, 64] if tokens > 1024 else [64, 32, 128] if tokens > 64 else [32, 16, 64] if tokens > 16 else [16]
+    tiles = [128, 64, 32] if tokens > 1024 else [64, 32, 128] if tokens > 64 else [32, 16, 64] if tokens > 16 else [16]
     described = [True, False] if capability >= (9, 0) and tokens > 1024 else [False, True] if capability >= (9, 0) else [False]
     every = product(steps, tiles, WARPS, STAGES, described)
     return [
@@ -111,5 +143,5 @@ def _weight_gradients(dtype: torch.dtype, block: tuple[int, int]) -> list[Config
     """For the gradient of the values, likeliest first."""
     usual = 64 if BYTES[dtype] == 2 else 32
     widths = [max(1, 64 // block[1])] + ([128 // block[1]] if block[1] < 128 else [])
-    every = product((1, 4), widths, WARPS, (usual, 2 * usual), STAGES)
-    return [Config(per, step, warps, stages, splits=parts) for parts, per, warps, step, stages in every]
+    every = product((1, 4), widths, (usual, usual // 2, 2 * usual), WARPS, STAGES)
+    return [Config(per, step, warps, stages, splits=parts) for parts, per, step, warps, stages in every]

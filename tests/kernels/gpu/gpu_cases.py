@@ -49,7 +49,8 @@ def check_products(case: Case, dtype: torch.dtype, device: str, tolerance: float
     close(y, x.double() @ dense.T, tolerance)
     close(input_gradient(dy, weight, case.input_gradient), dy.double() @ dense, tolerance)
     dw = BlockSparseMatrix.from_dense(dy.double().T @ x.double(), case.block, weight.block_mask).values
-    close(weight_gradient(dy, x, weight, case.weight_gradient), dw, tolerance)  # with the padding of ragged blocks: zero
+    # Rounding errors of float32 sums grow like the square root of their length. The padding of ragged blocks must be zero.
+    close(weight_gradient(dy, x, weight, case.weight_gradient), dw, tolerance * max(1, case.tokens / 1000) ** 0.5)
 
 
 def check_epilogue(

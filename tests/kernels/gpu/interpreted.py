@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from gpu_cases import BLOCKS, TOLERANCE, Case, check_epilogue, check_products, matrix
-from lpvit_kernels.gpu import Config, forward, input_gradient, weight_gradient
+from lpvit_kernels.gpu import Config, epilogue_gradient, forward, input_gradient, weight_gradient
 from lpvit_kernels.gpu.epilogue import gelu, gelu_gradient
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,7 +51,9 @@ PRODUCTS = {
     "none kept": Case((80, 112), (16, 32), 33, 0.0),
     "several steps a block": Case((150, 200), (128, 128), 33, forward=MIDDLE, input_gradient=MIDDLE),
     "eight blocks a step": Case((150, 200), (16, 16), 33, forward=Config(32, 128, 4, 2), input_gradient=Config(32, 128, 4, 2)),
-    "descriptors": Case((128, 192), (64, 64), 40, forward=Config(32, 64, 4, 2, True), input_gradient=Config(32, 64, 4, 2, True)),
+    "descriptors": Case(
+        (128, 192), (64, 64), 40, forward=Config(32, 64, 4, 2, True), input_gradient=Config(32, 64, 4, 2, True)
+    ),
     "descriptors, several steps a block": Case(
         (128, 256), (64, 128), 40, forward=Config(16, 32, 4, 2, True), input_gradient=Config(16, 32, 4, 2, True)
     ),
@@ -95,7 +97,11 @@ def test_rows_that_are_not_contiguous() -> None:
     for x in (wide[:, 1], torch.randn(90, 40).T):
         expected = x.double() @ weight.to_dense().double().T
         assert torch.allclose(forward(x, weight)[0].double(), expected, atol=1e-4)
-    dy = torch.randn(128, 40).T
+    dy, residual = torch.randn(128, 40).T, torch.randn(128, 40).T
+    y, z = forward(x, weight, residual=residual, save_preactivation=True)
+    assert torch.equal(y, z + residual)
+    for a, b in zip(epilogue_gradient(dy, z, "gelu", None), epilogue_gradient(dy.contiguous(), z, "gelu", None), strict=True):
+        assert a is b is None or torch.equal(a, b)
     assert torch.equal(input_gradient(dy, weight), input_gradient(dy.contiguous(), weight))
     assert torch.equal(weight_gradient(dy, wide[:, 1], weight), weight_gradient(dy, wide[:, 1].contiguous(), weight))
 
