@@ -3,8 +3,8 @@
     python -m lpvit_kernels.aot            every block, type and number of tokens with its default configuration
     python -m lpvit_kernels.aot --all      every candidate configuration
 
-This shows what a compiler can tell: the matrix instruction, registers, spills, shared memory, the width of asynchronous copies and
-the buffers of the software pipeline. It shows no time.
+This shows what a compiler can tell: the matrix instruction, registers, spills, shared memory, the width of asynchronous
+copies and the buffers of the software pipeline. It shows no time.
 """
 
 from __future__ import annotations
@@ -59,24 +59,38 @@ class Compiled:
     buffers: int  # tiles of the left operand that the pipeline holds
 
 
-def cases(every: bool, blocks: Iterable[tuple[int, int]] = tuple(product(configs.SIDES, repeat=2))) -> list[Case]:
+BLOCKS = tuple(product(configs.SIDES, configs.SIDES))
+
+
+def cases(every: bool, blocks: Iterable[tuple[int, int]] = BLOCKS) -> list[Case]:
     """Default configurations, or every candidate."""
-    found = {}
+    found: dict[Case, None] = {}  # a set that keeps its order
     for capability, kind, (dtype, precision), block, tokens in product(CAPABILITIES, get_args(Kind), TYPES, blocks, TOKENS):
         for config in configs.candidates(kind, dtype, block, tokens, capability, precision)[: None if every else 1]:
-            found[Case(kind, dtype, precision, block, capability, config)] = None  # a set that keeps its order
+            found[Case(kind, dtype, precision, block, capability, config)] = None
     return list(found)
 
 
 def compile_case(case: Case) -> Compiled:
     kernel, types, constants = _arguments(case)
+    return _read(compile_kernel(kernel, types, constants, case.capability, case.config.warps, case.config.stages), case)
+
+
+def compile_kernel(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, object],
+    capability: tuple[int, int],
+    warps: int = 4,
+    stages: int = 3,
+) -> Any:
+    """Triton's compiled kernel. Arguments without a type or a value are None."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     constexprs = {name: constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
     aligned = [i for i, name in enumerate(kernel.arg_names) if types.get(name, "").startswith("*") or name in ALIGNED]
     source = ASTSource(kernel, signature, constexprs, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    major, minor = case.capability
-    options = {"num_warps": case.config.warps, "num_stages": case.config.stages}
-    return _read(triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options), case)
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
 
 
 def problems(case: Case, compiled: Compiled) -> list[str]:
@@ -112,11 +126,8 @@ def _arguments(case: Case) -> tuple[Any, dict[str, str], dict[str, object]]:
         types = dict.fromkeys(("tokens", "out", "features", "nnz", "dy_stride", "x_stride", "steps"), "i32")
         types |= dict.fromkeys(("row_ptr", "cols"), "*i32") | dict.fromkeys(("dy", "x"), f"*{name}")
         types |= {"dvalues": f"*{name}" if config.splits == 1 else "*fp32"}
-        return (
-            weight_gradient,
-            types,
-            {"R": height, "C": width, "PER": config.tile, "STEP": config.step, "PRECISION": case.precision},
-        )
+        constants: dict[str, object] = {"R": height, "C": width, "PER": config.tile, "STEP": config.step}
+        return weight_gradient, types, constants | {"PRECISION": case.precision}
     forward = case.kind == "forward"
     block_k, block_n = (width, height) if forward else (height, width)
     types = dict.fromkeys(("tokens", "features", "out", "x_stride"), "i32")
@@ -170,10 +181,8 @@ def main() -> None:
     args = parser.parse_args()
     failed = 0
     print(f"Triton {triton.__version__}; forward products with bias, GELU, scale and residual; no GPU, no time")
-    print(
-        f"{'kernel':16} {'type':5} {'block':8} {'sm':3} {'tile':>4} {'step':>4} {'warps':>5} {'stages':>6} {'desc':>5} {'splits':>6} | "
-        f"{'instruction':11} {'copies':11} {'regs':>4} {'spills':>6} {'shared':>7} {'buffers':>7} {'per SM':>6}"
-    )
+    columns = "kernel           type  block    sm  tile step warps stages  desc splits | instruction copies      regs spills"
+    print(f"{columns}  shared buffers per SM")
     for case in cases(args.all):
         compiled = compile_case(case)
         wrong = problems(case, compiled)

@@ -1,7 +1,7 @@
 """The tile shapes that the kernels may run with, and which of them fit a block, a number of tokens and a GPU.
 
-Nothing here has been measured on a GPU. The shapes come from kernels compiled ahead of time (`make aot`), which shows registers,
-spills, shared memory and pipeline buffers, but no time: a caller who wants the fastest times `candidates` on its own GPU.
+Nothing here has been measured on a GPU. The shapes come from kernels compiled ahead of time (`make aot`), which shows
+registers, spills, shared memory and pipeline buffers, but no time: who wants the fastest times `candidates` on the own GPU.
 """
 
 from __future__ import annotations

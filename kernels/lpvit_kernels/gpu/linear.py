@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -55,10 +54,10 @@ def input_gradient(dy: Tensor, weight: BlockSparseMatrix, config: Config | None 
 
 
 def weight_gradient(dy: Tensor, x: Tensor, weight: BlockSparseMatrix, config: Config | None = None) -> Tensor:
-    """dvalues [nnz, R, C], from the gradient dy [tokens, out] of x W^T and x [tokens, in]; zero in the padding of ragged blocks.
+    """dvalues [nnz, R, C], from the gradient dy [tokens, out] of x W^T, and x; zero in the padding of ragged blocks.
 
-    With `splits` > 1 it holds that many float32 copies of the values' size for a moment, which is only worth it, and by default
-    only happens, where blocks are few. The result does not depend on timing.
+    With `splits` > 1 it holds that many float32 copies of the values for a moment, which is worth it, and by default happens,
+    only where blocks are few. The result does not depend on timing.
     """
     (out, features), (height, width), nnz = weight.shape, weight.block, len(weight.values)
     tokens = len(x)
@@ -105,7 +104,7 @@ def epilogue_gradient(
     need_bias: bool = True,
     need_scale: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of y = act(z) * scale + residual with z = x W^T + b, from dy: those of z, b and scale (the residual's is dy).
+    """The gradients of z, b and scale, from that of y = act(z) * scale + residual with z = x W^T + b (the residual's is dy).
 
     dy, preactivation z, dz [tokens, out]; scale, dbias, dscale [out]. z may be None where there is neither an activation nor
     `need_scale`. dz is dy itself where nothing changes it.
@@ -135,8 +134,7 @@ def epilogue_gradient(
                 TILE=EPILOGUE_TILE[1],
                 STEPS=EPILOGUE_STEPS,
             )
-    sums = (None if part is None else part.sum(dim=0).to(dy.dtype) for part in (dbias, dscale))
-    return (dy if dz is None else dz, *sums)
+    return dy if dz is None else dz, _summed(dbias, dy.dtype), _summed(dscale, dy.dtype)
 
 
 def _matmul(
@@ -196,6 +194,10 @@ def _matmul(
             num_warps=config.warps,
             num_stages=config.stages,
         )
+
+
+def _summed(parts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if parts is None else parts.sum(dim=0).to(dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -52,9 +52,10 @@ def matmul(
 ):
     """y [tokens, out] = epilogue of x [tokens, features] times the lines of a View.
 
-    x, values    pointers, x with rows `x_stride` elements apart; or tensor descriptors (DESCRIPTORS) of x and of [nnz * R, C], with
-                 boxes [TILE, STEP] and [BLOCK_N, STEP] ([STEP, BLOCK_N] if TRANSPOSED)
-    ptr, across, place, order    the View; TRANSPOSED: blocks are [BLOCK_K, BLOCK_N], else [BLOCK_N, BLOCK_K]
+    x, values    pointers, x with rows `x_stride` elements apart; or (DESCRIPTORS) tensor descriptors of x and of the values as
+                 [nnz * R, C], with boxes [TILE, STEP] and [BLOCK_N, STEP] ([STEP, BLOCK_N] if TRANSPOSED)
+    ptr, across, place, order    the View
+    TRANSPOSED   blocks are [BLOCK_K, BLOCK_N], else [BLOCK_N, BLOCK_K]
     RAGGED       BLOCK_K does not divide `features`
     PRECISION    of float32 products: "tf32" or "ieee"
     """
@@ -64,20 +65,17 @@ def matmul(
     row = tl.arange(0, TILE)
     token = (row < tokens - tile * TILE)[:, None]
     acc = tl.zeros((TILE, BLOCK_N), dtype=tl.float32)
+    SUB: tl.constexpr = BLOCK_K // STEP  # steps of a block, or
+    PER: tl.constexpr = STEP // BLOCK_K  # blocks of a step
     if DESCRIPTORS:
-        SUB: tl.constexpr = BLOCK_K // STEP
         c, v = _entry(across, place, start, end, TRANSPOSED)
         for s in range(0, (end - start) * SUB):
             inside = (s % SUB) * STEP
             x_tile = x.load([tile * TILE, c * BLOCK_K + inside])
-            if TRANSPOSED:
-                w = values.load([v * BLOCK_K + inside, 0])
-            else:
-                w = values.load([v * BLOCK_N, inside]).T
+            w = values.load([v * BLOCK_K + inside, 0]) if TRANSPOSED else values.load([v * BLOCK_N, inside]).T
             c, v = _entry(across, place, start + (s + 1) // SUB, end, TRANSPOSED)
             acc = tl.dot(x_tile, w, acc, input_precision=PRECISION)
     elif STEP <= BLOCK_K:
-        SUB: tl.constexpr = BLOCK_K // STEP
         k = tl.arange(0, STEP)
         x_tiles = x + tile.to(tl.int64) * TILE * x_stride + (row[:, None] * x_stride + k[None, :])
         blocks = values + _inside_block(k, BLOCK_K, BLOCK_N, TRANSPOSED)
@@ -96,7 +94,6 @@ def matmul(
             c, v = _entry(across, place, start + (s + 1) // SUB, end, TRANSPOSED)
             acc = tl.dot(x_tile, w, acc, input_precision=PRECISION)
     else:
-        PER: tl.constexpr = STEP // BLOCK_K
         lane = tl.arange(0, STEP)
         k = lane % BLOCK_K
         x_rows = x + tile.to(tl.int64) * TILE * x_stride + row[:, None] * x_stride
@@ -127,7 +124,7 @@ def _assignment(order, tiles, lines):
 
 @triton.jit
 def _entry(across, place, i, end, TRANSPOSED: tl.constexpr):
-    """Entry i of the View: the block's number on the side the product runs over, and its position in `values`; 0 past the end."""
+    """Entry i of the View: the block's number along the side the product runs over (past the end 0), its place in `values`."""
     c = tl.load(across + i, mask=i < end, other=0)
     v = i
     if TRANSPOSED:
@@ -139,8 +136,4 @@ def _entry(across, place, i, end, TRANSPOSED: tl.constexpr):
 def _inside_block(k, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Offsets [k, BLOCK_N] inside a stored block."""
     n = tl.arange(0, BLOCK_N)
-    if TRANSPOSED:
-        offsets = k[:, None] * BLOCK_N + n[None, :]
-    else:
-        offsets = k[:, None] + n[None, :] * BLOCK_K
-    return offsets
+    return k[:, None] * BLOCK_N + n[None, :] if TRANSPOSED else k[:, None] + n[None, :] * BLOCK_K

@@ -1,7 +1,7 @@
 """The gradient of the kept blocks, dvalues[i] = dy[:, block row of i]^T x[:, block column of i]: no dense dW anywhere.
 
-One program takes PER neighbouring blocks of one block row, so that they share dy and fill a tile, and one of the `splits` parts of
-the tokens: with few blocks, a part each keeps the GPU busy. Parts are summed afterwards in a fixed order.
+One program takes PER neighbouring blocks of one block row, so that they share dy and fill a tile, and one of `splits` parts of
+the tokens, which keeps the GPU busy where blocks are few. Parts are summed afterwards, in a fixed order.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The GPU kernels under Triton's interpreter: their logic, on the CPU. Run by test_gpu_interpreted.py in a process of its own.
 
-It sees neither races nor alignment nor a GPU's limits, and multiplies bfloat16 wrongly, which is why that is tried on GPUs only.
+It sees neither races nor alignment nor a GPU's limits, and it multiplies bfloat16 wrongly: that is for test_on_gpu.py.
 """
 
 from __future__ import annotations

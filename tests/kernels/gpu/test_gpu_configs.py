@@ -1,4 +1,4 @@
-"""The shipped configurations, without a GPU: that there are some for everything, that they fit, and what a compiler makes of them."""
+"""The shipped configurations, without a GPU: that there are some for everything, and what a compiler makes of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from lpvit_kernels import aot
 from lpvit_kernels.gpu import Config, candidates, default, supports
 from lpvit_kernels.gpu.configs import MOST, SIDES, Kind, splits
+from lpvit_kernels.gpu.epilogue import epilogue_gradient
+from lpvit_kernels.gpu.linear import EPILOGUE_STEPS, EPILOGUE_TILE
 
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 
@@ -53,6 +55,17 @@ SOME = [
 @pytest.mark.parametrize("case", SOME, ids=lambda case: f"{case.kind}-{aot._type(case)}-{case.block}-{case.capability}")
 def test_compiled_kernels_are_what_they_were_made_to_be(case: aot.Case) -> None:
     assert aot.problems(case, aot.compile_case(case)) == []
+
+
+@pytest.mark.parametrize("capability", aot.CAPABILITIES)
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+def test_the_gradient_of_an_epilogue_compiles(name: str, activation: str | None, capability: tuple[int, int]) -> None:
+    types = {"dy": f"*{name}", "preactivation": f"*{name}", "scale": f"*{name}", "dz": f"*{name}"}
+    types |= {"dbias": "*fp32", "dscale": "*fp32", "tokens": "i32", "out": "i32"}
+    constants = {"ACTIVATION": activation, "TILE": EPILOGUE_TILE[1], "STEP": EPILOGUE_TILE[0], "STEPS": EPILOGUE_STEPS}
+    ptx = aot.compile_kernel(epilogue_gradient, types, constants, capability).asm["ptx"]
+    assert ".v4.b32" in ptx  # 16 bytes at once
 
 
 def test_a_kernel_that_spills_is_a_problem() -> None:
