@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench aot clean
 
 setup: $(READY)
 
@@ -31,6 +31,10 @@ bench: setup
 	$(BIN)/python scripts/bench_linear.py --threads 1 --output benchmarks/results/linear_cpu.json
 	$(BIN)/python scripts/bench_mfac.py --output benchmarks/results/mfac_cpu.json
 	$(BIN)/lpvit run digits_vit --output runs/bench --no-resume --json > benchmarks/results/digits_vit_cpu.json
+
+# What the compiler makes of the GPU kernels, for compute capability 8.0 and 9.0; needs no GPU.
+aot: setup
+	$(BIN)/python -m lpvit_kernels.aot > benchmarks/results/aot.txt
 
 clean:
 	rm -rf .venv runs/demo runs/bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,7 +28,7 @@ def forward(
     x: Tensor,
     weight: BlockSparseMatrix,
     bias: Tensor | None,
-    activation: str | None,
+    activation: Literal["gelu"] | None,
     scale: Tensor | None,
     residual: Tensor | None,
     needs_z: bool,
@@ -48,6 +51,27 @@ def forward(
     if residual is not None:
         y = y + residual
     return y.clone() if y is z else y, z
+
+
+def epilogue_gradient(
+    dy: Tensor,
+    z: Tensor | None,
+    activation: Literal["gelu"] | None,
+    scale: Tensor | None,
+    need_bias: bool,
+    need_scale: bool,
+    backend: str | Choice,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of z, the bias and the scale, from that of y = act(z) * scale + residual; dz may be dy itself."""
+    if dispatch.runs_triton(backend, dy):
+        from lpvit_kernels import gpu
+
+        return gpu.epilogue_gradient(dy, z, activation, scale, need_bias, need_scale)
+    dscale = (dy * (F.gelu(z) if activation else z)).sum(dim=0) if need_scale and z is not None else None
+    dz = dy if scale is None else dy * scale
+    if activation and z is not None:
+        dz = torch.ops.aten.gelu_backward(dz, z)
+    return dz, dz.sum(dim=0) if need_bias else None, dscale
 
 
 def input_gradient(dz: Tensor, weight: BlockSparseMatrix, backend: str | Choice) -> Tensor:

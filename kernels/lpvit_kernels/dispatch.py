@@ -29,7 +29,7 @@ class Case:
     kind: Kind
     device: str  # "cpu" or "cuda:0"
     threads: int  # of the CPU
-    dtype: torch.dtype
+    dtype: str  # "tf32" for float32 on a GPU where torch's own products take it
     shape: tuple[int, int]
     block: tuple[int, int]
     density: float  # to the next twentieth
@@ -39,14 +39,17 @@ class Case:
     def key(self) -> str:
         """Its name in the file of tuned choices: machine and versions included."""
         sizes = f"{self.shape[0]}x{self.shape[1]} {self.block[0]}x{self.block[1]} {self.density:.2f} {self.tokens}"
-        return f"{hardware(self.device, self.threads)} | {self.kind} {str(self.dtype).removeprefix('torch.')} {sizes}"
+        return f"{hardware(self.device, self.threads)} | {self.kind} {self.dtype} {sizes}"
 
 
 def case(kind: Kind, x: Tensor, weight: BlockSparseMatrix) -> Case:
     """`x` [tokens, ...]: the input, or the gradient of the output."""
     density, tokens = -(-weight.density * 20 // 1) / 20, 1 << max(len(x) - 1, 0).bit_length()
     threads = torch.get_num_threads() if x.device.type == "cpu" else 0
-    return Case(kind, str(x.device), threads, x.dtype, weight.shape, weight.block, density, tokens)
+    dtype = str(x.dtype).removeprefix("torch.")
+    if dtype == "float32" and x.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        dtype = "tf32"
+    return Case(kind, str(x.device), threads, dtype, weight.shape, weight.block, density, tokens)
 
 
 def choose(kind: Kind, backend: str | Choice, x: Tensor, weight: BlockSparseMatrix) -> Choice:
@@ -60,6 +63,12 @@ def choose(kind: Kind, backend: str | Choice, x: Tensor, weight: BlockSparseMatr
     return _choice(case(kind, x, weight), backend, tuned.changes())
 
 
+def runs_triton(backend: str | Choice, x: Tensor) -> bool:
+    """Whether what surrounds the products, which no tuning decides, is left to triton."""
+    name = backend.backend if isinstance(backend, Choice) else backend
+    return name == "triton" or (name == "auto" and x.is_cuda and x.dtype != torch.float64 and not triton_missing(str(x.device)))
+
+
 @lru_cache(maxsize=4096)
 def _choice(case: Case, backend: str, _: int) -> Choice:
     if backend == "auto" and (found := tuned.find(case.key)):
@@ -70,12 +79,23 @@ def _choice(case: Case, backend: str, _: int) -> Choice:
 def by_rule(case: Case, sparse_only: bool = False) -> Choice:
     """Where nothing was tuned. On GPUs none of this was measured."""
     if not case.device.startswith("cpu"):
-        return Choice("triton" if not triton_missing(case.device) and case.dtype != torch.float64 else "dense")
+        if triton_runs(case.device, case.dtype, case.block):
+            return Choice("triton")
+        return Choice("gathered" if case.kind == "weight_gradient" else "dense")
     if case.kind == "weight_gradient":
         return Choice("gathered")
     if not sparse_only and case.density > (0.7 if case.block[0] * case.block[1] >= 2048 else 0.5):
         return Choice("dense")
     return Choice("batched" if case.tokens <= FEW_TOKENS else "gathered")
+
+
+def triton_runs(device: str, dtype: str, block: tuple[int, int]) -> bool:
+    """Whether there is a kernel for this type and block on this device."""
+    if triton_missing(device) or dtype == "float64":
+        return False
+    from lpvit_kernels.gpu.configs import SIDES
+
+    return set(block) <= set(SIDES)
 
 
 @cache

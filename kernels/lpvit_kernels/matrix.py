@@ -13,6 +13,22 @@ from lpvit_kernels.kept import kept
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+@dataclass(frozen=True)
+class View:
+    """The kept blocks line by line; a line is a block row (`by_row`) or a block column (`by_column`). All int32.
+
+    ptr     [lines + 1]: line i holds entries ptr[i] to ptr[i + 1]
+    across  [nnz]: an entry's block column (by_row) or block row (by_column), ascending within a line
+    place   [nnz]: an entry's position in `values`
+    order   [lines]: lines by descending number of entries, so that a GPU starts with the heaviest
+    """
+
+    ptr: Tensor
+    across: Tensor
+    place: Tensor
+    order: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class BlockSparseMatrix:
     """A weight [out, in] (PyTorch layout) made of kept blocks of R output features x C input features.
@@ -22,8 +38,11 @@ class BlockSparseMatrix:
     cols     [nnz] int32: block column of each value, ascending within a block row
     shape    (out, in); R and C need not divide it
 
+    Every other index (`by_row`, and the transposed `by_column` with `col_ptr`, `rows`, `perm`) is derived from these on first
+    use, once for all matrices that share `cols`; the transposed ones point into the same values.
+
     Construction checks shapes, types, devices and indices, and raises ValueError; `check=False` is for parts that were checked
-    before. Indices derived from these are made once for all matrices that share `cols`. Padding of ragged edges is not read.
+    before. Padding of ragged edges is not read.
     """
 
     values: Tensor
@@ -64,6 +83,31 @@ class BlockSparseMatrix:
     def block_rows(self) -> Tensor:
         """[nnz] int64: block row of each value."""
         return kept(self.cols, "block_rows", lambda: _block_rows(self.row_ptr))
+
+    @property
+    def by_row(self) -> View:
+        """The kept blocks by block row, as `values` holds them."""
+        return kept(self.cols, "by_row", lambda: _by_row(self.row_ptr, self.cols))
+
+    @property
+    def by_column(self) -> View:
+        """The kept blocks by block column: what the product with the transposed weight walks."""
+        return kept(self.cols, "by_column", lambda: _by_column(self.block_rows, self.cols, self.grid[1]))
+
+    @property
+    def col_ptr(self) -> Tensor:
+        """[ceil(in / C) + 1] int32: block column j holds values[perm[col_ptr[j]:col_ptr[j + 1]]]."""
+        return self.by_column.ptr
+
+    @property
+    def rows(self) -> Tensor:
+        """[nnz] int32: block row of each value in the order of `perm`."""
+        return self.by_column.across
+
+    @property
+    def perm(self) -> Tensor:
+        """[nnz] int32: positions in `values`, block column by block column."""
+        return self.by_column.place
 
     @property
     def block_mask(self) -> Tensor:
@@ -107,6 +151,22 @@ class BlockSparseMatrix:
 def _block_rows(row_ptr: Tensor) -> Tensor:
     counts = row_ptr.diff().long()
     return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
+
+def _by_row(row_ptr: Tensor, cols: Tensor) -> View:
+    # cols are the key that the view is kept under: held by it, they would never be let go
+    return _view(row_ptr, cols.clone(), torch.arange(len(cols), dtype=torch.int32, device=cols.device))
+
+
+def _by_column(block_rows: Tensor, cols: Tensor, columns: int) -> View:
+    perm = cols.argsort(stable=True)  # stable: rows ascend within a column
+    counts = torch.bincount(cols, minlength=columns)
+    return _view(F.pad(counts.cumsum(dim=0), (1, 0)).int(), block_rows[perm].int(), perm.int())
+
+
+def _view(ptr: Tensor, across: Tensor, place: Tensor) -> View:
+    order = ptr.diff().argsort(descending=True, stable=True).int()
+    return View(ptr, across, place, order)
 
 
 def _check(values: Tensor, row_ptr: Tensor, cols: Tensor, shape: tuple[int, int]) -> None:

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from lpvit_kernels import backends, reference
@@ -98,6 +97,10 @@ _LIBRARY.define(
     " SymInt out_features, str? activation, bool needs_z, str backend) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
+    "block_sparse_epilogue_gradient(Tensor dy, Tensor z, Tensor? scale, str? activation, bool need_bias, bool need_scale,"
+    " str backend) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
     "block_sparse_input_gradient(Tensor dz, Tensor values, Tensor row_ptr, Tensor cols, SymInt in_features, str backend)"
     " -> Tensor"
 )
@@ -119,7 +122,7 @@ def _forward(
     row_ptr: Tensor,
     cols: Tensor,
     out_features: int,
-    activation: str | None,
+    activation: Literal["gelu"] | None,
     needs_z: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -127,6 +130,21 @@ def _forward(
     weight = _matrix(values, row_ptr, cols, (out_features, x.shape[1]))
     y, z = backends.forward(x, weight, bias, activation, scale, residual, needs_z, backend)
     return y, x.new_empty(0) if z is None else z
+
+
+def _epilogue_gradient(
+    dy: Tensor,
+    z: Tensor,
+    scale: Tensor | None,
+    activation: Literal["gelu"] | None,
+    need_bias: bool,
+    need_scale: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty tensors for what is not needed, and for a dz that is dy: operators do not return their arguments."""
+    made = backends.epilogue_gradient(dy, z if z.numel() else None, activation, scale, need_bias, need_scale, backend)
+    dz, dbias, dscale = (dy.new_empty(0) if found is None or found is dy else found for found in made)
+    return dz, dbias, dscale
 
 
 def _input_gradient(dz: Tensor, values: Tensor, row_ptr: Tensor, cols: Tensor, in_features: int, backend: str) -> Tensor:
@@ -138,6 +156,7 @@ def _weight_gradient(dz: Tensor, x: Tensor, values: Tensor, row_ptr: Tensor, col
 
 
 _LIBRARY.impl("block_sparse_linear", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("block_sparse_epilogue_gradient", _epilogue_gradient, "CompositeExplicitAutograd")
 _LIBRARY.impl("block_sparse_input_gradient", _input_gradient, "CompositeExplicitAutograd")
 _LIBRARY.impl("block_sparse_weight_gradient", _weight_gradient, "CompositeExplicitAutograd")
 
@@ -146,6 +165,12 @@ _LIBRARY.impl("block_sparse_weight_gradient", _weight_gradient, "CompositeExplic
 def _(x, values, bias, scale, residual, row_ptr, cols, out_features, activation, needs_z, backend):  # type: ignore[no-untyped-def]
     y = x.new_empty(x.shape[0], out_features)
     return y, torch.empty_like(y) if needs_z else x.new_empty(0)
+
+
+@torch.library.register_fake("lpvit::block_sparse_epilogue_gradient", lib=_LIBRARY)
+def _(dy, z, scale, activation, need_bias, need_scale, backend):  # type: ignore[no-untyped-def]
+    changes, sums = activation is not None or scale is not None, (need_bias, need_scale)
+    return torch.empty_like(dy) if changes else dy.new_empty(0), *(dy.new_empty(dy.shape[1] if need else 0) for need in sums)
 
 
 @torch.library.register_fake("lpvit::block_sparse_input_gradient", lib=_LIBRARY)
@@ -167,18 +192,24 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     x, values, scale, row_ptr, cols, z = ctx.saved_tensors
     need_x, need_values, need_bias, need_scale, need_residual = ctx.needs_input_grad[:5]
-    dscale = None
-    if need_scale:
-        dscale = (dy * (F.gelu(z) if ctx.activation else z)).sum(dim=0)
-    dz = (dy if scale is None else dy * scale).contiguous()
-    if ctx.activation:
-        dz = torch.ops.aten.gelu_backward(dz, z)
+    dz, dbias, dscale = torch.ops.lpvit.block_sparse_epilogue_gradient(
+        dy.contiguous(), z, scale, ctx.activation, need_bias, need_scale, ctx.backend
+    )
+    if ctx.activation is None and scale is None:
+        dz = dy.contiguous()
     dx = dvalues = None
     if need_x:
         dx = torch.ops.lpvit.block_sparse_input_gradient(dz, values, row_ptr, cols, x.shape[1], ctx.backend)
     if need_values:
         dvalues = torch.ops.lpvit.block_sparse_weight_gradient(dz, x, values, row_ptr, cols, ctx.backend)
-    return (dx, dvalues, dz.sum(dim=0) if need_bias else None, dscale, dy if need_residual else None, *(None,) * 6)
+    return (
+        dx,
+        dvalues,
+        dbias if need_bias else None,
+        dscale if need_scale else None,
+        dy if need_residual else None,
+        *(None,) * 6,
+    )
 
 
 torch.library.register_autograd("lpvit::block_sparse_linear", _backward, setup_context=_save, lib=_LIBRARY)
@@ -188,7 +219,7 @@ def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
     raise RuntimeError("block-sparse linear layers have no second derivative (once_differentiable)")
 
 
-for _name in ("input", "weight"):
+for _name in ("epilogue", "input", "weight"):
     torch.library.register_autograd(f"lpvit::block_sparse_{_name}_gradient", _no_second_derivative, lib=_LIBRARY)
 
 

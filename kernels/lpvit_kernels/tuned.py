@@ -35,7 +35,7 @@ class Tuned:
     times_us: dict[str, float]  # by backend; of triton the best configuration's
 
 
-_loaded: dict[str, Tuned] | None = None
+_loaded: dict[str, dict[str, Any]] | None = None  # entries as the file has them
 _changes = 0
 
 
@@ -49,7 +49,7 @@ def find(key: str) -> Tuned | None:
     global _loaded
     if _loaded is None:
         _loaded = _read()
-    return _loaded.get(key)
+    return _tuned(_loaded[key]) if key in _loaded else None
 
 
 def changes() -> int:
@@ -63,10 +63,9 @@ def record(entries: dict[str, Tuned]) -> None:
     target = path()
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
-        _loaded = _read() | entries
-        document = {"format": FORMAT, "entries": {key: asdict(entry) for key, entry in _loaded.items()}}
+        _loaded = _read() | {key: asdict(entry) for key, entry in entries.items()}
         with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=".tuned", delete=False) as file:
-            json.dump(document, file, indent=1)
+            json.dump({"format": FORMAT, "entries": _loaded}, file, indent=1)
         os.replace(file.name, target)
     _changes += 1
 
@@ -78,12 +77,15 @@ def forget() -> None:
     _changes += 1
 
 
-def _read() -> dict[str, Tuned]:
+def _read() -> dict[str, dict[str, Any]]:
     try:
         document = json.loads(path().read_text())
         if document["format"] != FORMAT:
             return {}
-        return {key: _entry(entry) for key, entry in document["entries"].items()}
+        entries: dict[str, dict[str, Any]] = document["entries"]
+        if not all(entry["choice"]["backend"] in entry["times_us"] for entry in entries.values()):
+            raise ValueError("a choice that was not timed")
+        return entries
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -91,7 +93,7 @@ def _read() -> dict[str, Tuned]:
         return {}
 
 
-def _entry(entry: dict[str, Any]) -> Tuned:
+def _tuned(entry: dict[str, Any]) -> Tuned:
     config = entry["choice"]["config"]
     if config is not None:
         from lpvit_kernels.gpu.configs import Config

@@ -33,11 +33,12 @@ def tune(weight: BlockSparseMatrix, tokens: int, kinds: tuple[Kind, ...] = KINDS
 def candidates(kind: Kind, weight: BlockSparseMatrix, tokens: int) -> list[Choice]:
     """All that can compute it on the device of the values."""
     device, dtype = weight.values.device, weight.values.dtype
-    choices = [] if kind == "weight_gradient" else [Choice("dense")]
+    choices = [Choice("gathered" if kind == "weight_gradient" else "dense")]
     if device.type == "cpu":
         forms = cpu.GRADIENTS if kind == "weight_gradient" else cpu.FORMS
-        return choices + [Choice(form) for form in forms if form != "batched" or tokens <= 4 * dispatch.FEW_TOKENS]
-    if dtype != torch.float64 and not dispatch.triton_missing(str(device)):
+        few = tokens <= 4 * dispatch.FEW_TOKENS
+        return list(dict.fromkeys([*choices, *(Choice(form) for form in forms if form != "batched" or few)]))
+    if dispatch.triton_runs(str(device), str(dtype).removeprefix("torch."), weight.block):
         from lpvit_kernels.gpu import configs
 
         capability = torch.cuda.get_device_capability(device)

@@ -7,7 +7,7 @@ import torch
 from helpers import expanded, masked
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lpvit_kernels import BlockSparseMatrix
+from lpvit_kernels import BlockSparseMatrix, random_block_sparse
 from torch import Tensor
 
 
@@ -54,6 +54,45 @@ def test_with_values_shares_the_pattern_and_carries_gradients() -> None:
         matrix.with_values(values[:, :1])
     with pytest.raises(AttributeError, match="cannot assign"):
         matrix.cols = other.cols  # type: ignore[misc]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    st.sampled_from([0.0, 0.4, 1.0]),
+    st.integers(0, 99),
+)
+def test_the_transposed_view_finds_every_block(
+    shape: tuple[int, int], block: tuple[int, int], density: float, seed: int
+) -> None:
+    weight, mask = masked(shape, block, density, seed)
+    matrix = BlockSparseMatrix.from_dense(weight, block, mask)
+    transposed = BlockSparseMatrix.from_dense(weight.T, block[::-1], mask.T)
+    again = matrix.values[matrix.perm.long()].transpose(1, 2)  # the same values in another order: nothing is stored twice
+    assert torch.equal(again, transposed.values)
+    assert torch.equal(matrix.col_ptr, transposed.row_ptr)
+    assert torch.equal(matrix.rows, transposed.cols)
+    for view, counts in ((matrix.by_row, mask.sum(dim=1)), (matrix.by_column, mask.sum(dim=0))):
+        assert sorted(view.order.tolist()) == list(range(len(counts)))
+        assert (counts[view.order.long()].diff() <= 0).all()
+        assert {index.dtype for index in (view.ptr, view.across, view.place, view.order)} == {torch.int32}
+    assert matrix.with_values(matrix.values).by_column is matrix.by_column
+
+
+def test_random_matrices_are_what_was_asked_for() -> None:
+    even = random_block_sparse((500, 700), (10, 10), 0.4)
+    uneven = random_block_sparse((500, 700), (10, 10), 0.4, imbalance=1.0)
+    assert even.density == uneven.density == pytest.approx(0.4)
+    spread = [matrix.row_ptr.diff().double().std().item() for matrix in (even, uneven)]
+    assert spread[0] < 5 < 10 < spread[1]  # binomial: sqrt(70 x 0.4 x 0.6) = 4.1
+    empty = random_block_sparse((50, 70), (16, 16), 0.5, empty_rows=2, empty_columns=1)
+    assert not empty.block_mask[:2].any()
+    assert not empty.block_mask[:, :1].any()
+    assert empty.density == 8 / 20  # two of four rows and four of five columns hold 8 blocks
+    same = random_block_sparse((50, 70), (16, 16), 0.5, dtype=torch.float16, seed=3)
+    assert torch.equal(same.values, random_block_sparse((50, 70), (16, 16), 0.5, seed=3).values.half())
+    assert not torch.equal(same.values, random_block_sparse((50, 70), (16, 16), 0.5, seed=4).values.half())
 
 
 def test_to_changes_values_only() -> None:
