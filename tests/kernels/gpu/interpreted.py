@@ -11,7 +11,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from gpu_cases import BLOCKS, TOLERANCE, Case, check_epilogue, check_products, matrix
+from gpu_cases import BLOCKS, TOLERANCE, Case, check_epilogue, check_products, close, matrix
+from lpvit_kernels import linear
 from lpvit_kernels.gpu import Config, epilogue_gradient, forward, input_gradient, weight_gradient
 from lpvit_kernels.gpu.epilogue import gelu, gelu_gradient
 from torch import Tensor
@@ -133,3 +134,17 @@ def test_gelu_and_its_gradient(exact: bool, error: float, gradient_error: float)
     expected.sum().backward()
     assert (y - expected).abs().max() < error
     assert (gradient - z64.grad).abs().max() < gradient_error
+
+
+def test_the_public_operation_runs_these_kernels_forward_and_backward() -> None:
+    """Through the operator and its autograd, against the reference in float64."""
+    weight = matrix(Case((100, 90), (32, 64), 40, 0.4, empty=1), torch.float32, "cpu")
+    tensors = [torch.randn(2, 7, 90), weight.values, *torch.randn(2, 100), torch.randn(2, 7, 100)]
+
+    def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        x, values, bias, scale, residual = inputs = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        y = linear(x, weight.with_values(values), bias, "gelu", residual, backend, scale=scale)
+        return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    for found, expected in zip(run(torch.float32, "triton"), run(torch.float64, "reference"), strict=True):
+        close(found, expected, 4e-6)
