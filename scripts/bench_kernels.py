@@ -23,11 +23,13 @@ import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_crossovers import Row, crossovers, draw
 from kernel_rivals import Call, Layer, Problem, bsr_rivals, dense_rivals, layers_of, works
 from lpvit_kernels import BlockSparseMatrix, linear, tune
 from lpvit_kernels.random import random_block_sparse
@@ -45,9 +47,8 @@ TOKENS = 197  # of an image
 SPARSITIES = (0.0, 0.3, 0.5, 0.7, 0.8)
 BSR_SPARSITIES = (0.5, 0.7, 0.8)
 DENSE = ("dense", "compiled", "mkldnn")
+OURS = ("dense", "sparse")  # without which there is no benchmark
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -104,35 +105,31 @@ class Bench:
         self.device, self.dtype, self.rounds = device, dtype, rounds
         self.gpu = device.type == "cuda"
         self.ceilings = Ceilings.measure(device, dtype)
+        self.failures: set[str] = set()  # of rivals
 
     def panel(self, panel: Panel) -> list[Row]:
         rows = []
         for layer in layers_of(MODELS[panel.model]):
             about = {"model": panel.model, "layer": layer.name, "out": layer.out, "in": layer.features}
             about |= {"tokens": panel.images * TOKENS, "block": "x".join(map(str, panel.block))}
-            rows += [about | row for row in self.layer(layer, panel.images * TOKENS, panel.block)]
+            rows += [about | found for found in self.layer(layer, panel.images * TOKENS, panel.block)]
         return rows
 
     def layer(self, layer: Layer, tokens: int, block: tuple[int, int]) -> list[Row]:
         """One interleaved run: dense, and sparse at each sparsity."""
         problem = Problem.random(layer, tokens, self.device, self.dtype)
         full = torch.randn(layer.out, layer.features, device=self.device, dtype=self.dtype)
-        calls, failures = dense_rivals(problem, full), dict[str, str]()
-        self.check(calls, problem.reference(full), failures)
+        calls = self.right(dense_rivals(problem, full), problem.reference(full))
         facts = []
         for number, sparsity in enumerate(SPARSITIES):
             shape = (layer.out, layer.features)
             weight = random_block_sparse(shape, block, 1 - sparsity, dtype=self.dtype, device=self.device, seed=number)
             found = tune(weight, tokens, ("forward",))["forward"]
-            made = {f"sparse {sparsity}": self.sparse(problem, weight)}
+            made = {"sparse": self.sparse(problem, weight)}
             if self.gpu and sparsity in BSR_SPARSITIES:
-                try:
-                    bsr = bsr_rivals(problem, weight, tuned=layer.name in ("fc1", "fc2"))
-                    made |= {f"{name} {sparsity}": call for name, call in bsr.items()}
-                except Exception as error:  # a private function of another library
-                    failures[f"bsr {sparsity}"] = f"{type(error).__name__}: {error}"
-            self.check(made, problem.reference(weight.to_dense()), failures)
-            calls |= made
+                made |= self.bsr(problem, weight)
+            made = self.right(made, problem.reference(weight.to_dense()))
+            calls |= {f"{name} {sparsity}": call for name, call in made.items()}
             facts.append(
                 {
                     "sparsity": sparsity,
@@ -142,7 +139,6 @@ class Bench:
                     "tuned_us": {name: round(us, 2) for name, us in found.times_us.items()},
                     "kept_flops": flops(problem, weight),
                     "least_ms": self.ceilings.least_ms(problem, weight),
-                    "failures": {name: why for name, why in failures.items() if str(sparsity) in name or name in DENSE},
                 }
             )
         subjects: dict[str, Subject] = {f"eager {name}": call for name, call in calls.items()}
@@ -154,33 +150,46 @@ class Bench:
     def sparse(self, problem: Problem, weight: BlockSparseMatrix) -> Call:
         return lambda: linear(problem.x, weight, problem.bias, "gelu" if problem.layer.gelu else None, problem.residual)
 
-    def check(self, calls: dict[str, Call], reference: Tensor, failures: dict[str, str]) -> None:
-        """Rivals that fail are left out, and it is said why; wrong numbers end it all."""
-        for name in list(calls):
-            if not name.startswith("sparse") and (why := works(calls[name])):
-                failures[name] = why
-                del calls[name]
-                continue
-            error = float((calls[name]().double() - reference).norm() / reference.norm())
-            if not error < TOLERANCES[self.dtype]:
-                raise SystemExit(f"{name}: wrong result, relative error {error:.1e}")
+    def bsr(self, problem: Problem, weight: BlockSparseMatrix) -> dict[str, Call]:
+        try:
+            return bsr_rivals(problem, weight, tuned=problem.layer.name in ("fc1", "fc2"))
+        except Exception as error:  # of a private function of torch's
+            self.failures.add(f"bsr: {type(error).__name__}: {error}")
+            return {}
+
+    def right(self, calls: dict[str, Call], reference: Tensor) -> dict[str, Call]:
+        """The calls that compute what they should. Rivals that do not are left out, and it is said why."""
+        found = {}
+        for name, call in calls.items():
+            why = None if name in OURS else works(call)
+            if why is None:
+                error = float((call().double() - reference).norm() / reference.norm())
+                why = None if error < TOLERANCES[self.dtype] else f"wrong result, relative error {error:.1e}"
+            if why is None:
+                found[name] = call
+            elif name in OURS:
+                raise SystemExit(f"{name}: {why}")
+            else:
+                self.failures.add(f"{name}: {why}")
+        return found
 
     def graphs(self, calls: dict[str, Call]) -> dict[str, Subject]:
         """Their CUDA graphs, which share memory: they are replayed one after the other, and nobody reads what they compute."""
         pool, made = torch.cuda.graph_pool_handle(), dict[str, Subject]()
         for name, call in calls.items():
             graph = torch.cuda.CUDAGraph()
-
-            def capture(graph: torch.cuda.CUDAGraph = graph, call: Call = call) -> None:
-                with torch.cuda.graph(graph, pool=pool):
-                    call()
-
-            why = works(capture)
-            if why is None:
+            if why := works(partial(self.capture, graph, pool, call)):
+                if name.split()[0] in OURS:
+                    raise SystemExit(f"{name} cannot be captured in a CUDA graph: {why}")
+                self.failures.add(f"{name}, CUDA graph: {why}")
+            else:
                 made[f"graph {name}"] = graph.replay
-            elif name.startswith("sparse") or name == "dense":
-                raise SystemExit(f"{name} cannot be captured in a CUDA graph: {why}")
         return made
+
+    @staticmethod
+    def capture(graph: torch.cuda.CUDAGraph, pool: Any, call: Call) -> None:
+        with torch.cuda.graph(graph, pool=pool):
+            call()
 
 
 def row(fact: Row, mode: str, run: TimingRun) -> Row:
@@ -214,71 +223,19 @@ def row(fact: Row, mode: str, run: TimingRun) -> Row:
     }
 
 
+HEADER = (
+    f"{'model':>7} {'layer':>5} {'tokens':>6} {'block':>8} {'gone':>5} {'mode':>6} {'fastest dense, ms':>18} {'sparse ms':>9}"
+    f" {'ratio (95 %)':>21} {'TFLOP/s':>8} {'roofline':>9} {'bsr ms':>9} runs"
+)
+
+
 def show(rows: Iterable[Row]) -> None:
     for r in rows:
         which = f"{r['model']:>7} {r['layer']:>5} {r['tokens']:>6} {r['block']:>8} {r['sparsity']:5.0%} {r['mode']:>6}"
-        times = f"{r['dense_ms']:9.4f} {r['sparse_ms']:9.4f} {r['ratio']:6.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"
+        ratio = f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"
+        times = f"{r['fastest_dense']:>8} {r[r['fastest_dense'] + '_ms']:9.4f} {r['sparse_ms']:9.4f} {ratio:>21}"
         bsr = r["bsr_tuned_ms"] or r["bsr_ms"]
         print(f"{which} {times} {r['tflops']:8.3f} {r['roofline']:9.0%} {bsr or '-':>9} {r['runs']}", flush=True)
-
-
-def whole(rows: list[Row], time_of: str, **which: object) -> list[tuple[float, float]]:
-    """Sparsity, and how much faster than the fastest dense ones all layers of a block are together, where all were timed."""
-    points = []
-    for sparsity in SPARSITIES:
-        mine: list[Any] = [
-            r for r in rows if r["sparsity"] == sparsity and all(r[key] == value for key, value in which.items())
-        ]
-        if mine and all(r[time_of] for r in mine):
-            dense = sum(r[f"{r['fastest_dense']}_ms"] for r in mine)
-            points.append((sparsity, dense / sum(r[time_of] for r in mine)))
-    return points
-
-
-def crossover(points: list[tuple[float, float]]) -> float | None:
-    """The sparsity above which sparse is faster, between points by a straight line; None: it never is."""
-    slower = [number for number, (_, ratio) in enumerate(points) if ratio <= 1]
-    if not slower:
-        return points[0][0]
-    if slower[-1] == len(points) - 1:
-        return None
-    (x0, y0), (x1, y1) = points[slower[-1] : slower[-1] + 2]
-    return round(x0 + (1 - y0) / (y1 - y0) * (x1 - x0), 3)
-
-
-def crossovers(rows: list[Row]) -> list[Row]:
-    keys = ("model", "tokens", "block", "mode")
-    found = dict.fromkeys(tuple(r[key] for key in keys) for r in rows)
-    which = [dict(zip(keys, values, strict=True)) for values in found]
-    return [one | {"sparsity": crossover(whole(rows, "sparse_ms", **one))} for one in which]
-
-
-def draw(rows: list[Row], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    mode = rows[-1]["mode"]
-    models, tokens = (list(dict.fromkeys(r[key] for r in rows)) for key in ("model", "tokens"))
-    size = (4.5 * len(tokens), 3.6 * len(models))
-    figure, grid = pyplot.subplots(
-        len(models), len(tokens), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
-    for (y, model), (x, count) in product(enumerate(models), enumerate(tokens)):
-        axes = grid[y][x]
-        axes.axhline(1, color="#6b7280", linewidth=1)
-        axes.plot([100 * s for s in SPARSITIES], [1 / (1 - s) for s in SPARSITIES], ":", color="#6b7280", label="ideal")
-        for block in dict.fromkeys(r["block"] for r in rows):
-            which = {"model": model, "tokens": count, "block": block, "mode": mode}
-            for time_of, style, label in (("sparse_ms", "o-", block), ("bsr_ms", "x--", f"PyTorch BSR, {block}")):
-                if points := whole(rows, time_of, **which):
-                    axes.plot([100 * s for s, _ in points], [ratio for _, ratio in points], style, label=label)
-        axes.set(title=f"{model}, {count} tokens", xlabel="blocks removed (%)", ylabel="times faster than the fastest dense")
-        axes.legend(frameon=False, fontsize=7)
-    figure.suptitle(f"All linear layers of a transformer block, {mode}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -300,13 +257,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         os.environ["LPVIT_CACHE"] = folder  # what is tuned here, for random weights, is not the user's
         bench = Bench(device, dtype, args.rounds)
-        print(
-            "  model layer tokens    block  gone   mode  dense ms sparse ms  ratio (95 %)      TFLOP/s  roofline    bsr ms runs"
-        )
-        seen, longest = (
-            set[tuple[int, int]](),
-            {True: 0.0, False: 0.0},
-        )  # whether the block is new, and kernels must be compiled
+        print(HEADER)
+        seen = set[tuple[int, int]]()
+        longest = {True: 0.0, False: 0.0}  # seconds of a panel, by whether its block is new: its kernels must be compiled
         for done, panel in enumerate(grid):
             begun, new = time.monotonic(), panel.block not in seen
             if done and not args.full and begun - started + (longest[new] or longest[True]) > 60 * args.minutes:
@@ -332,6 +285,7 @@ def main() -> None:
         minutes=round((time.monotonic() - started) / 60, 1),
         panels=len(grid),
         panels_left_out=len(panels(device.type)) - len(grid),
+        rivals_that_failed=sorted(bench.failures),
         crossovers=crossovers(rows),
         rows=rows,
     )

@@ -89,7 +89,7 @@ def dense_rivals(problem: Problem, weight: Tensor) -> dict[str, Call]:
 
 def _mkldnn(problem: Problem, weight: Tensor) -> Call:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(problem.x))
-    follows = ("gelu", [], "none") if problem.layer.gelu else ("none", [], "")
+    follows: tuple[Any, ...] = ("gelu", [], "none") if problem.layer.gelu else ("none", [], "")
 
     def forward() -> Tensor:
         y = torch.ops.mkldnn._linear_pointwise(problem.x, packed, problem.bias, *follows)
