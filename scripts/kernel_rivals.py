@@ -120,8 +120,9 @@ def bsr_rivals(problem: Problem, weight: BlockSparseMatrix, tuned: bool) -> dict
             meta = {"SPLIT_N": padded.shape[1] // tile, "GROUP_SIZE_ROW": 4, "num_stages": stages, "num_warps": warps}
             if works(call(meta)) is None:
                 tried[str(meta)] = call(meta)
-        run = time_interleaved(dict(tried), device=padded.device, rounds=7, warmup_seconds=0.02)
-        calls["bsr tuned"] = tried[min(tried, key=lambda name: run.subjects[name].percentiles.p50)]
+        if tried:
+            run = time_interleaved(dict(tried), device=padded.device, rounds=7, warmup_seconds=0.02)
+            calls["bsr tuned"] = tried[min(tried, key=lambda name: run.subjects[name].percentiles.p50)]
     return calls
 
 
