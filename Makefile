@@ -28,7 +28,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python scripts/bench_linear.py --threads 1 --output benchmarks/results/linear_cpu.json
+	$(BIN)/python scripts/bench_kernels.py --device cpu --threads 1 --output benchmarks/results/kernels_cpu.json
 	$(BIN)/python scripts/bench_mfac.py --output benchmarks/results/mfac_cpu.json
 	$(BIN)/lpvit run digits_vit --output runs/bench --no-resume --json > benchmarks/results/digits_vit_cpu.json
 

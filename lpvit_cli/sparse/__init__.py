@@ -1,6 +1,7 @@
 """Block-sparse layers in a timm model."""
 
+from lpvit_cli.sparse.fused import fuse
 from lpvit_cli.sparse.layers import BlockSparseLinear, densify, sparse_layers, sparsify
 from lpvit_cli.sparse.narrow import narrow, width
 
-__all__ = ["BlockSparseLinear", "densify", "narrow", "sparse_layers", "sparsify", "width"]
+__all__ = ["BlockSparseLinear", "densify", "fuse", "narrow", "sparse_layers", "sparsify", "width"]

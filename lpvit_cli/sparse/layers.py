@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from lpvit_kernels import BlockSparseMatrix, linear
 from torch import Tensor, nn
@@ -39,8 +39,15 @@ class BlockSparseLinear(nn.Module):
         """The weight in use; differentiable in `values`."""
         return BlockSparseMatrix(self.values, self.row_ptr, self.cols, (self.out_features, self.in_features), check=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        return linear(x, self.weight, self.bias)
+    def forward(
+        self,
+        x: Tensor,
+        activation: Literal["gelu"] | None = None,
+        scale: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """act(x W^T + b) [* scale] [+ residual]; x [..., in], scale [out], residual and result [..., out]."""
+        return linear(x, self.weight, self.bias, activation, residual, scale=scale)
 
     def extra_repr(self) -> str:
         rows, columns = self.values.shape[1:]

@@ -16,7 +16,7 @@ from lpvit_cli.recipe import Recipe
 from lpvit_cli.report.html import write_html
 from lpvit_cli.report.schema import BASELINE, BatchBench, BenchReport, FinetuneReport, PruneReport
 from lpvit_cli.run import Progress, Run
-from lpvit_cli.sparse import densify, sparse_layers
+from lpvit_cli.sparse import densify, fuse, sparse_layers
 from lpvit_cli.stages import BENCH, FINETUNE, PRUNE
 from lpvit_cli.stages.tune import run_dense, tune_model
 
@@ -28,7 +28,11 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
     with cpu_threads(settings.threads):
         source = run.model_artefact(BENCH)
         sparse = load_model(source).to(device, dtype)
-        models = {BASELINE: build_model(recipe.model).to(device, dtype), "masked-dense": densify(sparse), "sparse": sparse}
+        models = {
+            BASELINE: build_model(recipe.model).to(device, dtype),
+            "masked-dense": densify(sparse),
+            "sparse": fuse(sparse),
+        }
         tune_model(sparse, settings.batch_sizes, ("forward",), progress, again=False)
         measured = [_bench_batch(models, size, recipe, device, dtype, progress) for size in settings.batch_sizes]
         pruned = run.report(PRUNE, PruneReport)
