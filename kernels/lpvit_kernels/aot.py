@@ -73,7 +73,8 @@ def cases(every: bool, blocks: Iterable[tuple[int, int]] = BLOCKS) -> list[Case]
 
 def compile_case(case: Case) -> Compiled:
     kernel, types, constants = _arguments(case)
-    return _read(compile_kernel(kernel, types, constants, case.capability, case.config.warps, case.config.stages), case)
+    options = {"num_warps": case.config.warps, "num_stages": case.config.stages, "maxnreg": case.config.registers}
+    return _read(compile_kernel(kernel, types, constants, case.capability, options), case)
 
 
 def compile_kernel(
@@ -81,8 +82,7 @@ def compile_kernel(
     types: dict[str, str],
     constants: dict[str, object],
     capability: tuple[int, int],
-    warps: int = 4,
-    stages: int = 3,
+    options: dict[str, int | None] | None = None,
 ) -> Any:
     """Triton's compiled kernel. Arguments without a type or a value are None."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -90,7 +90,7 @@ def compile_kernel(
     aligned = [i for i, name in enumerate(kernel.arg_names) if types.get(name, "").startswith("*") or name in ALIGNED]
     source = ASTSource(kernel, signature, constexprs, {(i,): [["tt.divisibility", 16]] for i in aligned})
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    return triton.compile(source, target=target, options=options)
 
 
 def problems(case: Case, compiled: Compiled) -> list[str]:
@@ -181,14 +181,16 @@ def main() -> None:
     args = parser.parse_args()
     failed = 0
     print(f"Triton {triton.__version__}; forward products with bias, GELU, scale and residual; no GPU, no time")
-    columns = "kernel           type  block    sm  tile step warps stages  desc splits | instruction copies      regs spills"
+    columns = (
+        "kernel           type  block    sm  tile step warps stages  desc splits limit | instruction copies      regs spills"
+    )
     print(f"{columns}  shared buffers per SM")
     for case in cases(args.all):
         compiled = compile_case(case)
         wrong = problems(case, compiled)
         failed += bool(wrong)
         major, minor = case.capability
-        config = "{:4} {:4} {:5} {:6} {!s:>5} {:6}".format(*astuple(case.config))
+        config = "{:4} {:4} {:5} {:6} {!s:>5} {:6} {!s:>5}".format(*astuple(case.config))
         result = "{:11} {:11} {:4} {:6} {:7} {:7}".format(*astuple(compiled))
         print(
             f"{case.kind:16} {_type(case):5} {'x'.join(map(str, case.block)):8} {major}{minor:<2} {config} | "

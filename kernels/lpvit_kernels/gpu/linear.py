@@ -92,6 +92,7 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: BlockSparseMatrix, config: Co
             PRECISION=_precision(x.dtype),
             num_warps=config.warps,
             num_stages=config.stages,
+            maxnreg=config.registers,
         )
     return parts[0] if config.splits == 1 else parts.sum(dim=0).to(x.dtype)
 
@@ -193,6 +194,7 @@ def _matmul(
             PRECISION=_precision(x.dtype),
             num_warps=config.warps,
             num_stages=config.stages,
+            maxnreg=config.registers,
         )
 
 
