@@ -100,8 +100,8 @@ class Budget(Section):
 
     flops: float | None = Field(default=None, gt=0, le=1)
     sparsity: float | None = Field(default=None, ge=0, lt=1)
-    latency_ms: float | None = Field(default=None, gt=0)
-    energy_mj: float | None = Field(default=None, gt=0)
+    latency_ms: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    energy_mj: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_drop: float | None = Field(default=None, ge=0, le=100)
 
     @model_validator(mode="after")
@@ -155,7 +155,7 @@ class PruneSection(Section):
     # heads: whole hidden neurons (in groups of the block's width) and attention heads, cut out of both layers
     budget: Budget = Budget(flops=0.5)
     profile: Path | None = None  # a profile.json of `lpvit profile`, for budgets in ms and mJ; None: that of this run
-    beta: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    beta: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
     min_keep: Fraction = 0.05  # of each layer's blocks
     layers: Layers = Layers()
     power: Power = Power()

@@ -162,13 +162,16 @@ class Run:
             for key in changed
         ]
 
+    def command(self, stage: Stage) -> str:
+        """What makes a stage's artefact in this folder."""
+        elsewhere = self.folder != Path("runs") / self.recipe.name
+        return f"lpvit {stage.command} {self.recipe.name}" + f" --output {self.folder}" * elsewhere
+
     def artefact(self, stage: Stage) -> Path:
         """Folder of an artefact that holds, or a UsageError that says which command makes it."""
         changes = self.changes(stage)
         if changes is None:
-            raise UsageError(
-                f"{self.folder}: nothing from `{stage.command}` there yet", f"run: lpvit {stage.command} {self.recipe.name}"
-            )
+            raise UsageError(f"{self.folder}: nothing from `{stage.command}` there yet", f"run: {self.command(stage)}")
         if changes:
             raise UsageError(
                 f"{self.folder / stage.folder} was made with other settings ({changes[0]})",

@@ -1,10 +1,11 @@
-"""Pruning methods side by side: same weights, same calibration images, same FLOPs; one-shot and after the same short recovery.
+"""Pruning methods side by side: same model, calibration images and number of weights; one-shot and after the same recovery.
 
     python scripts/compare_methods.py --output benchmarks/results/compare_methods.json
 
 Two models: the demo's ViT, and a small Swin on wide images (digits at random places of 32x64 pixels) that is trained first.
-Top-1 in %, mean over seeds (which choose the calibration images, drawn labels and recovery) with the range. The picture is
-written beside the output; the last line of stdout is the result as JSON.
+Top-1 in %, mean over seeds (which choose the calibration images, drawn labels and recovery) with the range. M-FAC and block
+Fisher take gradients of 128 of the images, with their labels. The picture is written beside the output; the last line of stdout
+is the result as JSON.
 """
 
 import argparse

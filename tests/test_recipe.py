@@ -73,6 +73,8 @@ def test_unknown_key_without_a_near_one_lists_the_valid_ones(tmp_path: Path) -> 
         ("prune: {block: [0, 32]}", "prune.block", "a block is two whole numbers above 0"),
         ("prune: {min_keep: lots}", "prune.min_keep", "should be a valid number"),
         ("prune: {beta: high}", "prune.beta", "should be 'auto', or should be a valid number"),
+        ("prune: {beta: .inf}", "prune.beta", "finite number"),
+        ("prune: {budget: {latency_ms: .inf}}", "prune.budget.latency_ms", "finite number"),
         ("prune: {budget: {flops: 0.5, sparsity: 0.5}}", "prune.budget", "exactly one of flops"),
         (
             "prune: {method: best}",

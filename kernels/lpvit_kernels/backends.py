@@ -45,11 +45,11 @@ def forward(
         y += bias
     z = y if needs_z else None
     if activation:
-        y = F.gelu(y)
+        y = F.gelu(y) if y is z else torch.ops.aten.gelu_(y)
     if scale is not None:
-        y = y * scale
+        y = y * scale if y is z else y.mul_(scale)
     if residual is not None:
-        y = y + residual
+        y = y + residual if y is z else y.add_(residual)
     return y.clone() if y is z else y, z
 
 

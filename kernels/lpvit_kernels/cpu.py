@@ -105,14 +105,17 @@ def _lines(weight: BlockSparseMatrix, transposed: bool) -> list[list[tuple[int, 
             lines[j if transposed else i].append((i if transposed else j, block))
         return lines
 
-    return kept(weight.cols, f"lines {transposed}", make)
+    return weight.derived(f"lines {transposed}", make)
 
 
 def _packed(weight: BlockSparseMatrix, transposed: bool) -> list[tuple[list[int], Tensor]]:
     """For each block row its slices of the input, and the factor [k C, R] they are multiplied with."""
     blocks = _blocks(weight, transposed)
     return [
-        ([source for source, _ in line], torch.cat([blocks[block] for _, block in line]) if line else weight.values[:0])
+        (
+            [source for source, _ in line],
+            torch.cat([blocks[block] for _, block in line]) if line else weight.values.new_empty(0),
+        )
         for line in _lines(weight, transposed)
     ]
 

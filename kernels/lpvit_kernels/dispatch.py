@@ -91,11 +91,12 @@ def by_rule(case: Case, sparse_only: bool = False) -> Choice:
 
 def triton_runs(device: str, dtype: str, block: tuple[int, int]) -> bool:
     """Whether there is a kernel for this type and block on this device."""
-    if triton_missing(device) or dtype == "float64":
+    if triton_missing(device):
         return False
-    from lpvit_kernels.gpu.configs import SIDES
+    from lpvit_kernels.gpu import supports
 
-    return set(block) <= set(SIDES)
+    number = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    return supports(number, block, torch.cuda.get_device_capability(device) if device.startswith("cuda") else LEAST_CAPABILITY)
 
 
 @cache

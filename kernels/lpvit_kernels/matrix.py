@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lpvit_kernels.kept import kept
+from lpvit_kernels.kept import Made, kept
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -39,7 +40,7 @@ class BlockSparseMatrix:
     shape    (out, in); R and C need not divide it
 
     Every other index (`by_row`, and the transposed `by_column` with `col_ptr`, `rows`, `perm`) is derived from these on first
-    use, once for all matrices that share `cols`; the transposed ones point into the same values.
+    use, once for all matrices that share `row_ptr` and `cols`; the transposed ones point into the same values.
 
     Construction checks shapes, types, devices and indices, and raises ValueError; `check=False` is for parts that were checked
     before. Padding of ragged edges is not read.
@@ -79,20 +80,24 @@ class BlockSparseMatrix:
         """Blocks along out and in."""
         return -(-self.shape[0] // self.block[0]), -(-self.shape[1] // self.block[1])
 
+    def derived(self, name: str, make: Callable[[], Made]) -> Made:
+        """What `make()` gives, made once for all matrices of this pattern. It must not hold `cols`, with which it lives."""
+        return kept(self.cols, f"{name} {self.row_ptr.data_ptr()} {self.shape} {self.block}", make)
+
     @property
     def block_rows(self) -> Tensor:
         """[nnz] int64: block row of each value."""
-        return kept(self.cols, "block_rows", lambda: _block_rows(self.row_ptr))
+        return self.derived("block_rows", lambda: _block_rows(self.row_ptr))
 
     @property
     def by_row(self) -> View:
         """The kept blocks by block row, as `values` holds them."""
-        return kept(self.cols, "by_row", lambda: _by_row(self.row_ptr, self.cols))
+        return self.derived("by_row", lambda: _by_row(self.row_ptr, self.cols))
 
     @property
     def by_column(self) -> View:
         """The kept blocks by block column: what the product with the transposed weight walks."""
-        return kept(self.cols, "by_column", lambda: _by_column(self.block_rows, self.cols, self.grid[1]))
+        return self.derived("by_column", lambda: _by_column(self.block_rows, self.cols, self.grid[1]))
 
     @property
     def col_ptr(self) -> Tensor:
@@ -119,7 +124,7 @@ class BlockSparseMatrix:
     @property
     def places(self) -> list[tuple[int, int]]:
         """Block row and column of each value, as Python numbers."""
-        return kept(self.cols, "places", lambda: list(zip(self.block_rows.tolist(), self.cols.tolist(), strict=True)))
+        return self.derived("places", lambda: list(zip(self.block_rows.tolist(), self.cols.tolist(), strict=True)))
 
     @property
     def density(self) -> float:

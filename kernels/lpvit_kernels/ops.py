@@ -53,7 +53,7 @@ def _autocast(
     x: Tensor, weight: BlockSparseMatrix, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor, BlockSparseMatrix, Tensor | None, Tensor | None, Tensor | None]:
     dtype, values = torch.get_autocast_dtype(x.device.type), weight.values
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if values.dtype == dtype or torch.is_grad_enabled() or torch.compiler.is_compiling():
         values = values.to(dtype)
     else:
         values = kept(values, f"as {dtype}", lambda: weight.values.to(dtype))

@@ -58,16 +58,24 @@ def changes() -> int:
 
 
 def record(entries: dict[str, Tuned]) -> None:
-    """Add to the file, keeping what other processes have added meanwhile."""
+    """Add to the file, and keep what other processes have added. Where it cannot be written, this process remembers."""
     global _loaded, _changes
-    target = path()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
-        _loaded = _read() | {key: asdict(entry) for key, entry in entries.items()}
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=".tuned", delete=False) as file:
-            json.dump({"format": FORMAT, "entries": _loaded}, file, indent=1)
-        os.replace(file.name, target)
+    target, new = path(), {key: asdict(entry) for key, entry in entries.items()}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_suffix(".lock")):
+            _loaded = _read() | new
+            _replace(target, _loaded)
+    except OSError as error:
+        _loaded = (_loaded or {}) | new
+        warnings.warn(f"{target} cannot be written ({error}): what is tuned is forgotten with this process", stacklevel=2)
     _changes += 1
+
+
+def _replace(target: Path, entries: dict[str, dict[str, Any]]) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=".tuned", delete=False) as file:
+        json.dump({"format": FORMAT, "entries": entries}, file, indent=1)
+    os.replace(file.name, target)
 
 
 def forget() -> None:

@@ -42,7 +42,7 @@ def candidates(kind: Kind, weight: BlockSparseMatrix, tokens: int) -> list[Choic
         from lpvit_kernels.gpu import configs
 
         capability = torch.cuda.get_device_capability(device)
-        tiled = configs.candidates(kind, dtype, weight.block, tokens, capability)
+        tiled = configs.candidates(kind, dtype, weight.block, tokens, capability, configs.precision(dtype))
         choices += [Choice("triton", config) for config in tiled]
     return choices
 
@@ -76,9 +76,7 @@ def times_in_turns(calls: dict[Choice, Callable[[], object]], x: Tensor) -> dict
             repeats[choice] = max(1, round(LEAST_SECONDS / _seconds(call, 1, x)))
             working[choice] = call
         except (RuntimeError, ValueError) as error:  # triton: OutOfResources is a ValueError or RuntimeError by version
-            if x.device.type == "cpu":
-                raise
-            if "out of" not in str(error).lower():
+            if x.device.type == "cpu" or "out of" not in str(error).lower():
                 raise
     times: dict[Choice, list[float]] = {choice: [] for choice in working}
     for _ in range(ROUNDS):

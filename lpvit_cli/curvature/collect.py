@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lpvit_cli.curvature.inputs import observe_inputs
 from lpvit_cli.curvature.loss import Gradient, calibration_loss
 from lpvit_cli.curvature.outputs import observe_outputs
-from lpvit_cli.curvature.statistics import FIELDS, LayerStatistics
+from lpvit_cli.curvature.statistics import LayerStatistics
 from lpvit_cli.errors import CheckFailed, UsageError
 
 
@@ -66,9 +66,8 @@ def collect(
 
 
 def _require_finite(name: str, statistics: LayerStatistics) -> None:
-    for field in FIELDS:
-        if not bool(getattr(statistics, field).isfinite().all()):
-            raise CheckFailed(
-                f"calibration: {field} of {name} holds NaN or infinite values",
-                "the model overflows on these images: check its weights and preprocessing (mean, std)",
-            )
+    if field := statistics.not_finite:
+        raise CheckFailed(
+            f"calibration: {field} of {name} holds NaN or infinite values",
+            "the model overflows on these images: check its weights and preprocessing (mean, std)",
+        )

@@ -54,6 +54,11 @@ class LayerStatistics:
         per image; with H / 2 the layer's Fisher matrix, Kronecker-factored."""
         return self.tokens_per_image * self.output_moment
 
+    @property
+    def not_finite(self) -> str | None:
+        """A field that holds NaN or infinite values."""
+        return next((field for field in FIELDS if not bool(getattr(self, field).isfinite().all())), None)
+
     def to(self, device: torch.device) -> LayerStatistics:
         return LayerStatistics(**{f: getattr(self, f).to(device) for f in FIELDS}, tokens=self.tokens, images=self.images)
 
@@ -78,6 +83,8 @@ def load_statistics(path: Path, names: list[str]) -> dict[str, LayerStatistics]:
                 tokens, images = file.get_tensor(f"{name}.counts").tolist()
                 fields = {field: file.get_tensor(f"{name}.{field}") for field in FIELDS}
                 statistics[name] = LayerStatistics(**fields, tokens=tokens, images=images)
+                if field := statistics[name].not_finite:
+                    raise ValueError(f"{field} of {name} holds NaN or infinite values")
             return statistics
     except (SafetensorError, OSError, ValueError) as error:
         raise EnvironmentFault(f"{path}: unreadable statistics: {error}", "run `lpvit calibrate --no-resume`") from error

@@ -49,7 +49,12 @@ def removal_order(weight: Tensor, hessian: Tensor, block: Block, output_weights:
     if output_weights is not None:
         w = _root(output_weights, block[0]).to(inverse) @ w
     group = max(1, GROUP_BYTES // (inverse.numel() * inverse.element_size()))
-    parts = [_greedy(w_g.clone(), inverse, block[1]) for w_g in w.split(group)]
+    parts = []
+    for rows_of_group in w.split(group):
+        order, errors, failed = _greedy(rows_of_group.clone(), inverse, block[1])
+        if failed:  # too ill-conditioned for float32
+            order, errors, _ = _greedy(rows_of_group.double(), inverse.double(), block[1])
+        parts.append((order, errors))
     return torch.cat([order for order, _ in parts]), torch.cat([errors for _, errors in parts])
 
 
@@ -108,8 +113,9 @@ def _root(weights: Tensor, height: int) -> Tensor:
     return values.clamp_min(0).sqrt()[:, :, None] * vectors.mT
 
 
-def _greedy(w: Tensor, inverse: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """`w` [n, R, in] block rows (changed in place), `inverse` [in, in] -> order and errors [n, cols]."""
+def _greedy(w: Tensor, inverse: Tensor, width: int) -> tuple[Tensor, Tensor, bool]:
+    """`w` [n, R, in] block rows (changed in place), `inverse` [in, in] -> order and errors [n, cols], and whether a block of M
+    was not positive definite any more."""
     n, height, features = w.shape
     cols = features // width
     blocks = torch.arange(features, device=w.device).unflatten(0, (cols, width))
@@ -117,10 +123,12 @@ def _greedy(w: Tensor, inverse: Tensor, width: int) -> tuple[Tensor, Tensor]:
     m_diagonal = diagonal.repeat(n, 1, 1, 1)  # [n, cols, C, C]: M_kk of every block
     u = w.new_empty(n, features, features)  # rows 0 .. C * removed are in use
     gone = torch.zeros(n, cols, dtype=torch.bool, device=w.device)
+    failed = torch.zeros((), dtype=torch.bool, device=w.device)
     order, errors = [], []
     each = torch.arange(n, device=w.device)
     for step in range(cols):
-        factors = torch.linalg.cholesky_ex(m_diagonal).L
+        factors, info = torch.linalg.cholesky_ex(m_diagonal)
+        failed |= (info != 0).any()
         weights = w.unflatten(2, (cols, width)).permute(0, 2, 3, 1)  # [n, cols, C, R]
         costs = torch.linalg.solve_triangular(factors, weights, upper=False).square().sum(dim=(2, 3)) / 2
         cost, chosen = costs.masked_fill(gone, torch.inf).min(dim=1)
@@ -139,4 +147,4 @@ def _greedy(w: Tensor, inverse: Tensor, width: int) -> tuple[Tensor, Tensor]:
         m_diagonal -= by_block.mT @ by_block
         m_diagonal[gone] = torch.eye(width, dtype=w.dtype, device=w.device)
         w.unflatten(2, (cols, width)).masked_fill_(gone[:, None, :, None], 0)
-    return torch.stack(order, dim=1).cpu(), torch.stack(errors, dim=1).cpu()
+    return torch.stack(order, dim=1).cpu(), torch.stack(errors, dim=1).cpu(), bool(failed)

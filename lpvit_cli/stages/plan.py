@@ -124,6 +124,12 @@ class Plan:
         if _lowest(curves) > self._allowance(budget) * (1 + 1e-9):
             furthest, unpruned = (self._in_units_of(budget, cost) for cost in (_lowest(curves), _highest(curves)))
             low, high = sorted((_rounded(furthest, up=furthest < unpruned), unpruned))
+            if low == high:
+                raise UsageError(
+                    f"prune.budget: {budget.kind} {budget.value:g} cannot be reached: with min_keep "
+                    f"{self.settings.min_keep:g} nothing can be removed",
+                    "lower prune.min_keep",
+                )
             raise UsageError(
                 f"prune.budget: {budget.kind} {budget.value:g} cannot be reached: with min_keep {self.settings.min_keep:g} it "
                 f"can be from {low:.4g} to {high:.4g}",

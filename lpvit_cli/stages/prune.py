@@ -11,7 +11,7 @@ from torch import Tensor
 from lpvit_cli.errors import UsageError
 from lpvit_cli.measure.accuracy import Accuracy
 from lpvit_cli.measure.profile import DeviceProfile
-from lpvit_cli.models import describe_device, device_of, model_config, save_model
+from lpvit_cli.models import build_model, describe_device, device_of, model_config, prunable_layers, save_model
 from lpvit_cli.pruning.blocks import Block
 from lpvit_cli.pruning.cost import LayerCost
 from lpvit_cli.recipe import Budget, Recipe
@@ -68,16 +68,18 @@ def predict(recipe: Recipe, run: Run, progress: Progress) -> PredictionReport:
     if kind == "max_drop":
         reasons.append("max_drop: finding the model takes evaluating some; give a flops budget to predict")
     if run.changes(CALIBRATE) != []:
-        reasons.append(f"this recipe is not calibrated yet: lpvit calibrate {recipe.name}")
+        sketch = build_model(recipe.model.model_copy(update={"pretrained": False, "weights": None}))
+        prunable_layers(sketch, recipe.prune.layers)  # a glob that matches nothing is not worth a calibration
+        reasons.append(f"this recipe is not calibrated yet: {run.command(CALIBRATE)}")
     if PROFILE in run.sources(PRUNE) and run.changes(PROFILE) != []:
-        reasons.append(f"{kind}: no device profile: lpvit profile {recipe.name}")
+        reasons.append(f"{kind}: no device profile: {run.command(PROFILE)}")
     if reasons:
         return PredictionReport(device=describe_device(device_of(recipe)), kind=kind, points=[], reasons=reasons)
     plan = make_plan(recipe, run, progress)
     if plan.profile is None and run.changes(PROFILE) == []:
         plan.profile = DeviceProfile.load(run.artefact(PROFILE) / PROFILE_FILE)
     if plan.profile is None:
-        reasons.append(f"latency: no device profile: lpvit profile {recipe.name}")
+        reasons.append(f"latency: no device profile: {run.command(PROFILE)}")
     points = []
     for value in recipe.sweep or (recipe.prune.budget.value,):
         pruned = plan.allocation(Budget.model_validate({kind: value}))

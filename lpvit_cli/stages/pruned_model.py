@@ -21,6 +21,8 @@ from lpvit_cli.run import Progress
 from lpvit_cli.sparse import narrow, sparsify
 from lpvit_cli.stages.plan import Plan, Pruned
 
+IMAGES_A_PASS = 64  # in sequence: each pass waits in a thread of its own, which brings threads for its products
+
 
 def prune_model(plan: Plan, budget: Budget, progress: Progress) -> tuple[VisionModel, Pruned]:
     """A pruned copy of the model. With `obs` and `mfac` the kept weights make up for the removed ones.
@@ -109,7 +111,7 @@ def _sequential(
         progress("pruning in sequence", len(done), len(targets), name)
 
     model = copy.deepcopy(plan.model).to(device)
-    batches = [images.to(device) for images in sequential_images(plan)]
+    batches = [images.to(device) for images in torch.cat(sequential_images(plan)).split(IMAGES_A_PASS)]
     masks = prune_sequentially(plan.model.to(device), model, targets, weights, batches, on_layer)
     plan.model.cpu()
     return model, masks

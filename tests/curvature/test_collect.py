@@ -200,6 +200,16 @@ def test_statistics_that_are_no_numbers_name_the_layer(tiny_vit: nn.Module, valu
         collect(tiny_vit, prunable_layers(tiny_vit, Layers()), [(x, labels)], "empirical", 0, CPU, lambda done: None)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_files_of_statistics_that_are_no_numbers_name_the_layer(tiny_vit: nn.Module, tmp_path: Path, value: float) -> None:
+    layers = prunable_layers(tiny_vit, Layers(include=("*.fc1",)))
+    statistics = collect(tiny_vit, layers, [images(2)], "empirical", 0, CPU, lambda done: None)
+    statistics["blocks.1.mlp.fc1"].output_outer[0, 0] = value
+    save_statistics(tmp_path / "s.safetensors", statistics)
+    with pytest.raises(EnvironmentFault, match=r"output_outer of blocks.1.mlp.fc1 holds NaN or infinite values"):
+        load_statistics(tmp_path / "s.safetensors", list(layers))
+
+
 def test_partial_statistics_add_up(tiny_vit: nn.Module, tmp_path: Path) -> None:
     """Two processes with some images each, merged, are one process with all of them."""
     x, labels = images(6)

@@ -142,3 +142,11 @@ def test_other_threads_types_densities_and_machines_are_other_cases(monkeypatch:
     assert dispatch.case("forward", x, weight).key != key
     monkeypatch.undo()
     assert torch.__version__ in key
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_cache_that_cannot_be_written_is_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LPVIT_CACHE", "/proc/nowhere")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        tune(matrix(), 100)
+    assert dispatch.choose("forward", "auto", torch.empty(100, 96), matrix()).backend == "strided"

@@ -146,3 +146,13 @@ def test_construction_refuses(change: dict[str, object], rule: str) -> None:
 def test_a_wrong_mask_is_refused(mask: Tensor) -> None:
     with pytest.raises(ValueError, match=r"mask must be bool \[3, 2\]"):
         BlockSparseMatrix.from_dense(torch.ones(6, 8), (2, 4), mask)
+
+
+def test_patterns_that_share_columns_but_not_rows_are_told_apart() -> None:
+    values, cols = torch.ones(2, 2, 2), torch.tensor([0, 1]).int()
+    one = BlockSparseMatrix(values, torch.tensor([0, 1, 2]).int(), cols, (4, 4))
+    other = BlockSparseMatrix(values, torch.tensor([0, 2, 2]).int(), cols, (4, 4))
+    assert one.block_mask.tolist() == [[True, False], [False, True]]
+    assert other.block_mask.tolist() == [[True, True], [False, False]]
+    assert one.places != other.places
+    assert one.to_dense().sum() == other.to_dense().sum() == 8

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from helpers import masked, relative
-from lpvit_kernels import BlockSparseMatrix, linear
+from lpvit_kernels import BlockSparseMatrix, linear, random_block_sparse
+from lpvit_kernels.kept import _KEPT
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -127,3 +130,23 @@ def test_packed_weights_follow_changes_of_the_values(backend: str) -> None:
         assert error() < 1e-6
         layer.values.data = layer.values.data * 3
         assert error() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["gathered", "strided", "batched", "dense"])
+def test_what_is_kept_of_a_weight_goes_with_it(backend: str, dtype: torch.dtype) -> None:
+    gc.collect()
+    before = len(_KEPT)
+    for _ in range(3):
+        matrix = random_block_sparse(SHAPE, BLOCK, 0.5, empty_rows=1, dtype=dtype)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            linear(torch.randn(5, 96), matrix, backend=backend)
+        with torch.no_grad():
+            torch.ops.lpvit.block_sparse_input_gradient(
+                torch.randn(5, 64).to(dtype), matrix.values, matrix.row_ptr, matrix.cols, 96, backend
+            )
+            assert matrix.by_row.order.shape == (2,)
+            assert matrix.by_column.order.shape == (6,)
+    del matrix
+    gc.collect()
+    assert len(_KEPT) == before

@@ -158,3 +158,28 @@ def test_badly_conditioned_inputs_do_not_disturb_the_order(monkeypatch: pytest.M
     expected = greedy_by_brute_force(weight, hessian, 3, output_weights)
     assert order[0].tolist() == expected[0]
     assert relative(errors[0], torch.tensor(expected[1])) < 1e-3
+
+
+def test_float64_takes_over_where_float32_cannot_factor() -> None:
+    """Inputs that are all but copies of one another: M loses its positive diagonal in float32, not in float64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 1, generator=generator) + 1e-4 * torch.randn(400, 64, generator=generator)
+    weight, hessian = torch.randn(8, 64, generator=generator), 2 / 400 * x.T @ x
+    inverse = surgeon._inverse(surgeon.damped(hessian))
+    rounded = inverse + 0.5 * inverse.diagonal().mean() * torch.randn(64, 64, generator=generator)  # not definite any more
+    assert surgeon._greedy(weight.reshape(2, 4, 64).clone(), (rounded + rounded.T) / 2, 8)[2], "it says so"
+    calls = []
+    true = surgeon._greedy
+
+    def fails_in_float32(w: Tensor, inverse: Tensor, width: int) -> tuple[Tensor, Tensor, bool]:
+        calls.append(w.dtype)
+        order, errors, failed = true(w, inverse, width)
+        return order, errors, failed or w.dtype == torch.float32
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(surgeon, "_greedy", fails_in_float32)
+        order, errors = removal_order(weight, hessian, (4, 8))
+    assert calls == [torch.float32, torch.float64]
+    expected = removal_order(weight.double(), hessian.double(), (4, 8))
+    assert torch.equal(order, expected[0])
+    assert torch.allclose(errors, expected[1], rtol=1e-3)

@@ -87,6 +87,11 @@ def candidates(
     ][:MOST]
 
 
+def precision(dtype: torch.dtype) -> Precision:
+    """Of products: for float32 what torch.backends.cuda.matmul says, as for torch's own products."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 def splits(programs: int, tokens: int, config: Config, processors: int) -> int:
     """Parts of the tokens that fill a GPU of so many multiprocessors with so few programs; each part keeps four steps."""
     wanted = -(-FULL * processors // programs)

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lpvit_kernels.gpu import configs
-from lpvit_kernels.gpu.configs import Config, Kind, Precision
+from lpvit_kernels.gpu.configs import Config, Kind
 from lpvit_kernels.gpu.epilogue import epilogue_gradient as epilogue_gradient_kernel
 from lpvit_kernels.gpu.matmul import matmul as matmul_kernel
 from lpvit_kernels.gpu.weight_gradient import weight_gradient as weight_gradient_kernel
@@ -64,7 +64,9 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: BlockSparseMatrix, config: Co
     if nnz == 0 or tokens == 0:
         return torch.zeros_like(weight.values)
     if config is None:
-        config = configs.default("weight_gradient", x.dtype, weight.block, tokens, _capability(x.device), _precision(x.dtype))
+        config = configs.default(
+            "weight_gradient", x.dtype, weight.block, tokens, _capability(x.device), configs.precision(x.dtype)
+        )
         config = replace(config, splits=configs.splits(-(-nnz // config.tile), tokens, config, _processors(x.device)))
     dy, x = _rows(dy), _rows(x)
     steps = -(-tokens // (config.step * config.splits))
@@ -89,7 +91,7 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: BlockSparseMatrix, config: Co
             C=width,
             PER=config.tile,
             STEP=config.step,
-            PRECISION=_precision(x.dtype),
+            PRECISION=configs.precision(x.dtype),
             num_warps=config.warps,
             num_stages=config.stages,
             maxnreg=config.registers,
@@ -155,7 +157,7 @@ def _matmul(
     if tokens == 0:
         return
     if config is None:
-        config = configs.default(kind, x.dtype, weight.block, tokens, _capability(x.device), _precision(x.dtype))
+        config = configs.default(kind, x.dtype, weight.block, tokens, _capability(x.device), configs.precision(x.dtype))
     height, width = weight.block
     transposed = kind == "input_gradient"
     block_k, block_n = (height, width) if transposed else (width, height)
@@ -191,7 +193,7 @@ def _matmul(
             STEP=config.step,
             DESCRIPTORS=descriptors,
             ACTIVATION=activation,
-            PRECISION=_precision(x.dtype),
+            PRECISION=configs.precision(x.dtype),
             num_warps=config.warps,
             num_stages=config.stages,
             maxnreg=config.registers,
@@ -211,11 +213,6 @@ def _describable(x: Tensor, values: Tensor, block_k: int, step: int) -> bool:
     """Whether tensor descriptors can stand for x and the values: aligned to 16 bytes, whole blocks, no gathering, not empty."""
     aligned = all(t.data_ptr() % 16 == 0 and t.stride(-2) * t.element_size() % 16 == 0 for t in (x, values))
     return aligned and x.shape[1] % block_k == 0 and step <= block_k and len(values) > 0
-
-
-def _precision(dtype: torch.dtype) -> Precision:
-    """Of products: for float32 what torch.backends.cuda.matmul says, as for torch's own products."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

