@@ -14,6 +14,7 @@ from lpvit_cli.errors import UsageError
 from lpvit_cli.measure.accuracy import Accuracy
 from lpvit_cli.recipe import Budget
 from lpvit_cli.sparse import sparse_layers
+from lpvit_cli.stages import prune as stage
 from lpvit_cli.stages.prune import search
 
 
@@ -82,15 +83,19 @@ class Cliff:
         assert budget.kind == "flops"
         return self.lowest
 
-    def prune(self, budget: Budget, progress: object) -> tuple[Budget, None]:
-        return budget, None
-
     def evaluate(self, model: Budget, progress: object, what: str) -> Accuracy:
         self.evaluated += 1
         assert model.flops is not None
         return Accuracy(90.0 if model.flops >= self.edge else 10.0, 100.0, 100)
 
 
+@pytest.fixture
+def budgets_for_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pruned model is known by its budget."""
+    monkeypatch.setattr(stage, "prune_model", lambda plan, budget, progress: (budget, None))
+
+
+@pytest.mark.usefixtures("budgets_for_models")
 @pytest.mark.parametrize(("edge", "found"), [(0.41, 0.41), (0.1, 0.2), (0.985, 0.99)])
 def test_the_search_finds_the_edge_with_few_evaluations(edge: float, found: float) -> None:
     plan = Cliff(edge)
@@ -98,6 +103,7 @@ def test_the_search_finds_the_edge_with_few_evaluations(edge: float, found: floa
     assert plan.evaluated <= 7
 
 
+@pytest.mark.usefixtures("budgets_for_models")
 def test_a_drop_that_no_pruned_model_keeps_is_refused() -> None:
     with pytest.raises(UsageError, match="no pruned model keeps a top-1 of 95.00 %"):
         search(Cliff(0.5), 95.0, lambda *_: None)  # type: ignore[arg-type]
