@@ -60,6 +60,8 @@ def choose(kind: Kind, backend: str | Choice, x: Tensor, weight: BlockSparseMatr
         backend = "auto"
     if backend not in ("auto", "cpu"):
         return Choice(backend)
+    if backend == "auto" and kind != "weight_gradient" and weight.rows_agree:
+        return Choice("dense")  # without its empty rows and columns it holds nothing else
     return _choice(case(kind, x, weight), backend, tuned.changes())
 
 

@@ -122,6 +122,11 @@ class BlockSparseMatrix:
         return mask
 
     @property
+    def rows_agree(self) -> bool:
+        """Whether all block rows that keep any block keep the same columns."""
+        return self.derived("rows_agree", lambda: len(self.block_mask[self.block_mask.any(dim=1)].unique(dim=0)) <= 1)
+
+    @property
     def places(self) -> list[tuple[int, int]]:
         """Block row and column of each value, as Python numbers."""
         return self.derived("places", lambda: list(zip(self.block_rows.tolist(), self.cols.tolist(), strict=True)))

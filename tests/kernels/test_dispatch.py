@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import masked
-from lpvit_kernels import BlockSparseMatrix, cpu, dispatch, linear, tune, tuned, tuning
+from helpers import masked, relative
+from lpvit_kernels import BlockSparseMatrix, cpu, dense, dispatch, linear, tune, tuned, tuning
 from lpvit_kernels.tuned import Choice, Tuned
 
 BLOCK = (32, 16)
@@ -150,3 +150,18 @@ def test_a_cache_that_cannot_be_written_is_kept_in_memory(monkeypatch: pytest.Mo
     with pytest.warns(UserWarning, match="cannot be written"):
         tune(matrix(), 100)
     assert dispatch.choose("forward", "auto", torch.empty(100, 96), matrix()).backend == "strided"
+
+
+def test_masks_whose_rows_agree_are_smaller_dense_products() -> None:
+    weight, mask = masked((64, 96), (16, 16), 0.5)
+    mask[:] = torch.tensor([True, False, False, True, False, True])
+    mask[2] = False
+    agreeing = BlockSparseMatrix.from_dense(weight, (16, 16), mask)
+    assert dispatch.choose("forward", "auto", torch.empty(200, 96), agreeing).backend == "dense"
+    assert dispatch.choose("input_gradient", "auto", torch.empty(200, 64), agreeing).backend == "dense"
+    assert dense._shrunk(agreeing)[0].shape == (48, 48)
+    x = torch.randn(5, 96)
+    assert relative(linear(x, agreeing), linear(x, agreeing, backend="reference").double()) < 1e-6
+    mask[0, 0] = False
+    other = BlockSparseMatrix.from_dense(weight, (16, 16), mask)
+    assert dispatch.choose("forward", "auto", torch.empty(200, 96), other).backend == "gathered"
