@@ -326,6 +326,7 @@ class Recipe(Section):
         small["model"] |= {"name": architecture, "pretrained": False, "weights": None, "kwargs": kwargs}
         small["data"] |= {"dataset": "synthetic", "root": None, "batch_size": 16, "workers": 0, "val_images": 32}
         small["calibrate"] |= {"images": 32, "batch_size": 8}
+        small["prune"]["reweigh"] = min(1, self.prune.reweigh)
         small["bench"] |= {"batch_sizes": (2,), "rounds": 6, "warmup_seconds": 0.2}
         small["bench"]["energy"] = {"window_seconds": 2.0, "trials": 6}
         small["profile"] = {"batch_size": 2, "rounds": 6}

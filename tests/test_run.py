@@ -93,7 +93,7 @@ def test_changed_weights_are_noticed(tmp_path: Path, work_of: Callable[..., None
 def test_missing_stage_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         make(tmp_path / "r").artefact(CALIBRATE)
-    assert caught.value.hint == "run: lpvit calibrate digits_vit"
+    assert caught.value.hint == f"run: lpvit calibrate digits_vit --output {tmp_path / 'r'}"
 
 
 def test_bench_takes_the_recovered_model_once_there_is_one(tmp_path: Path, work_of: Callable[..., None]) -> None:
