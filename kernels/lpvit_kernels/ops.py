@@ -76,7 +76,7 @@ def _check(
         raise ValueError(f"activation must be None or 'gelu', got {activation!r}")
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.shape[1]}")
-    if reason := backends.refusal(backend, x.device.type):
+    if not torch.compiler.is_compiling() and (reason := backends.refusal(backend, x.device.type)):
         raise ValueError(reason)
     out = (weight.shape[0],)
     for name, tensor, shape in (("bias", bias, out), ("scale", scale, out), ("residual", residual, (*x.shape[:-1], *out))):

@@ -8,9 +8,11 @@ from typing import get_args
 
 import pytest
 import torch
-from gpu_cases import BLOCKS, TOLERANCE, Case, check_epilogue, check_products, matrix
+from gpu_cases import BLOCKS, TOLERANCE, Case, check_epilogue, check_products, close, matrix
+from lpvit_kernels import linear
 from lpvit_kernels.gpu import candidates, weight_gradient
 from lpvit_kernels.gpu.configs import Kind, Precision
+from torch import Tensor
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,3 +75,32 @@ def test_the_gradient_of_the_values_does_not_depend_on_timing() -> None:
     x, dy = torch.randn(2, 20000, 128, device="cuda").bfloat16()
     first = weight_gradient(dy, x, weight)
     assert all(torch.equal(weight_gradient(dy, x, weight), first) for _ in range(10))
+
+
+def test_the_public_operation_compiles_into_one_graph_and_is_captured() -> None:
+    """torch.compile forward and backward, and a CUDA graph, against the reference."""
+    weight = matrix(Case((500, 300), (64, 64), 1, 0.4, empty=1), torch.float32, "cuda")
+    x, bias = torch.randn(197, 300, device="cuda"), torch.randn(500, device="cuda")
+
+    def run(x: Tensor, backend: str) -> Tensor:
+        return linear(x, weight, bias, "gelu", backend=backend)
+
+    expected = run(x, "reference").double()
+    compiled = torch.compile(run, fullgraph=True)
+    given = x.clone().requires_grad_()
+    y = compiled(given, "triton")
+    close(y, expected, TOLERANCE[torch.float32])
+    (found,) = torch.autograd.grad(y.square().sum(), given)
+    reference = x.double().requires_grad_()
+    w = weight.to("cuda", torch.float64)
+    (wanted,) = torch.autograd.grad(linear(reference, w, bias.double(), "gelu", backend="reference").square().sum(), reference)
+    close(found, wanted, 1e-5)
+
+    with torch.no_grad():
+        run(x, "auto")  # indices are made, and kernels compiled, before the capture
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run(x, "auto")
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        close(captured, run(x, "reference").double(), TOLERANCE[torch.float32])
