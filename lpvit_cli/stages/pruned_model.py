@@ -53,22 +53,22 @@ def _weighed_anew(
     rounds, device = plan.settings.reweigh, plan.device
     target = class_probabilities(plan.model, plan.calibration, device)
     plan.model.cpu()
-    tried = []
+    model, nearest, best = plan.model, math.inf, (pruned, weights)
     for done in range(rounds + 1):
+        if done:
+            loss = calibration_loss(plan.recipe.calibrate.gradient, plan.recipe.seed)
+            moments = output_moments(model, plan.parts, plan.calibration, loss, device)
+            weights = {
+                name: plan.statistics[name].loss_weights + moment.cpu() / plan.statistics[name].images
+                for name, moment in moments.items()
+            }
+            pruned = plan.allocation(budget, _reweighed(plan, weights))
         model, _ = _compensated(plan, pruned, progress)
         progress("reweighing", done, rounds, f"round {done} of {rounds}")
-        tried.append((divergence(model, target, plan.calibration, device), pruned, weights))
-        if done == rounds:
-            break
-        loss = calibration_loss(plan.recipe.calibrate.gradient, plan.recipe.seed)
-        moments = output_moments(model, plan.parts, plan.calibration, loss, device)
-        weights = {
-            name: plan.statistics[name].loss_weights + moment.cpu() / plan.statistics[name].images
-            for name, moment in moments.items()
-        }
-        pruned = plan.allocation(budget, _reweighed(plan, weights))
-    _, pruned, weights = min(tried, key=lambda one: (math.isnan(one[0]), one[0]))  # NaN compares with nothing
-    return pruned, weights
+        found = divergence(model, target, plan.calibration, device)
+        if found < nearest:  # NaN is not
+            nearest, best = found, (pruned, weights)
+    return best
 
 
 def _reweighed(plan: Plan, weights: dict[str, Tensor]) -> dict[str, Part]:
