@@ -40,9 +40,7 @@ def forward(
         from lpvit_kernels import gpu
 
         return gpu.forward(x, weight, bias, activation, scale, residual, choice.config, needs_z)
-    y = _product(choice.backend, x, weight, transposed=False)
-    if bias is not None:
-        y += bias
+    y = _product(choice.backend, x, weight, transposed=False, bias=bias)
     z = y if needs_z else None
     if activation:
         y = F.gelu(y) if y is z else torch.ops.aten.gelu_(y)
@@ -81,7 +79,7 @@ def input_gradient(dz: Tensor, weight: BlockSparseMatrix, backend: str | Choice)
         from lpvit_kernels import gpu
 
         return gpu.input_gradient(dz, weight, choice.config)
-    return _product(choice.backend, dz, weight, transposed=True)
+    return _product(choice.backend, dz, weight, transposed=True, bias=None)
 
 
 def weight_gradient(dz: Tensor, x: Tensor, weight: BlockSparseMatrix, backend: str | Choice) -> Tensor:
@@ -94,5 +92,5 @@ def weight_gradient(dz: Tensor, x: Tensor, weight: BlockSparseMatrix, backend: s
     return cpu.GRADIENTS[choice.backend](dz, x, weight)
 
 
-def _product(form: str, x: Tensor, weight: BlockSparseMatrix, transposed: bool) -> Tensor:
-    return (dense.product if form == "dense" else cpu.FORMS[form])(x, weight, transposed)
+def _product(form: str, x: Tensor, weight: BlockSparseMatrix, transposed: bool, bias: Tensor | None) -> Tensor:
+    return (dense.product if form == "dense" else cpu.FORMS[form])(x, weight, transposed, bias)

@@ -14,13 +14,16 @@ from lpvit_kernels.kept import kept
 from lpvit_kernels.matrix import BlockSparseMatrix
 
 
-def product(x: Tensor, weight: BlockSparseMatrix, transposed: bool) -> Tensor:
-    """x [tokens, in] -> x W^T [tokens, out]; `transposed`: [tokens, out] -> x W [tokens, in]."""
+def product(x: Tensor, weight: BlockSparseMatrix, transposed: bool, bias: Tensor | None) -> Tensor:
+    """x [tokens, in], bias [out] -> x W^T + b [tokens, out]; `transposed`: [tokens, out], bias [in] -> x W + b [tokens, in]."""
     dense, rows, columns = kept(weight.values, "dense", lambda: _shrunk(weight))
     sources, targets = (rows, columns) if transposed else (columns, rows)
     x = x if sources is None else x[:, sources]
-    y = x @ dense if transposed else F.linear(x, dense)
-    return y if targets is None else y.new_zeros(len(y), weight.shape[transposed]).index_copy_(1, targets, y)
+    if targets is None:
+        return F.linear(x, dense.T if transposed else dense, bias)
+    y = F.linear(x, dense.T if transposed else dense)
+    whole = y.new_zeros(len(y), weight.shape[transposed]).index_copy_(1, targets, y)
+    return whole if bias is None else whole.add_(bias)
 
 
 def _shrunk(weight: BlockSparseMatrix) -> tuple[Tensor, Tensor | None, Tensor | None]:
