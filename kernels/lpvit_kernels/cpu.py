@@ -22,51 +22,48 @@ from lpvit_kernels.matrix import BlockSparseMatrix
 
 CHUNK = 256  # tokens
 
-Form = Callable[[Tensor, BlockSparseMatrix, bool, Tensor | None], Tensor]
+Form = Callable[[Tensor, BlockSparseMatrix, bool], Tensor]
 
 
-def strided(x: Tensor, weight: BlockSparseMatrix, transposed: bool, bias: Tensor | None) -> Tensor:
-    """x [tokens, in], bias [out] -> x W^T + b [tokens, out]; `transposed`: [tokens, out], bias [in] -> x W + b [tokens, in]."""
-    biases = _biases(bias, weight, transposed)
+def strided(x: Tensor, weight: BlockSparseMatrix, transposed: bool) -> Tensor:
+    """x [tokens, in] -> x W^T [tokens, out]; `transposed`: [tokens, out] -> x W [tokens, in]."""
     lines, blocks = _lines(weight, transposed), _blocks(weight, transposed)
     y = x.new_empty(len(x), weight.shape[transposed])
     for x_part, y_part in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
         x_slices, y_slices = _slices(x_part, weight, not transposed), _slices(y_part, weight, transposed)
-        for line, target, b in zip(lines, y_slices, biases, strict=True):
+        for line, target in zip(lines, y_slices, strict=True):
             if not line:
-                _fill(target, b)
+                target.zero_()
             for place, (source, block) in enumerate(line):
                 if place:
                     target.addmm_(x_slices[source], blocks[block])
                 else:
-                    _product(x_slices[source], blocks[block], b, target)
+                    torch.mm(x_slices[source], blocks[block], out=target)
     return y
 
 
-def gathered(x: Tensor, weight: BlockSparseMatrix, transposed: bool, bias: Tensor | None) -> Tensor:
+def gathered(x: Tensor, weight: BlockSparseMatrix, transposed: bool) -> Tensor:
     """As `strided`."""
-    biases = _biases(bias, weight, transposed)
     packed = kept(weight.values, f"gathered {transposed}", lambda: _packed(weight, transposed))
     y = x.new_empty(len(x), weight.shape[transposed])
     for x_part, y_part in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
         x_slices, y_slices = _slices(x_part, weight, not transposed), _slices(y_part, weight, transposed)
-        for (sources, factor), target, b in zip(packed, y_slices, biases, strict=True):
+        for (sources, factor), target in zip(packed, y_slices, strict=True):
             if sources:
-                _product(torch.cat([x_slices[source] for source in sources], dim=1), factor, b, target)
+                torch.mm(torch.cat([x_slices[source] for source in sources], dim=1), factor, out=target)
             else:
-                _fill(target, b)
+                target.zero_()
     return y
 
 
-def batched(x: Tensor, weight: BlockSparseMatrix, transposed: bool, bias: Tensor | None) -> Tensor:
+def batched(x: Tensor, weight: BlockSparseMatrix, transposed: bool) -> Tensor:
     """As `strided`."""
     here, there = (0, 1) if transposed else (1, 0)
     sources, targets = (weight.block_rows, weight.cols.long()) if transposed else (weight.cols.long(), weight.block_rows)
     slices = F.pad(x, (0, weight.grid[here] * weight.block[here] - weight.shape[here])).unflatten(1, (weight.grid[here], -1))
     products = torch.bmm(slices.transpose(0, 1)[sources], weight.values if transposed else weight.values.mT)  # [nnz, tokens, .]
     y = x.new_zeros(weight.grid[there], len(x), weight.block[there]).index_add_(0, targets, products)
-    y = y.transpose(0, 1).flatten(1)[:, : weight.shape[there]]
-    return y.contiguous() if bias is None else y + bias
+    return y.transpose(0, 1).flatten(1)[:, : weight.shape[there]].contiguous()
 
 
 def strided_gradient(dy: Tensor, x: Tensor, weight: BlockSparseMatrix) -> Tensor:
@@ -97,22 +94,6 @@ def gathered_gradient(dy: Tensor, x: Tensor, weight: BlockSparseMatrix) -> Tenso
 
 FORMS: dict[str, Form] = {"strided": strided, "gathered": gathered, "batched": batched}
 GRADIENTS = {"strided": strided_gradient, "gathered": gathered_gradient}
-
-
-def _product(x: Tensor, factor: Tensor, bias: Tensor | None, target: Tensor) -> None:
-    if bias is None:
-        torch.mm(x, factor, out=target)
-    else:
-        torch.addmm(bias, x, factor, out=target)
-
-
-def _fill(target: Tensor, bias: Tensor | None) -> None:
-    target.zero_() if bias is None else target.copy_(bias.expand_as(target))
-
-
-def _biases(bias: Tensor | None, weight: BlockSparseMatrix, transposed: bool) -> tuple[Tensor | None, ...]:
-    """By block row (transposed: block column)."""
-    return (None,) * weight.grid[transposed] if bias is None else bias.split(weight.block[transposed])
 
 
 def _lines(weight: BlockSparseMatrix, transposed: bool) -> list[list[tuple[int, int]]]:

@@ -148,7 +148,7 @@ def test_a_cpu_backend_refuses_tensors_of_other_devices() -> None:
 def test_a_named_backend_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, mask = masked((64, 96), (32, 16), 0.5)
     matrix = BlockSparseMatrix.from_dense(weight, (32, 16), mask)
-    monkeypatch.setitem(cpu.FORMS, "strided", lambda x, weight, transposed, bias: torch.full((len(x), 64), 7.0))
+    monkeypatch.setitem(cpu.FORMS, "strided", lambda x, weight, transposed: torch.full((len(x), 64), 7.0))
     assert linear(torch.ones(2, 96), matrix, backend="strided").tolist() == [[7.0] * 64] * 2
     assert 7.0 not in linear(torch.ones(2, 96), matrix, backend="gathered")
 
