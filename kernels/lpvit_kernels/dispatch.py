@@ -34,11 +34,13 @@ class Case:
     block: tuple[int, int]
     density: float  # to the next twentieth
     tokens: int  # to the next power of two
+    rows_agree: bool  # without its empty rows and columns the weight is dense
 
     @property
     def key(self) -> str:
         """Its name in the file of tuned choices: machine and versions included."""
         sizes = f"{self.shape[0]}x{self.shape[1]} {self.block[0]}x{self.block[1]} {self.density:.2f} {self.tokens}"
+        sizes += " rows agree" * self.rows_agree
         return f"{hardware(self.device, self.threads)} | {self.kind} {self.dtype} {sizes}"
 
 
@@ -49,7 +51,7 @@ def case(kind: Kind, x: Tensor, weight: BlockSparseMatrix) -> Case:
     dtype = str(x.dtype).removeprefix("torch.")
     if dtype == "float32" and x.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
         dtype = "tf32"
-    return Case(kind, str(x.device), threads, dtype, weight.shape, weight.block, density, tokens)
+    return Case(kind, str(x.device), threads, dtype, weight.shape, weight.block, density, tokens, weight.rows_agree)
 
 
 def choose(kind: Kind, backend: str | Choice, x: Tensor, weight: BlockSparseMatrix) -> Choice:
@@ -60,8 +62,6 @@ def choose(kind: Kind, backend: str | Choice, x: Tensor, weight: BlockSparseMatr
         backend = "auto"
     if backend not in ("auto", "cpu"):
         return Choice(backend)
-    if backend == "auto" and kind != "weight_gradient" and weight.rows_agree:
-        return Choice("dense")  # without its empty rows and columns it holds nothing else
     return _choice(case(kind, x, weight), backend, tuned.changes())
 
 
@@ -80,6 +80,8 @@ def _choice(case: Case, backend: str, _: int) -> Choice:
 
 def by_rule(case: Case, sparse_only: bool = False) -> Choice:
     """Where nothing was tuned. On GPUs none of this was measured."""
+    if case.rows_agree and case.kind != "weight_gradient" and not sparse_only:
+        return Choice("dense")
     if not case.device.startswith("cpu"):
         if triton_runs(case.device, case.dtype, case.block):
             return Choice("triton")

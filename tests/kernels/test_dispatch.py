@@ -162,6 +162,9 @@ def test_masks_whose_rows_agree_are_smaller_dense_products() -> None:
     assert dispatch.choose("forward", "auto", torch.empty(200, 96), agreeing).backend == "dense"
     assert dispatch.choose("input_gradient", "auto", torch.empty(200, 64), agreeing).backend == "dense"
     assert dense._shrunk(agreeing)[0].shape == (48, 48)
+    random = BlockSparseMatrix.from_dense(weight, (16, 16), mask.flatten().roll(1).reshape(mask.shape))
+    keys = {dispatch.case("forward", torch.empty(200, 96), one).key for one in (agreeing, random)}
+    assert len(keys) == 2, "what is tuned for one says nothing of the other"
     x = torch.randn(5, 96)
     assert relative(linear(x, agreeing), linear(x, agreeing, backend="reference").double()) < 1e-6
     mask[0, 0] = False
