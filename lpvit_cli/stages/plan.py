@@ -124,11 +124,11 @@ class Plan:
         if _lowest(curves) > self._allowance(budget) * (1 + 1e-9):
             furthest, unpruned = (self._in_units_of(budget, cost) for cost in (_lowest(curves), _highest(curves)))
             low, high = sorted((_rounded(furthest, up=furthest < unpruned), unpruned))
-            if low == high:
+            if f"{low:.4g}" == f"{high:.4g}":
                 raise UsageError(
-                    f"prune.budget: {budget.kind} {budget.value:g} cannot be reached: with min_keep "
-                    f"{self.settings.min_keep:g} nothing can be removed",
-                    "lower prune.min_keep",
+                    f"prune.budget: {budget.kind} {budget.value:g} cannot be reached: with min_keep {self.settings.min_keep:g} "
+                    f"removing blocks leaves it at {high:.4g}",
+                    "lower prune.min_keep; for a latency, profile a larger batch (profile.batch_size), where pruning pays",
                 )
             raise UsageError(
                 f"prune.budget: {budget.kind} {budget.value:g} cannot be reached: with min_keep {self.settings.min_keep:g} it "

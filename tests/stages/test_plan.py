@@ -256,3 +256,8 @@ def test_a_seed_makes_the_same_model_to_the_last_bit(overrides: list[str]) -> No
     first, second = (prune_model(plan_of("vit", *overrides), Budget(flops=0.5), quiet)[0].state_dict() for _ in range(2))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_budget_that_removing_blocks_does_not_change_says_so() -> None:
+    with pytest.raises(UsageError, match=r"sparsity 0.5 cannot be reached: with min_keep 1 removing blocks leaves it at 0"):
+        plan_of("vit", "prune.min_keep=1").allocation(Budget(sparsity=0.5))
