@@ -16,7 +16,7 @@ from lpvit_cli.recipe import Recipe
 from lpvit_cli.report.html import write_html
 from lpvit_cli.report.schema import BASELINE, BatchBench, BenchReport, FinetuneReport, PruneReport
 from lpvit_cli.run import Progress, Run
-from lpvit_cli.sparse import densify, fuse, sparse_layers
+from lpvit_cli.sparse import densify, fuse, sparse_layers, trim
 from lpvit_cli.stages import BENCH, FINETUNE, PRUNE
 from lpvit_cli.stages.tune import run_dense, tune_model
 
@@ -27,10 +27,10 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
     dtype = pick_dtype(settings.dtype or recipe.dtype, device)
     with cpu_threads(settings.threads):
         source = run.model_artefact(BENCH)
-        sparse = load_model(source).to(device, dtype)
+        sparse = trim(load_model(source)).to(device, dtype)
         models = {
             BASELINE: build_model(recipe.model).to(device, dtype),
-            "masked-dense": densify(sparse),
+            "masked-dense": densify(load_model(source)).to(device, dtype),
             "sparse": fuse(sparse),
         }
         tune_model(sparse, settings.batch_sizes, ("forward",), progress, again=False)

@@ -14,7 +14,7 @@ from lpvit_cli.recipe import Budget, Recipe
 from lpvit_cli.report.pictures import sweep_picture
 from lpvit_cli.report.schema import BASELINE, PruneReport, SweepPoint, SweepReport
 from lpvit_cli.run import Progress, Run, replace_text
-from lpvit_cli.sparse import fuse
+from lpvit_cli.sparse import fuse, trim
 from lpvit_cli.stages.bench import forward_of
 from lpvit_cli.stages.plan import Plan, make_plan
 from lpvit_cli.stages.prune import prune_to, search
@@ -68,7 +68,7 @@ def _speed(plan: Plan, folders: list[Path], progress: Progress) -> TimingRun:
     generator = torch.Generator().manual_seed(recipe.seed)
     size = (recipe.profile.batch_size, *plan.model.pretrained_cfg["input_size"])
     images = torch.randn(size, generator=generator).to(device, dtype)
-    models = {BASELINE: plan.model} | {folder.name: fuse(load_model(folder)) for folder in folders}
+    models = {BASELINE: plan.model} | {folder.name: fuse(trim(load_model(folder))) for folder in folders}
     with cpu_threads(recipe.bench.threads):
         for model in list(models.values())[1:]:
             tune_model(model.to(device, dtype), [recipe.profile.batch_size], ("forward",), progress, again=False)
