@@ -1,0 +1,252 @@
+"""A block-sparse linear layer written in ONNX operators, so that a stock runtime skips what was removed.
+
+    dense     one product, zeros included
+    rows      x is cut into slices once; per block row the slices it needs are put side by side for one small product
+    chain     per block row a product for each block, added to the one before; nothing is gathered
+    batched   the slices of all block rows are gathered at once for one batched product, or a few where their counts differ
+
+All compute x W^T + b, [tokens, in] -> [tokens, out]. In int8, x is quantised once as a whole, by the range found or calibrated,
+the weights by output feature; the products sum in int32 and give float32. There is no int8 chain: its sums would round anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+import onnx_ir as ir
+import torch
+from lpvit_kernels import BlockSparseMatrix
+from onnx_ir.tape import Tape
+from torch import Tensor
+from torch.nn import functional as F
+
+MICROSOFT = "com.microsoft"  # where onnxruntime keeps the int8 product with a float result
+BATCH_SIZES = 8  # of `batched`: block rows are padded to one of so many counts
+
+
+@dataclass(frozen=True)
+class Row:
+    """Output features [R] of one block row, or of several that read the same: block columns, factors [C, R], bias [R]."""
+
+    columns: tuple[int, ...]
+    blocks: tuple[Tensor, ...]
+    bias: Tensor | None
+
+    @property
+    def factor(self) -> Tensor:
+        """[k C, R]"""
+        return torch.cat(self.blocks)
+
+    @property
+    def width(self) -> int:
+        return self.blocks[0].shape[1]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is written; `x_range`: smallest and largest input, for static int8."""
+
+    name: str
+    weight: BlockSparseMatrix
+    bias: Tensor | None  # [out]
+    int8: bool = False
+    x_range: tuple[float, float] | None = None
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Block rows in order. One that keeps nothing has a block of zeros."""
+        (out, features), (height, width) = self.weight.shape, self.weight.block
+        lines: list[list[tuple[int, Tensor]]] = [[] for _ in range(self.weight.grid[0])]
+        for (i, j), block in zip(self.weight.places, self.weight.values.detach(), strict=True):
+            lines[i].append((j, block[: out - i * height, : features - j * width].T))
+        biases = [None] * len(lines) if self.bias is None else self.bias.detach().split(height)
+        made = []
+        for i, (line, bias) in enumerate(zip(lines, biases, strict=True)):
+            line = line or [(0, self.weight.values.new_zeros(min(width, features), min(height, out - i * height)))]
+            columns, blocks = zip(*line, strict=True)
+            made.append(Row(columns, blocks, bias))
+        return made
+
+    @property
+    def merged_rows(self) -> list[Row]:
+        """Neighbouring block rows that read the same slices as one."""
+        made = []
+        for columns, rows in groupby(self.rows, key=lambda row: row.columns):
+            kin = list(rows)
+            blocks = tuple(torch.cat(side_by_side, dim=1) for side_by_side in zip(*(row.blocks for row in kin), strict=True))
+            biases = [row.bias for row in kin if row.bias is not None]
+            made.append(Row(columns, blocks, torch.cat(biases) if biases else None))
+        return made
+
+
+class Builder:
+    """Nodes and initializers being made for one layer."""
+
+    def __init__(self, layer: Layer):
+        self.tape, self.layer = Tape(), layer
+
+    def op(self, name: str, *inputs: ir.Value | None, domain: str = "", **attributes: int | str | Sequence[int]) -> ir.Value:
+        return self.tape.op(name, inputs, attributes, domain=domain)
+
+    def ops(self, name: str, outputs: int, *inputs: ir.Value, **attributes: int) -> Sequence[ir.Value]:
+        return self.tape.op_multi_out(name, inputs, attributes, num_outputs=outputs)
+
+    def constant(self, tensor: Tensor) -> ir.Value:
+        name = f"{self.layer.name}.{len(self.tape.initializers)}"
+        return self.tape.initializer(ir.tensor(tensor.detach().contiguous(), name=name))
+
+    def numbers(self, *values: int) -> ir.Value:
+        return self.constant(torch.tensor(values, dtype=torch.int64))
+
+
+@dataclass
+class Activation:
+    """[tokens, features] in pieces that lie side by side."""
+
+    pieces: list[ir.Value]
+    widths: list[int]
+
+    def whole(self, b: Builder) -> ir.Value:
+        if len(self.pieces) > 1:
+            self.pieces, self.widths = [b.op("Concat", *self.pieces, axis=1)], [sum(self.widths)]
+        return self.pieces[0]
+
+    def slices(self, b: Builder, width: int) -> list[ir.Value]:
+        """Pieces of `width`, the last perhaps narrower."""
+        if any(size % width for size in self.widths[:-1]):
+            self.whole(b)
+        found: list[ir.Value] = []
+        for piece, size in zip(self.pieces, self.widths, strict=True):
+            sizes = [min(width, size - at) for at in range(0, size, width)]
+            found += b.ops("Split", len(sizes), piece, b.numbers(*sizes), axis=1) if len(sizes) > 1 else [piece]
+        return found
+
+
+class Floats:
+    """The input of a layer, and products with it."""
+
+    def __init__(self, b: Builder, x: Activation):
+        self.b, self.x = b, x
+
+    def product(self, part: ir.Value, factor: Tensor, bias: Tensor | None = None) -> ir.Value:
+        """part [tokens, k], factor [k, n], bias [n] -> [tokens, n]; or without a bias [g, tokens, k] and [g, k, n]."""
+        if bias is None:
+            return self.b.op("MatMul", part, self.b.constant(factor))
+        return self.b.op("Gemm", part, self.b.constant(factor), self.b.constant(bias))
+
+
+class Int8(Floats):
+    """The same in uint8 x int8, with floats as the result."""
+
+    def __init__(self, b: Builder, x: Activation):
+        if b.layer.x_range is None:
+            whole, self.scale, self.zero = b.ops("DynamicQuantizeLinear", 3, x.whole(b))
+            super().__init__(b, Activation([whole], list(x.widths)))
+        else:
+            scale, zero = affine(*b.layer.x_range)
+            self.scale, self.zero = b.constant(torch.tensor(scale)), b.constant(torch.tensor(zero, dtype=torch.uint8))
+            pieces = [b.op("QuantizeLinear", piece, self.scale, self.zero) for piece in x.pieces]
+            super().__init__(b, Activation(pieces, list(x.widths)))
+
+    def product(self, part: ir.Value, factor: Tensor, bias: Tensor | None = None) -> ir.Value:
+        scale = factor.abs().amax(dim=-2, keepdim=True).clamp(min=1e-12) / 127  # by output feature
+        whole = self.b.constant((factor / scale).round().to(torch.int8))
+        scales = self.b.constant(scale if factor.ndim == 3 else scale[0])
+        inputs = [part, whole, self.scale, scales, self.zero, None]
+        inputs += [] if bias is None else [self.b.constant(bias)]
+        return self.b.op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT)
+
+
+def affine(low: float, high: float) -> tuple[float, int]:
+    """Scale and zero point of uint8 for values from low to high, zero being one of them, as DynamicQuantizeLinear has it."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / 255 or 1.0
+    return scale, min(255, max(0, round(-low / scale)))
+
+
+def dense(b: Builder, x: Activation) -> Activation:
+    source, weight = _source(b, x), b.layer.weight
+    return Activation([source.product(source.x.whole(b), weight.to_dense().T, b.layer.bias)], [weight.shape[0]])
+
+
+def rows(b: Builder, x: Activation) -> Activation:
+    source, merged = _source(b, x), b.layer.merged_rows
+    slices = source.x.slices(b, b.layer.weight.block[1])
+    pieces = []
+    for row in merged:
+        parts = [slices[column] for column in row.columns]
+        part = b.op("Concat", *parts, axis=1) if len(parts) > 1 else parts[0]
+        pieces.append(source.product(part, row.factor, row.bias))
+    return Activation(pieces, [row.width for row in merged])
+
+
+def chain(b: Builder, x: Activation) -> Activation:
+    slices, merged = x.slices(b, b.layer.weight.block[1]), b.layer.merged_rows
+    pieces = []
+    for row in merged:
+        total = None if row.bias is None else b.constant(row.bias)
+        for column, block in zip(row.columns, row.blocks, strict=True):
+            total = b.op("Gemm", slices[column], b.constant(block), *([total] if total else []))
+        pieces.append(total)
+    return Activation(pieces, [row.width for row in merged])
+
+
+def batched(b: Builder, x: Activation) -> Activation:
+    source, layer = _source(b, x), b.layer
+    (out, features), (height, width), (lines, columns) = layer.weight.shape, layer.weight.block, layer.weight.grid
+    whole = source.x.whole(b)
+    if features % width:
+        whole = b.op("Pad", whole, b.numbers(0, 0, 0, columns * width - features))
+    slices = b.op("Reshape", whole, b.numbers(-1, columns, width))
+    products, order = [], []
+    for count, batch in _batches(layer.rows):
+        gathered = b.op(
+            "Gather", slices, b.numbers(*(column for row in batch.values() for column in _padded(row, count))), axis=1
+        )
+        gathered = b.op("Reshape", gathered, b.numbers(-1, len(batch), count * width))
+        factors = [F.pad(row.factor, (0, height - row.width, 0, count * width - len(row.factor))) for row in batch.values()]
+        products.append(source.product(b.op("Transpose", gathered, perm=(1, 0, 2)), torch.stack(factors)))
+        order += list(batch)
+    y = b.op("Concat", *products, axis=0) if len(products) > 1 else products[0]
+    if order != sorted(order):
+        y = b.op("Gather", y, b.numbers(*sorted(range(lines), key=order.__getitem__)), axis=0)
+    y = b.op("Reshape", b.op("Transpose", y, perm=(1, 0, 2)), b.numbers(-1, lines * height))
+    if out % height:
+        y = b.op("Slice", y, b.numbers(0), b.numbers(out), b.numbers(1))
+    return Activation([y if layer.bias is None else b.op("Add", y, b.constant(layer.bias))], [out])
+
+
+FORMS: dict[str, Callable[[Builder, Activation], Activation]] = {
+    "dense": dense,
+    "rows": rows,
+    "chain": chain,
+    "batched": batched,
+}
+
+
+def forms_of(layer: Layer) -> list[str]:
+    """Those that can be told apart for this layer."""
+    if layer.weight.density == 1:
+        return ["dense"]
+    return [form for form in FORMS if not (layer.int8 and form == "chain")]
+
+
+def _source(b: Builder, x: Activation) -> Floats:
+    return Int8(b, x) if b.layer.int8 else Floats(b, x)
+
+
+def _batches(block_rows: Sequence[Row]) -> list[tuple[int, dict[int, Row]]]:
+    """Block rows by their counts, each rounded up to one of BATCH_SIZES."""
+    step = -(-max(len(row.columns) for row in block_rows) // BATCH_SIZES)
+    batches: dict[int, dict[int, Row]] = {}
+    for i, row in enumerate(block_rows):
+        batches.setdefault(-(-len(row.columns) // step), {})[i] = row
+    return [(max(len(row.columns) for row in batch.values()), batch) for _, batch in sorted(batches.items())]
+
+
+def _padded(row: Row, count: int) -> list[int]:
+    """Columns of a block row, and any one for each block of zeros that makes it `count` long."""
+    return [*row.columns, *[0] * (count - len(row.columns))]

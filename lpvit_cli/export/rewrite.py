@@ -1,0 +1,120 @@
+"""The linear layers of an exported dense graph, found and written anew as block-sparse ones."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnx_ir import convenience
+
+from lpvit_cli.errors import CheckFailed
+from lpvit_cli.export.forms import FORMS, MICROSOFT, Activation, Builder, Layer
+
+SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter writes which module a node came from
+
+
+@dataclass(frozen=True)
+class Place:
+    """A linear layer in the graph: its nodes, last the one that gives its output."""
+
+    nodes: list[ir.Node]
+
+    @property
+    def x(self) -> ir.Value:
+        found = self.nodes[0].inputs[0]
+        assert found is not None
+        return found
+
+    @property
+    def y(self) -> ir.Value:
+        return self.nodes[-1].outputs[0]
+
+
+def find_linears(model: ir.Model, names: set[str]) -> dict[str, Place]:
+    """Where the named nn.Linear modules are. Raises CheckFailed when one is not there exactly once."""
+    found: dict[str, list[ir.Node]] = {name: [] for name in names}
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+        if len(scopes) > 1 and scopes[-2] in found and node.op_type in ("MatMul", "Gemm"):
+            found[scopes[-2]].append(node)
+    odd = sorted(name for name, nodes in found.items() if len(nodes) != 1)
+    if odd:
+        others = sorted(
+            {
+                ast.literal_eval(n.metadata_props.get(SCOPES, "['', '']"))[-2]
+                for n in model.graph
+                if n.op_type in ("MatMul", "Gemm")
+            }
+        )
+        raise CheckFailed(
+            f"export: {len(odd)} pruned layers are not in the graph once each: {', '.join(odd[:3])}; "
+            f"its products are {', '.join(others[:3])} ...",
+            "another torch may export them otherwise: try one of the versions in pyproject.toml, or --set export.form=dense",
+        )
+    return {name: Place([*nodes, *_bias_of(nodes[0], name)]) for name, nodes in found.items()}
+
+
+def _bias_of(product: ir.Node, name: str) -> list[ir.Node]:
+    """The Add of the same module, if the bias is not part of the product."""
+    users = [use.node for use in product.outputs[0].uses()]
+    return [user for user in users if user.op_type == "Add" and name in user.metadata_props.get(SCOPES, "")]
+
+
+def rewrite(model: ir.Model, layers: Mapping[str, Layer], forms: Mapping[str, str]) -> None:
+    """Write each layer in its form, in place. Where a GELU alone connects two of them, pieces stay pieces."""
+    places = find_linears(model, set(layers))
+    by_product = {place.nodes[0]: name for name, place in places.items()}
+    done: set[str] = set()
+    for name, place in places.items():
+        if name in done:
+            continue
+        b = Builder(layers[name])
+        x = place.x if _rank(place.x) == 2 else b.op("Reshape", place.x, b.numbers(-1, layers[name].weight.shape[1]))
+        y = FORMS[forms[name]](b, Activation([x], [layers[name].weight.shape[1]]))
+        old, last = list(place.nodes), place
+        gelu = _only_user(place.y)
+        after = by_product.get(_only_user(gelu.outputs[0])) if gelu and gelu.op_type == "Gelu" else None
+        if gelu and after and len(y.pieces) > 1:
+            kind = gelu.attributes.get_string("approximate", "none")
+            y.pieces = [b.op("Gelu", piece, approximate=kind) for piece in y.pieces]
+            b.layer, last = layers[after], places[after]
+            y = FORMS[forms[after]](b, y)
+            old += [gelu, *last.nodes]
+            done.add(after)
+        _replace(model.graph, b, old, last, y.whole(b))
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses():
+            del model.graph.initializers[name]
+    if any(layer.int8 for layer in layers.values()):
+        model.opset_imports[MICROSOFT] = 1
+
+
+def _replace(graph: ir.Graph, b: Builder, old: list[ir.Node], place: Place, flat: ir.Value) -> None:
+    """Put what was built, which gives `flat` [tokens, out], where the old nodes gave the output of `place`."""
+    y = place.y
+    new = flat if _rank(y) == 2 else b.op("Reshape", flat, _shape(b, place))
+    new.shape, new.dtype = y.shape, y.dtype
+    for initializer in b.tape.initializers:
+        graph.register_initializer(initializer)
+    convenience.replace_nodes_and_values(graph, old[-1], old, b.tape.nodes, [y], [new])
+
+
+def _shape(b: Builder, place: Place) -> ir.Value:
+    """The shape of the output: constant as far as at most one side is unknown."""
+    assert place.y.shape is not None
+    sides = [side if isinstance(side, int) else -1 for side in place.y.shape]
+    if sides.count(-1) <= 1:
+        return b.numbers(*sides)
+    return b.op("Concat", b.op("Shape", place.x, end=-1), b.numbers(sides[-1]), axis=0)
+
+
+def _rank(value: ir.Value) -> int:
+    assert value.shape is not None
+    return len(value.shape)
+
+
+def _only_user(value: ir.Value) -> ir.Node | None:
+    users = {use.node for use in value.uses()}
+    return users.pop() if len(users) == 1 else None
