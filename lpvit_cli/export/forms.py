@@ -1,9 +1,9 @@
 """A block-sparse linear layer written in ONNX operators, so that a stock runtime skips what was removed.
 
     dense     one product, zeros included
-    rows      x is cut into slices once; per block row the slices it needs are put side by side for one small product
+    rows      per block row, the slices of x that it needs are gathered for one small product
     chain     per block row a product for each block, added to the one before; nothing is gathered
-    batched   the slices of all block rows are gathered at once for one batched product, or a few where their counts differ
+    batched   the slices of all block rows are gathered at once, for one batched product or a few where their counts differ
 
 All compute x W^T + b, [tokens, in] -> [tokens, out]. In int8, x is quantised once as a whole, by the range found or calibrated,
 the weights by output feature; the products sum in int32 and give float32. There is no int8 chain: its sums would round anew.
@@ -36,13 +36,12 @@ class Row:
     bias: Tensor | None
 
     @property
-    def factor(self) -> Tensor:
-        """[k C, R]"""
-        return torch.cat(self.blocks)
-
-    @property
     def width(self) -> int:
         return self.blocks[0].shape[1]
+
+    def factor(self, width: int) -> Tensor:
+        """[k C, R], blocks below each other; a narrower one, at the ragged edge, is filled up with zeros to C = `width`."""
+        return torch.cat([F.pad(block, (0, 0, 0, width - len(block))) for block in self.blocks])
 
 
 @dataclass(frozen=True)
@@ -102,33 +101,10 @@ class Builder:
         return self.constant(torch.tensor(values, dtype=torch.int64))
 
 
-@dataclass
-class Activation:
-    """[tokens, features] in pieces that lie side by side."""
-
-    pieces: list[ir.Value]
-    widths: list[int]
-
-    def whole(self, b: Builder) -> ir.Value:
-        if len(self.pieces) > 1:
-            self.pieces, self.widths = [b.op("Concat", *self.pieces, axis=1)], [sum(self.widths)]
-        return self.pieces[0]
-
-    def slices(self, b: Builder, width: int) -> list[ir.Value]:
-        """Pieces of `width`, the last perhaps narrower."""
-        if any(size % width for size in self.widths[:-1]):
-            self.whole(b)
-        found: list[ir.Value] = []
-        for piece, size in zip(self.pieces, self.widths, strict=True):
-            sizes = [min(width, size - at) for at in range(0, size, width)]
-            found += b.ops("Split", len(sizes), piece, b.numbers(*sizes), axis=1) if len(sizes) > 1 else [piece]
-        return found
-
-
 class Floats:
-    """The input of a layer, and products with it."""
+    """The input x [tokens, in] of a layer, and products with it."""
 
-    def __init__(self, b: Builder, x: Activation):
+    def __init__(self, b: Builder, x: ir.Value):
         self.b, self.x = b, x
 
     def product(self, part: ir.Value, factor: Tensor, bias: Tensor | None = None) -> ir.Value:
@@ -141,23 +117,21 @@ class Floats:
 class Int8(Floats):
     """The same in uint8 x int8, with floats as the result."""
 
-    def __init__(self, b: Builder, x: Activation):
+    def __init__(self, b: Builder, x: ir.Value):
         if b.layer.x_range is None:
-            whole, self.scale, self.zero = b.ops("DynamicQuantizeLinear", 3, x.whole(b))
-            super().__init__(b, Activation([whole], list(x.widths)))
+            x, self.scale, self.zero = b.ops("DynamicQuantizeLinear", 3, x)
         else:
             scale, zero = affine(*b.layer.x_range)
             self.scale, self.zero = b.constant(torch.tensor(scale)), b.constant(torch.tensor(zero, dtype=torch.uint8))
-            pieces = [b.op("QuantizeLinear", piece, self.scale, self.zero) for piece in x.pieces]
-            super().__init__(b, Activation(pieces, list(x.widths)))
+            x = b.op("QuantizeLinear", x, self.scale, self.zero)
+        super().__init__(b, x)
 
     def product(self, part: ir.Value, factor: Tensor, bias: Tensor | None = None) -> ir.Value:
         scale = factor.abs().amax(dim=-2, keepdim=True).clamp(min=1e-12) / 127  # by output feature
         whole = self.b.constant((factor / scale).round().to(torch.int8))
         scales = self.b.constant(scale if factor.ndim == 3 else scale[0])
-        inputs = [part, whole, self.scale, scales, self.zero, None]
-        inputs += [] if bias is None else [self.b.constant(bias)]
-        return self.b.op("MatMulIntegerToFloat", *inputs, domain=MICROSOFT)
+        biases = [] if bias is None else [self.b.constant(bias)]
+        return self.b.op("MatMulIntegerToFloat", part, whole, self.scale, scales, self.zero, None, *biases, domain=MICROSOFT)
 
 
 def affine(low: float, high: float) -> tuple[float, int]:
@@ -167,64 +141,59 @@ def affine(low: float, high: float) -> tuple[float, int]:
     return scale, min(255, max(0, round(-low / scale)))
 
 
-def dense(b: Builder, x: Activation) -> Activation:
-    source, weight = _source(b, x), b.layer.weight
-    return Activation([source.product(source.x.whole(b), weight.to_dense().T, b.layer.bias)], [weight.shape[0]])
+def dense(b: Builder, x: ir.Value) -> ir.Value:
+    source = _source(b, x)
+    return source.product(source.x, b.layer.weight.to_dense().T, b.layer.bias)
 
 
-def rows(b: Builder, x: Activation) -> Activation:
-    source, merged = _source(b, x), b.layer.merged_rows
-    slices = source.x.slices(b, b.layer.weight.block[1])
+def rows(b: Builder, x: ir.Value) -> ir.Value:
+    source, width = _source(b, x), b.layer.weight.block[1]
+    slices = _slices(b, source.x)
     pieces = []
-    for row in merged:
-        parts = [slices[column] for column in row.columns]
-        part = b.op("Concat", *parts, axis=1) if len(parts) > 1 else parts[0]
-        pieces.append(source.product(part, row.factor, row.bias))
-    return Activation(pieces, [row.width for row in merged])
+    for row in b.layer.merged_rows:
+        part = b.op("Gather", slices, b.numbers(*row.columns), axis=1)
+        part = b.op("Reshape", part, b.numbers(-1, len(row.columns) * width))
+        pieces.append(source.product(part, row.factor(width), row.bias))
+    return b.op("Concat", *pieces, axis=1) if len(pieces) > 1 else pieces[0]
 
 
-def chain(b: Builder, x: Activation) -> Activation:
-    slices, merged = x.slices(b, b.layer.weight.block[1]), b.layer.merged_rows
+def chain(b: Builder, x: ir.Value) -> ir.Value:
+    features, width = b.layer.weight.shape[1], b.layer.weight.block[1]
+    sizes = [min(width, features - at) for at in range(0, features, width)]
+    slices = b.ops("Split", len(sizes), x, b.numbers(*sizes), axis=1) if len(sizes) > 1 else [x]
     pieces = []
-    for row in merged:
+    for row in b.layer.merged_rows:
         total = None if row.bias is None else b.constant(row.bias)
         for column, block in zip(row.columns, row.blocks, strict=True):
             total = b.op("Gemm", slices[column], b.constant(block), *([total] if total else []))
         pieces.append(total)
-    return Activation(pieces, [row.width for row in merged])
+    return b.op("Concat", *pieces, axis=1) if len(pieces) > 1 else pieces[0]
 
 
-def batched(b: Builder, x: Activation) -> Activation:
+def batched(b: Builder, x: ir.Value) -> ir.Value:
     source, layer = _source(b, x), b.layer
-    (out, features), (height, width), (lines, columns) = layer.weight.shape, layer.weight.block, layer.weight.grid
-    whole = source.x.whole(b)
-    if features % width:
-        whole = b.op("Pad", whole, b.numbers(0, 0, 0, columns * width - features))
-    slices = b.op("Reshape", whole, b.numbers(-1, columns, width))
+    out, (height, width), lines = layer.weight.shape[0], layer.weight.block, layer.weight.grid[0]
+    slices = _slices(b, source.x)
     products, order = [], []
     for count, batch in _batches(layer.rows):
-        gathered = b.op(
-            "Gather", slices, b.numbers(*(column for row in batch.values() for column in _padded(row, count))), axis=1
-        )
-        gathered = b.op("Reshape", gathered, b.numbers(-1, len(batch), count * width))
-        factors = [F.pad(row.factor, (0, height - row.width, 0, count * width - len(row.factor))) for row in batch.values()]
-        products.append(source.product(b.op("Transpose", gathered, perm=(1, 0, 2)), torch.stack(factors)))
+        columns = [column for row in batch.values() for column in (*row.columns, *[0] * (count - len(row.columns)))]
+        part = b.op("Gather", slices, b.numbers(*columns), axis=1)
+        part = b.op("Reshape", part, b.numbers(-1, len(batch), count * width))
+        factors = [
+            F.pad(row.factor(width), (0, height - row.width, 0, (count - len(row.columns)) * width)) for row in batch.values()
+        ]
+        products.append(source.product(b.op("Transpose", part, perm=(1, 0, 2)), torch.stack(factors)))
         order += list(batch)
     y = b.op("Concat", *products, axis=0) if len(products) > 1 else products[0]
     if order != sorted(order):
-        y = b.op("Gather", y, b.numbers(*sorted(range(lines), key=order.__getitem__)), axis=0)
+        y = b.op("Gather", y, b.numbers(*(order.index(line) for line in range(lines))), axis=0)
     y = b.op("Reshape", b.op("Transpose", y, perm=(1, 0, 2)), b.numbers(-1, lines * height))
     if out % height:
         y = b.op("Slice", y, b.numbers(0), b.numbers(out), b.numbers(1))
-    return Activation([y if layer.bias is None else b.op("Add", y, b.constant(layer.bias))], [out])
+    return y if layer.bias is None else b.op("Add", y, b.constant(layer.bias))
 
 
-FORMS: dict[str, Callable[[Builder, Activation], Activation]] = {
-    "dense": dense,
-    "rows": rows,
-    "chain": chain,
-    "batched": batched,
-}
+FORMS: dict[str, Callable[[Builder, ir.Value], ir.Value]] = {"dense": dense, "rows": rows, "chain": chain, "batched": batched}
 
 
 def forms_of(layer: Layer) -> list[str]:
@@ -234,19 +203,22 @@ def forms_of(layer: Layer) -> list[str]:
     return [form for form in FORMS if not (layer.int8 and form == "chain")]
 
 
-def _source(b: Builder, x: Activation) -> Floats:
+def _source(b: Builder, x: ir.Value) -> Floats:
     return Int8(b, x) if b.layer.int8 else Floats(b, x)
 
 
+def _slices(b: Builder, x: ir.Value) -> ir.Value:
+    """[tokens, in] -> [tokens, in / C, C], the last slice filled up with zeros."""
+    (_, features), (_, width), (_, columns) = b.layer.weight.shape, b.layer.weight.block, b.layer.weight.grid
+    if features % width:
+        x = b.op("Pad", x, b.numbers(0, 0, 0, columns * width - features))
+    return b.op("Reshape", x, b.numbers(-1, columns, width))
+
+
 def _batches(block_rows: Sequence[Row]) -> list[tuple[int, dict[int, Row]]]:
-    """Block rows by their counts, each rounded up to one of BATCH_SIZES."""
+    """Block rows by their counts, each rounded up to one of BATCH_SIZES; the count is that of the longest row of a batch."""
     step = -(-max(len(row.columns) for row in block_rows) // BATCH_SIZES)
     batches: dict[int, dict[int, Row]] = {}
     for i, row in enumerate(block_rows):
         batches.setdefault(-(-len(row.columns) // step), {})[i] = row
     return [(max(len(row.columns) for row in batch.values()), batch) for _, batch in sorted(batches.items())]
-
-
-def _padded(row: Row, count: int) -> list[int]:
-    """Columns of a block row, and any one for each block of zeros that makes it `count` long."""
-    return [*row.columns, *[0] * (count - len(row.columns))]

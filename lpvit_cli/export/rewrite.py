@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir import convenience
 
 from lpvit_cli.errors import CheckFailed
-from lpvit_cli.export.forms import FORMS, MICROSOFT, Activation, Builder, Layer
+from lpvit_cli.export.forms import FORMS, MICROSOFT, Builder, Layer
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter writes which module a node came from
 
@@ -63,42 +63,21 @@ def _bias_of(product: ir.Node, name: str) -> list[ir.Node]:
 
 
 def rewrite(model: ir.Model, layers: Mapping[str, Layer], forms: Mapping[str, str]) -> None:
-    """Write each layer in its form, in place. Where a GELU alone connects two of them, pieces stay pieces."""
-    places = find_linears(model, set(layers))
-    by_product = {place.nodes[0]: name for name, place in places.items()}
-    done: set[str] = set()
-    for name, place in places.items():
-        if name in done:
-            continue
+    """Write each layer in its form, in place."""
+    for name, place in find_linears(model, set(layers)).items():
         b = Builder(layers[name])
         x = place.x if _rank(place.x) == 2 else b.op("Reshape", place.x, b.numbers(-1, layers[name].weight.shape[1]))
-        y = FORMS[forms[name]](b, Activation([x], [layers[name].weight.shape[1]]))
-        old, last = list(place.nodes), place
-        gelu = _only_user(place.y)
-        after = by_product.get(_only_user(gelu.outputs[0])) if gelu and gelu.op_type == "Gelu" else None
-        if gelu and after and len(y.pieces) > 1:
-            kind = gelu.attributes.get_string("approximate", "none")
-            y.pieces = [b.op("Gelu", piece, approximate=kind) for piece in y.pieces]
-            b.layer, last = layers[after], places[after]
-            y = FORMS[forms[after]](b, y)
-            old += [gelu, *last.nodes]
-            done.add(after)
-        _replace(model.graph, b, old, last, y.whole(b))
+        y = FORMS[forms[name]](b, x)
+        new = y if _rank(place.y) == 2 else b.op("Reshape", y, _shape(b, place))
+        new.shape, new.dtype = place.y.shape, place.y.dtype
+        for initializer in b.tape.initializers:
+            model.graph.register_initializer(initializer)
+        convenience.replace_nodes_and_values(model.graph, place.nodes[-1], place.nodes, b.tape.nodes, [place.y], [new])
     for name, value in list(model.graph.initializers.items()):
         if not value.uses():
             del model.graph.initializers[name]
     if any(layer.int8 for layer in layers.values()):
         model.opset_imports[MICROSOFT] = 1
-
-
-def _replace(graph: ir.Graph, b: Builder, old: list[ir.Node], place: Place, flat: ir.Value) -> None:
-    """Put what was built, which gives `flat` [tokens, out], where the old nodes gave the output of `place`."""
-    y = place.y
-    new = flat if _rank(y) == 2 else b.op("Reshape", flat, _shape(b, place))
-    new.shape, new.dtype = y.shape, y.dtype
-    for initializer in b.tape.initializers:
-        graph.register_initializer(initializer)
-    convenience.replace_nodes_and_values(graph, old[-1], old, b.tape.nodes, [y], [new])
 
 
 def _shape(b: Builder, place: Place) -> ir.Value:
@@ -113,8 +92,3 @@ def _shape(b: Builder, place: Place) -> ir.Value:
 def _rank(value: ir.Value) -> int:
     assert value.shape is not None
     return len(value.shape)
-
-
-def _only_user(value: ir.Value) -> ir.Node | None:
-    users = {use.node for use in value.uses()}
-    return users.pop() if len(users) == 1 else None
