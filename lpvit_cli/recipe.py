@@ -250,10 +250,19 @@ class ProfileSection(Section):
 
 
 class ExportSection(Section):
-    """ONNX through torch's dynamo exporter; `tolerance` bounds ||onnx - torch|| / ||torch|| of the logits."""
+    """What `lpvit export` writes. `form`: how block-sparse layers are written in ONNX; auto times the forms in onnxruntime, for
+    `threads` and `batch_size`, and takes the fastest. int8 finds the range of each activation as it runs, int8-static has it
+    from the calibration images. `tolerance` bounds ||file - model|| / ||model|| of the logits, `max_drop` the points of top-1
+    lost."""
 
+    formats: Annotated[tuple[Literal["onnx", "torch"], ...], Field(min_length=1)] = ("onnx",)
+    form: Literal["auto", "dense", "rows", "chain", "batched"] = "auto"
+    precision: Literal["float32", "float16", "bfloat16", "int8", "int8-static"] = "float32"
     opset: int = Field(default=20, ge=20)
-    tolerance: float = Field(default=1e-3, gt=0)
+    threads: PositiveInt | None = None  # of onnxruntime; None: all cores
+    batch_size: PositiveInt = 1
+    tolerance: float | None = Field(default=None, gt=0)  # None: by precision
+    max_drop: float = Field(default=1.0, ge=0, le=100)
 
 
 class Recipe(Section):

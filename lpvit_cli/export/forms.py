@@ -163,10 +163,10 @@ def chain(b: Builder, x: ir.Value) -> ir.Value:
     slices = b.ops("Split", len(sizes), x, b.numbers(*sizes), axis=1) if len(sizes) > 1 else [x]
     pieces = []
     for row in b.layer.merged_rows:
-        total = None if row.bias is None else b.constant(row.bias)
+        sums = [] if row.bias is None else [b.constant(row.bias)]
         for column, block in zip(row.columns, row.blocks, strict=True):
-            total = b.op("Gemm", slices[column], b.constant(block), *([total] if total else []))
-        pieces.append(total)
+            sums = [b.op("Gemm", slices[column], b.constant(block), *sums)]
+        pieces += sums
     return b.op("Concat", *pieces, axis=1) if len(pieces) > 1 else pieces[0]
 
 

@@ -1,4 +1,4 @@
-"""ONNX through torch's dynamo exporter, with everything a user of the file needs in its metadata."""
+"""ONNX: a dense graph from torch's dynamo exporter, and files with everything their user needs in the metadata."""
 
 from __future__ import annotations
 
@@ -10,25 +10,38 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnx_ir as ir
 import torch
+from torch import Tensor, nn
 
+from lpvit_cli.errors import UsageError
+from lpvit_cli.export.runtime import METADATA_KEY
 from lpvit_cli.models import VisionModel
 
-METADATA_KEY = "lpvit"
+INLINE_BYTES = 2**30  # of weights; larger ones lie beside the graph, which protobuf ends at 2 GiB
+HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def export_onnx(model: VisionModel, path: Path, opset: int, config: dict[str, Any]) -> None:
-    """Write `model` (dense layers only, float32) to `path`: input `images` [batch, 3, H, W] normalised, output `logits`.
+def dense_graph(model: VisionModel, opset: int, precision: str = "float32") -> ir.Model:
+    """`model` (dense layers only) as a graph: input `images` [batch, 3, H, W] float32, output `logits` float32.
 
-    The batch is dynamic. `config` (a model folder's config.json) goes into the metadata, so the file stands alone.
+    The batch is dynamic. With `precision` float16 or bfloat16 everything between input and output has that type.
+    Raises UsageError when `opset` is one that torch or onnx cannot write.
     """
-    import onnx
-
+    if precision == "bfloat16" and opset < 22:
+        raise UsageError("export.opset: bfloat16 needs opset 22 or newer", "add --set export.opset=22")
+    if opset > (newest := onnx.defs.onnx_opset_version()):
+        raise UsageError(
+            f"export.opset: {opset} is newer than the installed onnx knows ({newest})", "choose 20, or upgrade onnx"
+        )
+    inside: nn.Module = Cast(model, HALF[precision]) if precision in HALF else model
     example = torch.randn(2, *model.pretrained_cfg["input_size"])
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript"):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            model.eval(),
+            inside.eval(),
             (example,),
             dynamo=True,
             opset_version=opset,
@@ -38,10 +51,45 @@ def export_onnx(model: VisionModel, path: Path, opset: int, config: dict[str, An
             verbose=False,
         )
     assert program is not None
-    program.save(str(path))
-    graph = onnx.load(str(path), load_external_data=False)
-    onnx.helper.set_model_props(graph, {METADATA_KEY: json.dumps(config)})
-    onnx.save(graph, str(path))
+    graph: ir.Model = program.model
+    if graph.opset_imports[""] != opset:
+        raise UsageError(f"export.opset: torch {torch.__version__} cannot write opset {opset}", "choose 20")
+    return graph
+
+
+class Cast(nn.Module):
+    """A model in a half-precision type behind a float32 input and output; in names, it is rewrite.INSIDE."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.dtype = model.to(dtype), dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images.to(self.dtype))
+        return logits.float()
+
+
+def as_float32(graph: ir.Model) -> None:
+    """Turn, in place, half-precision types into float32, the rounded weights into float32 numbers: runs where they do not."""
+    halves = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+    for node in graph.graph:
+        for name, attribute in node.attributes.items():
+            if name == "to" and ir.DataType(attribute.as_int()) in halves:
+                node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT)
+        for value in node.outputs:
+            if value.dtype in halves:
+                value.type = ir.TensorType(ir.DataType.FLOAT)
+    for value in graph.graph.initializers.values():
+        if value.dtype in halves and value.const_value is not None:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+
+
+def save_onnx(graph: ir.Model, path: Path, metadata: dict[str, Any]) -> None:
+    """Write and check a file. `metadata` holds preprocessing and all else in a model folder's config.json."""
+    graph.metadata_props[METADATA_KEY] = json.dumps(metadata)
+    weights = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)
+    ir.save(graph, path, external_data=f"{path.name}.data" if weights > INLINE_BYTES else None)
     onnx.checker.check_model(str(path))
 
 

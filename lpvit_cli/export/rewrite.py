@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -12,6 +12,7 @@ from onnx_ir import convenience
 from lpvit_cli.errors import CheckFailed
 from lpvit_cli.export.forms import FORMS, MICROSOFT, Builder, Layer
 
+INSIDE = "model"  # what a module that wraps the model calls it
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter writes which module a node came from
 
 
@@ -32,44 +33,42 @@ class Place:
         return self.nodes[-1].outputs[0]
 
 
-def find_linears(model: ir.Model, names: set[str]) -> dict[str, Place]:
+def find_linears(model: ir.Model, names: Iterable[str]) -> dict[str, Place]:
     """Where the named nn.Linear modules are. Raises CheckFailed when one is not there exactly once."""
-    found: dict[str, list[ir.Node]] = {name: [] for name in names}
+    products: dict[str, list[ir.Node]] = {}
     for node in model.graph:
-        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
-        if len(scopes) > 1 and scopes[-2] in found and node.op_type in ("MatMul", "Gemm"):
-            found[scopes[-2]].append(node)
-    odd = sorted(name for name, nodes in found.items() if len(nodes) != 1)
-    if odd:
-        others = sorted(
-            {
-                ast.literal_eval(n.metadata_props.get(SCOPES, "['', '']"))[-2]
-                for n in model.graph
-                if n.op_type in ("MatMul", "Gemm")
-            }
-        )
+        if node.op_type in ("MatMul", "Gemm"):
+            products.setdefault(_module(node), []).append(node)
+    found = {name: products.get(name, []) for name in names}
+    if odd := [name for name, nodes in found.items() if len(nodes) != 1]:
         raise CheckFailed(
-            f"export: {len(odd)} pruned layers are not in the graph once each: {', '.join(odd[:3])}; "
-            f"its products are {', '.join(others[:3])} ...",
-            "another torch may export them otherwise: try one of the versions in pyproject.toml, or --set export.form=dense",
+            f"export: {len(odd)} layers are not in the ONNX graph once each: {', '.join(odd[:3])}; "
+            f"it has products of {', '.join(list(products)[:3])} ...",
+            "export.form=dense needs to find none; or try another torch of those that lpvit allows",
         )
-    return {name: Place([*nodes, *_bias_of(nodes[0], name)]) for name, nodes in found.items()}
+    return {name: Place([*nodes, *_bias_of(nodes[0])]) for name, nodes in found.items()}
 
 
-def _bias_of(product: ir.Node, name: str) -> list[ir.Node]:
-    """The Add of the same module, if the bias is not part of the product."""
+def _bias_of(product: ir.Node) -> list[ir.Node]:
+    """The Add of the same module, where the bias is not part of the product."""
     users = [use.node for use in product.outputs[0].uses()]
-    return [user for user in users if user.op_type == "Add" and name in user.metadata_props.get(SCOPES, "")]
+    return [user for user in users if user.op_type == "Add" and _module(user) == _module(product)]
+
+
+def _module(node: ir.Node) -> str:
+    """Name of the module that a node came from; "" where torch did not write it down."""
+    scopes: list[str] = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+    return scopes[-2].removeprefix(f"{INSIDE}.") if len(scopes) > 1 else ""
 
 
 def rewrite(model: ir.Model, layers: Mapping[str, Layer], forms: Mapping[str, str]) -> None:
     """Write each layer in its form, in place."""
-    for name, place in find_linears(model, set(layers)).items():
+    for name, place in find_linears(model, layers).items():
         b = Builder(layers[name])
         x = place.x if _rank(place.x) == 2 else b.op("Reshape", place.x, b.numbers(-1, layers[name].weight.shape[1]))
         y = FORMS[forms[name]](b, x)
         new = y if _rank(place.y) == 2 else b.op("Reshape", y, _shape(b, place))
-        new.shape, new.dtype = place.y.shape, place.y.dtype
+        new.shape, new.type = place.y.shape, place.y.type
         for initializer in b.tape.initializers:
             model.graph.register_initializer(initializer)
         convenience.replace_nodes_and_values(model.graph, place.nodes[-1], place.nodes, b.tape.nodes, [place.y], [new])

@@ -10,35 +10,71 @@ import torch
 from torch import Tensor
 
 from lpvit_cli.errors import EnvironmentFault, require
-from lpvit_cli.export.onnx import METADATA_KEY
 from lpvit_cli.models import VisionModel
+
+METADATA_KEY = "lpvit"
+NEEDED = ("input_size", "mean", "std", "interpolation", "crop_pct")
+
+
+def session(model: Path | bytes, threads: int | None = None, spin: bool = True) -> Any:
+    """An onnxruntime.InferenceSession on the CPU. Threads: None leaves the number to onnxruntime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 class OnnxModel(VisionModel):
     """`model(images [n, 3, H, W]) -> logits [n, classes]` on the CPU, preprocessing in `pretrained_cfg` as in timm.
 
-    Raises EnvironmentFault when onnxruntime is missing or cannot read the file, or when lpvit did not write it.
+    `config` is what lpvit wrote into the file. A file of another origin runs too if its metadata holds the preprocessing, as
+    JSON under `lpvit` (in `preprocessing`) or `pretrained_cfg`.
+
+    Raises EnvironmentFault when onnxruntime is missing or cannot read the file, or when the metadata do not suffice.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, threads: int | None = None):
         super().__init__()
         require("onnxruntime")
-        import onnxruntime
-
         try:
-            self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-            config: dict[str, Any] = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA_KEY])
-        except KeyError as error:
-            raise EnvironmentFault(
-                f"{path}: was not exported by lpvit (no preprocessing in its metadata)", "use `lpvit export`"
-            ) from error
+            self.session = session(path, threads)
+            metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
         except Exception as error:  # onnxruntime raises one class per failure, all private
             reason = str(error).strip().splitlines()[0]
             raise EnvironmentFault(f"{path}: onnxruntime cannot load it: {reason}", "export it again") from error
-        self.config = config
-        self.num_classes = config["num_classes"]
-        self.pretrained_cfg = config["preprocessing"]
+        self.input, self.output = self.session.get_inputs()[0], self.session.get_outputs()[0]
+        self.config = _config(path, metadata)
+        self.pretrained_cfg = self.config["preprocessing"]
+        self.num_classes = int(self.config.get("num_classes") or self.output.shape[-1])
+        expected, given = tuple(self.pretrained_cfg["input_size"]), tuple(self.input.shape[1:])
+        if any(isinstance(side, int) and side != other for side, other in zip(given, expected, strict=True)):
+            raise EnvironmentFault(
+                f"{path}: takes images of {list(given)}, its metadata say {list(expected)}",
+                "correct the metadata, or export it again",
+            )
 
     def forward(self, images: Tensor) -> Tensor:
-        (logits,) = self.session.run(["logits"], {"images": images.cpu().numpy()})
+        (logits,) = self.session.run([self.output.name], {self.input.name: images.float().cpu().numpy()})
         return torch.from_numpy(logits)
+
+
+def _config(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """What is known of a model; `preprocessing` is complete."""
+    try:
+        config: dict[str, Any] = json.loads(metadata.get(METADATA_KEY, "{}"))
+        config.setdefault("preprocessing", json.loads(metadata.get("pretrained_cfg", "{}")))
+        missing = [key for key in NEEDED if key not in config["preprocessing"]]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise EnvironmentFault(
+            f"{path}: its metadata are unreadable: {error}", "export it again with `lpvit export`"
+        ) from error
+    if missing:
+        raise EnvironmentFault(
+            f"{path}: its metadata do not say how to prepare images: no {', '.join(missing)}",
+            "use `lpvit export`, or add them as JSON under the metadata key pretrained_cfg (timm's names)",
+        )
+    return config

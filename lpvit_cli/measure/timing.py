@@ -85,6 +85,34 @@ def time_interleaved(
     )
 
 
+def time_in_visits(
+    opened: dict[str, Callable[[], Subject]],
+    *,
+    visits: int,
+    samples: int,
+    threads: int,
+    on_visit: Callable[[int, int], None] | None = None,
+) -> TimingRun:
+    """As `time_interleaved` on the CPU, for subjects that must not be alive together: sessions whose threads would disturb each
+    other. Each of `opened` makes a subject, which is warmed up, sampled and let go, once a visit, in alternating order."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in opened}
+    calls: dict[str, int] = {}
+    before = _busy_seconds()
+    for number in range(visits):
+        order = list(opened) if number % 2 == 0 else list(reversed(opened))
+        for place, name in enumerate(order):
+            subject = opened[name]()
+            again = _warm_up(subject, torch.device("cpu"), 0.0)
+            calls.setdefault(name, again)
+            taken[name] += [_sample_cpu(subject, calls[name]) for _ in range(samples)]
+            del subject
+            if on_visit:
+                on_visit(number * len(order) + place + 1, visits * len(order))
+    load = _foreign_load(before, _busy_seconds())
+    timings = {name: _timing(pairs, calls[name], torch.device("cpu"), threads == 1) for name, pairs in taken.items()}
+    return TimingRun(timings, threads=threads, foreign_load=load)
+
+
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
     """Let torch use so many CPU threads, for a while; None: as many as before."""

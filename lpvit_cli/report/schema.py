@@ -186,13 +186,43 @@ class Parity(BaseModel):
     agreement: float  # fraction of images with the same top-1
 
 
+class ExportedLayer(BaseModel):
+    """How a linear layer is written; `times_us`: medians by form, of this layer or of one just like it; empty: not timed."""
+
+    name: str
+    shape: tuple[int, int]  # out, in
+    block: tuple[int, int]
+    density: float
+    form: str
+    times_us: dict[str, float]
+
+
+class ExportSpeed(BaseModel):
+    """The file against the dense model in float32, both in onnxruntime."""
+
+    threads: int
+    batch_size: int
+    timing: TimingRun
+    speedup: Ratio
+    verdict: str
+
+
+class ExportedFile(BaseModel):
+    format: str
+    file: str  # within RUN/export
+    bytes: int
+    bytes_dense: int | None = None  # of the same kind of file, dense and float32
+    parity: list[Parity] = []
+    accuracy: Accuracy | None = None
+    layers: list[ExportedLayer] = []
+    speed: ExportSpeed | None = None
+
+
 class ExportReport(Report):
     model: str
-    file: str
-    bytes: int
-    opset: int
-    parity: list[Parity]
-    accuracy: Accuracy
+    precision: str
+    accuracy_model: Accuracy  # of the model that was exported
+    files: list[ExportedFile]
     versions: dict[str, str | None]
 
 

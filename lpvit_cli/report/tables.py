@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -267,11 +268,24 @@ def _three_digits(value: float) -> str:
 
 
 def _export(report: ExportReport, folder: Path) -> list[Any]:
-    rows = table("ONNX against the model, on real images", "batch", "relative error", "same top-1")
-    for parity in report.parity:
-        rows.add_row(str(parity.batch_size), f"{parity.relative_error:.1e}", percent(parity.agreement))
-    top1 = f"top-1 {report.accuracy.top1:.2f} % on {report.accuracy.images} images"
-    return [rows, f"{folder / report.file}: {size(report.bytes)}, opset {report.opset}, {top1}"]
+    shown: list[Any] = []
+    for file in report.files:
+        smaller = f" ({file.bytes / file.bytes_dense:.2f}x dense float32)" if file.bytes_dense else ""
+        shown.append(Text(f"{folder / file.file}: {file.format}, {report.precision}, {size(file.bytes)}{smaller}", "bold"))
+        if file.speed:
+            shown.append(f"{file.speed.verdict}; batch {file.speed.batch_size}, {file.speed.threads} threads")
+        if file.layers:
+            counts = Counter(layer.form for layer in file.layers)
+            shown.append("layers by form: " + ", ".join(f"{count} {form}" for form, count in counts.most_common()))
+        if file.parity:
+            rows = table("against the model, on real images", "batch", "relative error", "same top-1")
+            for parity in file.parity:
+                rows.add_row(str(parity.batch_size), f"{parity.relative_error:.1e}", percent(parity.agreement))
+            shown.append(rows)
+        if file.accuracy:
+            before = report.accuracy_model.top1
+            shown.append(f"top-1 {file.accuracy.top1:.2f} % (model {before:.2f} %) on {file.accuracy.images} images")
+    return shown
 
 
 def _evaluate(report: EvaluateReport, folder: Path) -> list[Any]:

@@ -37,6 +37,19 @@ def trim(model: Model) -> Model:
     return model
 
 
+def order_neurons(model: nn.Module) -> None:
+    """Sort, in place, hidden neurons by how many blocks their block row of fc1 keeps, where that cuts no block of fc2.
+
+    Exact: rows of fc1 and columns of fc2 move together.
+    """
+    for mlp in model.modules():
+        if isinstance(mlp, Mlp) and isinstance(mlp.norm, nn.Identity) and isinstance(mlp.fc1, BlockSparseLinear):
+            height, hidden = _block(mlp.fc1)[0], mlp.fc1.out_features
+            if hidden % height == 0 and height % _block(mlp.fc2)[1] == 0:
+                order = mlp.fc1.row_ptr.diff().argsort(stable=True)
+                narrow(mlp, (order[:, None] * height + torch.arange(height, device=order.device)).flatten())
+
+
 def _is_plain(attention: Attention) -> bool:
     extras = (getattr(attention, "norm", None), getattr(attention, "gate", None))
     return all(extra is None or isinstance(extra, nn.Identity) for extra in extras)

@@ -1,84 +1,50 @@
-"""export: ONNX, checked against the model on real images, with the packed weights beside it -> RUN/export/."""
+"""export: files that run without lpvit, checked against the model on real images -> RUN/export/."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from lpvit_cli.errors import CheckFailed, require
-from lpvit_cli.export.onnx import export_onnx
-from lpvit_cli.export.parity import agreement, relative_error
-from lpvit_cli.export.runtime import OnnxModel
+from lpvit_cli.errors import require
 from lpvit_cli.measure.machine import cpu_name, installed
 from lpvit_cli.models import load_model, read_config
 from lpvit_cli.recipe import Recipe
-from lpvit_cli.report.schema import ExportReport, Parity
+from lpvit_cli.report.schema import ExportedFile, ExportReport, FinetuneReport, PruneReport
 from lpvit_cli.run import Progress, Run
-from lpvit_cli.sparse import densify
-from lpvit_cli.stages import EXPORT
-from lpvit_cli.stages.evaluate import evaluate_model, validation_batches
-
-BATCH_SIZES = (1, 2, 7)
+from lpvit_cli.sparse import order_neurons, trim
+from lpvit_cli.stages import EXPORT, FINETUNE, PRUNE
+from lpvit_cli.stages.evaluate import validation_batches
+from lpvit_cli.stages.export_onnx import write_onnx
+from lpvit_cli.stages.exporting import Source
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> ExportReport:
+    settings = recipe.export
     require("onnx", "onnxscript", "onnxruntime")
-    parent = run.model_artefact(EXPORT)
-    model = load_model(parent)
-    validation = validation_batches(recipe, model)
-
-    file = work / "model.onnx"
-    progress("exporting to ONNX", 0, 1, "")
-    export_onnx(densify(model), file, recipe.export.opset, read_config(parent))
-    exported = OnnxModel(file)
-
-    images = first_images(validation, sum(BATCH_SIZES))
-    parity = []
-    with torch.inference_mode():
-        for batch in images.split(BATCH_SIZES):
-            logits, reference = exported(batch), model(batch)
-            parity.append(
-                Parity(
-                    batch_size=len(batch),
-                    relative_error=relative_error(logits, reference),
-                    agreement=agreement(logits, reference, recipe.export.tolerance),
-                )
-            )
-    require_parity(parity, recipe.export.tolerance)
-    result = evaluate_model(exported, validation, recipe, torch.device("cpu"), progress, "evaluating the exported file")
-    for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(parent / name, work / name)
+    folder = run.model_artefact(EXPORT)
+    model = trim(load_model(folder))
+    order_neurons(model)
+    recovered = folder.name == FINETUNE.folder
+    before = run.report(FINETUNE, FinetuneReport) if recovered else run.report(PRUNE, PruneReport)
+    source = Source(recipe, folder, read_config(folder), model, validation_batches(recipe, model), before.accuracy)
     return ExportReport(
         device=f"{cpu_name()}, onnxruntime",
-        notes=["the ONNX file is dense: its zeros are stored and multiplied; the packed weights beside it are the small ones"],
-        model=parent.name,
-        file=file.name,
-        bytes=sum(path.stat().st_size for path in work.glob("model.onnx*")),
-        opset=recipe.export.opset,
-        parity=parity,
-        accuracy=result,
+        notes=source.notes,
+        model=folder.name,
+        precision=settings.precision,
+        accuracy_model=before.accuracy,
+        files=[WRITERS[format_](source, work, progress) for format_ in settings.formats],
         versions={package: installed(package) for package in ("torch", "onnx", "onnxscript", "onnxruntime")},
     )
 
 
-def first_images(batches: object, count: int) -> Tensor:
-    """The first `count` images [count, 3, H, W], repeated where the split holds fewer."""
-    images = torch.empty(0)
-    for batch, _ in batches:  # type: ignore[attr-defined]
-        images = torch.cat([images, batch]) if len(images) else batch
-        if len(images) >= count:
-            break
-    return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
+def write_torch(source: Source, work: Path, progress: Progress) -> ExportedFile:
+    """The packed model folder, for `lpvit_cli.load_model`."""
+    names = ("config.json", "model.safetensors")
+    for name in names:
+        shutil.copyfile(source.folder / name, work / name)
+    return ExportedFile(format="torch", file="model.safetensors", bytes=sum((work / name).stat().st_size for name in names))
 
 
-def require_parity(parity: list[Parity], tolerance: float) -> None:
-    for result in parity:
-        if not result.relative_error <= tolerance or result.agreement < 1:
-            raise CheckFailed(
-                f"export: the ONNX file disagrees with the model at batch {result.batch_size}: relative error "
-                f"{result.relative_error:.1e} (at most {tolerance:.0e}), same top-1 for {result.agreement:.0%} of the images",
-                "try another export.opset, or report the model; nothing was written",
-            )
+WRITERS: dict[str, Callable[[Source, Path, Progress], ExportedFile]] = {"onnx": write_onnx, "torch": write_torch}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from lpvit_kernels import BlockSparseMatrix, dispatch, tune
@@ -83,8 +83,8 @@ def tune_model(
     return found
 
 
-def layer_tokens(model: VisionModel) -> dict[str, int]:
-    """Rows of x that one image gives each block-sparse layer."""
+def layer_tokens(model: VisionModel, names: Iterable[str] | None = None) -> dict[str, int]:
+    """Rows of x that one image gives each of these linear layers; None: the block-sparse ones."""
     tokens: dict[str, int] = {}
 
     def count(name: str) -> object:
@@ -93,7 +93,8 @@ def layer_tokens(model: VisionModel) -> dict[str, int]:
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(count(name)) for name, layer in sparse_layers(model).items()]  # type: ignore[arg-type]
+    watched = sparse_layers(model) if names is None else names
+    handles = [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in watched]  # type: ignore[arg-type]
     like = next(model.parameters())
     try:
         with torch.inference_mode():

@@ -1,0 +1,70 @@
+"""Which form each layer takes: the fastest in onnxruntime on this machine, by timing, dense included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from lpvit_cli.export.forms import FORMS, Builder, Layer, forms_of
+from lpvit_cli.export.runtime import session
+from lpvit_cli.measure.timing import time_interleaved
+from lpvit_cli.run import Progress
+
+ROUNDS = 9
+OPSET = 20
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest form of layers that timing cannot tell apart; medians in microseconds, by form."""
+
+    form: str
+    times_us: dict[str, float]
+
+
+def choose_forms(layers: Mapping[str, Layer], tokens: Mapping[str, int], threads: int, progress: Progress) -> dict[str, Choice]:
+    """The choice for each layer on `tokens` rows of x. Layers of equal shape, block and density are timed once."""
+    kinds: dict[object, list[str]] = {}
+    for name, layer in layers.items():
+        kept = round(20 * layer.weight.density)
+        kinds.setdefault((layer.weight.shape, layer.weight.block, kept, layer.int8, tokens[name]), []).append(name)
+    chosen: dict[str, Choice] = {}
+    for done, names in enumerate(kinds.values()):
+        progress("choosing forms", done, len(kinds), f"{names[0]}, {tokens[names[0]]} tokens")
+        choice = _choose(layers[names[0]], tokens[names[0]], threads)
+        chosen |= dict.fromkeys(names, choice)
+    return {name: chosen[name] for name in layers}
+
+
+def _choose(layer: Layer, tokens: int, threads: int) -> Choice:
+    forms = forms_of(layer)
+    if len(forms) == 1:
+        return Choice(forms[0], {})
+    x = np.random.default_rng(0).standard_normal((tokens, layer.weight.shape[1]), dtype=np.float32)
+    # several sessions are alive: their threads must not spin while another one is timed
+    sessions = {form: session(single_layer(layer, form), threads, spin=False) for form in forms}
+    run = time_interleaved(
+        {form: partial(one.run, None, {"x": x}) for form, one in sessions.items()},
+        device=torch.device("cpu"),
+        rounds=ROUNDS,
+        warmup_seconds=0.05,
+    )
+    times = {form: 1e3 * timed.percentiles.p50 for form, timed in run.subjects.items()}
+    return Choice(min(times, key=times.__getitem__), times)
+
+
+def single_layer(layer: Layer, form: str) -> bytes:
+    """A model of this layer alone: x [tokens, in] -> y [tokens, out]."""
+    b = Builder(layer)
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["tokens", layer.weight.shape[1]]))
+    y = FORMS[form](b, x)
+    y.name, y.type, y.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["tokens", layer.weight.shape[0]])
+    graph = ir.Graph(
+        [x], [y], nodes=b.tape.nodes, initializers=b.tape.initializers, opset_imports={"": OPSET, "com.microsoft": 1}
+    )
+    return ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()

@@ -1,0 +1,80 @@
+"""What all export formats share: their source, and the checks of what was written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpvit_cli.data import Batches
+from lpvit_cli.errors import CheckFailed
+from lpvit_cli.export.parity import agreement, relative_error
+from lpvit_cli.measure.accuracy import Accuracy
+from lpvit_cli.models import VisionModel
+from lpvit_cli.recipe import Recipe
+from lpvit_cli.report.schema import Parity
+from lpvit_cli.run import Progress
+from lpvit_cli.stages.evaluate import measure_accuracy
+
+BATCH_SIZES = (1, 2, 7)
+TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 0.2, "int8-static": 0.2}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported, and the images it is checked on."""
+
+    recipe: Recipe
+    folder: Path
+    config: dict[str, Any]  # of the model folder
+    model: VisionModel  # trimmed
+    validation: Batches
+    accuracy: Accuracy  # of the model before
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tolerance(self) -> float:
+        return self.recipe.export.tolerance or TOLERANCES[self.recipe.export.precision]
+
+
+def check(exported: VisionModel, source: Source, file: str, progress: Progress) -> tuple[list[Parity], Accuracy]:
+    """`exported` against the model on real images, and its accuracy. Raises CheckFailed where they differ too much."""
+    parity = []
+    with torch.inference_mode():
+        for batch in first_images(source.validation, sum(BATCH_SIZES)).split(BATCH_SIZES):
+            logits, reference = exported(batch), source.model(batch)
+            error, agreed = relative_error(logits, reference), agreement(logits, reference, source.tolerance)
+            parity.append(Parity(batch_size=len(batch), relative_error=error, agreement=agreed))
+    require_parity(parity, source.tolerance, file)
+    cpu = torch.device("cpu")
+    result = measure_accuracy(exported, source.validation, cpu, torch.float32, progress, "evaluating the exported file")
+    if result.top1 < source.accuracy.top1 - source.recipe.export.max_drop:
+        raise CheckFailed(
+            f"export: {file} has {result.top1:.2f} % top-1, the model {source.accuracy.top1:.2f} %: more than "
+            f"export.max_drop = {source.recipe.export.max_drop:g} points are lost",
+            "another export.precision keeps more (int8-static, float32); nothing was written",
+        )
+    return parity, result
+
+
+def first_images(batches: object, count: int) -> Tensor:
+    """The first `count` images [count, 3, H, W], repeated where the split holds fewer."""
+    images = torch.empty(0)
+    for batch, _ in batches:  # type: ignore[attr-defined]
+        images = torch.cat([images, batch]) if len(images) else batch
+        if len(images) >= count:
+            break
+    return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
+
+
+def require_parity(parity: list[Parity], tolerance: float, file: str) -> None:
+    for result in parity:
+        if not result.relative_error <= tolerance or result.agreement < 1:
+            raise CheckFailed(
+                f"export: {file} disagrees with the model at batch {result.batch_size}: relative error "
+                f"{result.relative_error:.1e} (at most {tolerance:g}), same top-1 for {result.agreement:.0%} of the images",
+                "try export.form=dense, another export.opset or export.precision; nothing was written",
+            )
