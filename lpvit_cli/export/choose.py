@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from lpvit_cli.export.forms import FORMS, Builder, Layer, forms_of
 from lpvit_cli.export.runtime import session
-from lpvit_cli.measure.timing import time_interleaved
+from lpvit_cli.measure.timing import Subject, time_in_visits
 from lpvit_cli.run import Progress
 
-ROUNDS = 9
+VISITS, SAMPLES = 3, 4
 OPSET = 20
 
 
@@ -46,14 +45,12 @@ def _choose(layer: Layer, tokens: int, threads: int) -> Choice:
     if len(forms) == 1:
         return Choice(forms[0], {})
     x = np.random.default_rng(0).standard_normal((tokens, layer.weight.shape[1]), dtype=np.float32)
-    # several sessions are alive: their threads must not spin while another one is timed
-    sessions = {form: session(single_layer(layer, form), threads, spin=False) for form in forms}
-    run = time_interleaved(
-        {form: partial(one.run, None, {"x": x}) for form, one in sessions.items()},
-        device=torch.device("cpu"),
-        rounds=ROUNDS,
-        warmup_seconds=0.05,
-    )
+
+    def open_form(model: bytes) -> Subject:
+        return partial(session(model, threads).run, None, {"x": x})
+
+    opened: dict[str, Callable[[], Subject]] = {form: partial(open_form, single_layer(layer, form)) for form in forms}
+    run = time_in_visits(opened, visits=VISITS, samples=SAMPLES, threads=threads)
     times = {form: 1e3 * timed.percentiles.p50 for form, timed in run.subjects.items()}
     return Choice(min(times, key=times.__getitem__), times)
 

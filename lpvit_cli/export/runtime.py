@@ -16,14 +16,13 @@ METADATA_KEY = "lpvit"
 NEEDED = ("input_size", "mean", "std", "interpolation", "crop_pct")
 
 
-def session(model: Path | bytes, threads: int | None = None, spin: bool = True) -> Any:
+def session(model: Path | bytes, threads: int | None = None) -> Any:
     """An onnxruntime.InferenceSession on the CPU. Threads: None leaves the number to onnxruntime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     source = model if isinstance(model, bytes) else str(model)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
