@@ -66,6 +66,8 @@ def evaluate(
 def open_model(name: str) -> tuple[VisionModel, dict[str, str]]:
     """A model folder, a run folder (its latest model), an exported .onnx file, or a timm name; with its data section."""
     path = Path(name)
+    if (path / "model.onnx").is_file() and not (path / "config.json").is_file():  # what export wrote
+        path /= "model.onnx"
     if path.is_file():
         if path.suffix != ".onnx":
             raise UsageError(

@@ -15,13 +15,11 @@ from lpvit_cli.run import Progress, Run
 from lpvit_cli.sparse import order_neurons, trim
 from lpvit_cli.stages import EXPORT, FINETUNE, PRUNE
 from lpvit_cli.stages.evaluate import validation_batches
-from lpvit_cli.stages.export_onnx import write_onnx
 from lpvit_cli.stages.exporting import Source
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> ExportReport:
     settings = recipe.export
-    require("onnx", "onnxscript", "onnxruntime")
     folder = run.model_artefact(EXPORT)
     model = trim(load_model(folder))
     order_neurons(model)
@@ -37,6 +35,13 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Expor
         files=[WRITERS[format_](source, work, progress) for format_ in settings.formats],
         versions={package: installed(package) for package in ("torch", "onnx", "onnxscript", "onnxruntime")},
     )
+
+
+def write_onnx(source: Source, work: Path, progress: Progress) -> ExportedFile:
+    require("onnx", "onnxscript", "onnxruntime")
+    from lpvit_cli.stages import export_onnx
+
+    return export_onnx.write_onnx(source, work, progress)
 
 
 def write_torch(source: Source, work: Path, progress: Progress) -> ExportedFile:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -11,21 +13,23 @@ import torch
 from helpers import relative
 from torch import nn
 
-from lpvit_cli.errors import CheckFailed, EnvironmentFault
-from lpvit_cli.export.onnx import export_onnx
+from lpvit_cli.errors import CheckFailed, EnvironmentFault, UsageError
+from lpvit_cli.export import onnx as onnx_export
+from lpvit_cli.export.onnx import as_float32, dense_graph, save_onnx
 from lpvit_cli.export.parity import agreement, relative_error
 from lpvit_cli.export.runtime import OnnxModel
 from lpvit_cli.report.schema import Parity
 from lpvit_cli.sparse import densify, sparsify
-from lpvit_cli.stages.export import first_images, require_parity
+from lpvit_cli.stages.exporting import first_images, require_parity
 
-CONFIG = {"num_classes": 5, "preprocessing": {"input_size": [3, 32, 32]}, "architecture": "a"}
+PREPROCESSING = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1.0}
+CONFIG = {"num_classes": 5, "preprocessing": PREPROCESSING, "architecture": "a"}
 
 
 @pytest.fixture
 def exported(tiny_vit: nn.Module, tmp_path: Path) -> tuple[nn.Module, Path]:
     sparsify(tiny_vit, {"blocks.0.mlp.fc1": torch.rand(16, 2, generator=torch.Generator().manual_seed(0)) < 0.5}, (8, 16))
-    export_onnx(densify(tiny_vit), tmp_path / "model.onnx", 20, CONFIG)
+    save_onnx(dense_graph(densify(tiny_vit), 20), tmp_path / "model.onnx", CONFIG)
     return tiny_vit, tmp_path / "model.onnx"
 
 
@@ -70,20 +74,52 @@ def test_relative_error_and_agreement() -> None:
 )
 def test_a_file_that_disagrees_fails_the_check(wrong: dict[str, float]) -> None:
     good = Parity(batch_size=1, relative_error=1e-7, agreement=1.0)
-    require_parity([good], 1e-3)
+    require_parity([good], 1e-3, "model.onnx")
     with pytest.raises(CheckFailed, match="disagrees with the model at batch 2") as caught:
-        require_parity([good, good.model_copy(update={"batch_size": 2, **wrong})], 1e-3)
+        require_parity([good, good.model_copy(update={"batch_size": 2, **wrong})], 1e-3, "model.onnx")
     assert caught.value.exit_code == 4
 
 
-def test_files_lpvit_did_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    node = onnx.helper.make_node("Identity", ["images"], ["logits"])
-    info = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("images", "logits")]
-    graph = onnx.helper.make_graph([node], "g", info[:1], info[1:])
-    foreign = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
-    onnx.save(foreign, tmp_path / "foreign.onnx")
-    with pytest.raises(EnvironmentFault, match="was not exported by lpvit"):
-        OnnxModel(tmp_path / "foreign.onnx")
+def foreign(path: Path, metadata: dict[str, Any], sides: tuple[Any, ...] = ("n", 3, 32, 32)) -> Path:
+    """A file of another origin: the mean over an image's sides is its logits."""
+    info = onnx.helper.make_tensor_value_info
+    floats = onnx.TensorProto.FLOAT
+    node = onnx.helper.make_node("GlobalAveragePool", ["pixels"], ["means"])
+    flat = onnx.helper.make_node("Flatten", ["means"], ["scores"])
+    graph = onnx.helper.make_graph([node, flat], "g", [info("pixels", floats, sides)], [info("scores", floats, ["n", 3])])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("metadata", [{"pretrained_cfg": PREPROCESSING}, {"lpvit": {"preprocessing": PREPROCESSING}}], ids=str)
+def test_a_foreign_file_runs_if_its_metadata_suffice(tmp_path: Path, metadata: dict[str, Any]) -> None:
+    model = OnnxModel(foreign(tmp_path / "foreign.onnx", metadata))
+    assert (model.num_classes, model.pretrained_cfg) == (3, PREPROCESSING)
+    x = torch.randn(2, 3, 32, 32)
+    assert relative(model(x), x.mean(dim=(2, 3))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("metadata", "sides", "told"),
+    [
+        ({}, ("n", 3, 32, 32), "do not say how to prepare images: no input_size, mean, std, interpolation, crop_pct"),
+        ({"pretrained_cfg": {**PREPROCESSING, "mean": None} | {"x": 1}}, ("n", 3, 48, 48), "takes images of [3, 48, 48]"),
+        ({"pretrained_cfg": {k: v for k, v in PREPROCESSING.items() if k != "std"}}, ("n", 3, 32, 32), "no std"),
+        ({"lpvit": [1]}, ("n", 3, 32, 32), "unreadable"),
+        ({"lpvit": {"preprocessing": 7}}, ("n", 3, 32, 32), "unreadable"),
+    ],
+    ids=str,
+)
+def test_else_it_says_what_is_missing(tmp_path: Path, metadata: dict[str, Any], sides: tuple[Any, ...], told: str) -> None:
+    with pytest.raises(EnvironmentFault) as caught:
+        OnnxModel(foreign(tmp_path / "foreign.onnx", metadata, sides))
+    assert told in caught.value.message
+    assert caught.value.hint
+
+
+def test_files_that_cannot_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(EnvironmentFault, match="onnxruntime cannot load it"):
         OnnxModel(tmp_path / "text.onnx")
@@ -91,6 +127,48 @@ def test_files_lpvit_did_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(EnvironmentFault, match="'onnxruntime' is not installed") as caught:
         OnnxModel(tmp_path / "text.onnx")
     assert caught.value.hint == "pip install onnxruntime"
+
+
+def test_large_weights_lie_beside_the_graph(tiny_vit: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_export, "INLINE_BYTES", 1000)
+    (tmp_path / "made").mkdir()
+    save_onnx(dense_graph(tiny_vit, 20), tmp_path / "made" / "model.onnx", CONFIG)
+    (tmp_path / "made").rename(tmp_path / "moved")
+    assert sorted(path.name for path in (tmp_path / "moved").iterdir()) == ["model.onnx", "model.onnx.data"]
+    weights = sum(parameter.numel() * 4 for parameter in tiny_vit.parameters() if parameter.numel() > 1000)
+    assert (tmp_path / "moved" / "model.onnx.data").stat().st_size >= weights
+    x = torch.randn(2, 3, 32, 32)
+    assert relative(OnnxModel(tmp_path / "moved" / "model.onnx")(x), tiny_vit(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("opset", "precision", "told"),
+    [(20, "bfloat16", "bfloat16 needs opset 22"), (99, "float32", "99 is newer than the installed onnx knows")],
+)
+def test_opsets_that_cannot_be_written(tiny_vit: nn.Module, opset: int, precision: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        dense_graph(tiny_vit, opset, precision)
+
+
+@pytest.mark.parametrize(("precision", "unit"), [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_half_precision_is_typed_inside_and_float32_outside(
+    tiny_vit: nn.Module, tmp_path: Path, precision: str, unit: float
+) -> None:
+    x = torch.randn(4, 3, 32, 32)
+    with torch.inference_mode():
+        reference = tiny_vit(x)
+    graph = dense_graph(copy.deepcopy(tiny_vit), 22, precision)
+    save_onnx(graph, tmp_path / "half.onnx", CONFIG)
+    written = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "half.onnx"))
+    kinds = {tensor.data_type for tensor in written.graph.initializer if tensor.dims and len(tensor.dims) > 1}
+    assert kinds == {getattr(onnx.TensorProto, precision.upper())}
+    ends = [value.type.tensor_type.elem_type for value in (*written.graph.input, *written.graph.output)]
+    assert ends == [onnx.TensorProto.FLOAT] * 2
+    as_float32(graph)  # the rounded weights, unrounded arithmetic
+    save_onnx(graph, tmp_path / "as_float32.onnx", CONFIG)
+    assert unit / 100 < relative(OnnxModel(tmp_path / "as_float32.onnx")(x), reference) < 20 * unit
+    if precision == "float16":
+        assert relative(OnnxModel(tmp_path / "half.onnx")(x), reference) < 20 * unit
 
 
 def test_first_images_repeat_a_short_split() -> None:

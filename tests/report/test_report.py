@@ -31,7 +31,10 @@ from lpvit_cli.report.schema import (
     CalibrateReport,
     Epoch,
     EvaluateReport,
+    ExportedFile,
+    ExportedLayer,
     ExportReport,
+    ExportSpeed,
     FinetuneReport,
     LayerReport,
     Parity,
@@ -164,17 +167,34 @@ def finetune(**changes: Any) -> FinetuneReport:
 
 
 def export(**changes: Any) -> ExportReport:
+    parity = [
+        Parity(batch_size=1, relative_error=3.21e-7, agreement=1.0),
+        Parity(batch_size=8, relative_error=4.56e-7, agreement=0.875),
+    ]
+    pair = TimingRun({"dense": timed(3.0), "model.onnx": timed(2.0)}, threads=2, foreign_load=0.0)
+    speed = ExportSpeed(
+        threads=2, batch_size=1, timing=pair, speedup=Ratio(1.5, 1.4, 1.6), verdict="model.onnx is 1.50x faster"
+    )
+    layers = [
+        ExportedLayer(name=f"blocks.{i}", shape=(64, 32), block=(16, 16), density=0.5, form=form, times_us={"rows": 1.0})
+        for i, form in enumerate(("rows", "dense", "rows"))
+    ]
+    file = ExportedFile(
+        format="onnx",
+        file="model.onnx",
+        bytes=103_870_370,
+        bytes_dense=346_234_567,
+        parity=parity,
+        accuracy=Accuracy(80.47, 94.98, 256),
+        layers=layers,
+        speed=speed,
+    )
     facts: dict[str, Any] = {
         "device": CPU,
         "model": "finetuned",
-        "file": "model.onnx",
-        "bytes": 346_234_567,
-        "opset": 18,
-        "parity": [
-            Parity(batch_size=1, relative_error=3.21e-7, agreement=1.0),
-            Parity(batch_size=8, relative_error=4.56e-7, agreement=0.875),
-        ],
-        "accuracy": Accuracy(80.47, 94.98, 256),
+        "precision": "float32",
+        "accuracy_model": Accuracy(80.5, 94.98, 256),
+        "files": [file, ExportedFile(format="torch", file="model.safetensors", bytes=2**20)],
         "versions": {"onnx": "1.18.0", "onnxruntime": None},
     }
     return ExportReport(**facts | changes)
@@ -448,11 +468,19 @@ def test_a_batch_without_energy_does_not_hide_the_other() -> None:
     assert sum(line.startswith("dense 64 ") for line in lines) == 1  # its latency, and no energy
 
 
-def test_export_shows_parity_of_every_batch_size() -> None:
+def test_export_shows_size_speed_forms_and_checks_of_every_file() -> None:
     lines = [words(line) for line in shown(export(), width=160).splitlines()]
-    assert "1 3.2e-07 100.0 %" in lines
-    assert "8 4.6e-07 87.5 %" in lines
-    assert f"{FOLDER}/model.onnx: 330.2 MiB, opset 18, top-1 80.47 % on 256 images" in lines
+    assert lines == [
+        f"{FOLDER}/model.onnx: onnx, float32, 99.1 MiB (0.30x dense float32)",
+        "model.onnx is 1.50x faster; batch 1, 2 threads",
+        "layers by form: 2 rows, 1 dense",
+        "against the model, on real images",
+        "batch relative error same top-1",
+        "1 3.2e-07 100.0 %",
+        "8 4.6e-07 87.5 %",
+        "top-1 80.47 % (model 80.50 %) on 256 images",
+        f"{FOLDER}/model.safetensors: torch, float32, 1.0 MiB",
+    ]
 
 
 @pytest.mark.parametrize(("skipped", "tail"), [(0, ""), (2, ", 2 unreadable images skipped")])

@@ -95,10 +95,23 @@ def test_the_exported_file_runs_without_lpvit(demo: Demo) -> None:
         assert relative(torch.from_numpy(logits), model(x)) < 1e-5
 
 
-def test_the_packed_weights_travel_with_the_export(demo: Demo) -> None:
-    for name in ("model.safetensors", "config.json"):
-        assert (demo.folder / "export" / name).read_bytes() == (demo.folder / "finetuned" / name).read_bytes()
-    assert [parity["batch_size"] for parity in report(demo, "export")["parity"]] == [1, 2, 7]
+def test_the_exported_file_is_small_and_says_how_it_came_about(demo: Demo) -> None:
+    exported = report(demo, "export")
+    (file,) = exported["files"]
+    assert (exported["precision"], file["format"], file["file"]) == ("float32", "onnx", "model.onnx")
+    assert file["bytes"] == (demo.folder / "export" / "model.onnx").stat().st_size
+    assert file["bytes"] < 0.6 * file["bytes_dense"], "half of the blocks are not there"
+    assert [parity["batch_size"] for parity in file["parity"]] == [1, 2, 7]
+    assert file["accuracy"] == report(demo, "finetuned")["accuracy"]
+    assert len(file["layers"]) == 8
+    for layer in file["layers"]:
+        assert layer["form"] == (min(layer["times_us"], key=layer["times_us"].get) if layer["times_us"] else "dense")
+    session = onnxruntime.InferenceSession(demo.folder / "export" / "model.onnx", providers=["CPUExecutionProvider"])
+    account = json.loads(session.get_modelmeta().custom_metadata_map["lpvit"])["export"]
+    assert account["forms"] == {layer["name"]: layer["form"] for layer in file["layers"]}
+    assert account["speedup_over_dense_float32"] == file["speed"]["speedup"]
+    assert "in onnxruntime" in file["speed"]["verdict"]
+    assert sorted(path.name for path in (demo.folder / "export").iterdir()) == ["model.onnx", "report.json", "stage.json"]
 
 
 def test_bench_says_a_sentence_and_draws_its_pictures(demo: Demo) -> None:

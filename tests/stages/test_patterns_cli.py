@@ -86,8 +86,9 @@ def test_a_pattern_from_pruning_to_the_exported_file(calibrated: Path, demo: Dem
         next(iter(sparse_layers(recovered).values())).values, next(iter(sparse_layers(model).values())).values
     )
     exported = done(command(calibrated, demo, "export", *changes))
-    assert all(parity["agreement"] == 1 for parity in exported["parity"])
-    assert exported["accuracy"]["top1"] == pytest.approx(finetuned["accuracy"]["top1"], abs=0.3)
+    (file,) = exported["files"]
+    assert all(parity["agreement"] == 1 for parity in file["parity"])
+    assert file["accuracy"]["top1"] == pytest.approx(finetuned["accuracy"]["top1"], abs=0.3)
 
 
 def test_several_shapes_end_in_the_report_and_in_the_folder(calibrated: Path, demo: Demo) -> None:
