@@ -35,6 +35,7 @@ def write_hub(source: Source, work: Path, progress: Progress) -> ExportedFile:
         _bench_of_this_model(source),
         onnx_file,
         cpu_name(),
+        source.notes,
         preprocessing_steps(source.model),
         source.model.pretrained_cfg["input_size"],
         {package: installed(package) for package in PACKAGES},

@@ -20,14 +20,16 @@ import torch
 import yaml
 from fake_hub import FakeHub, serve
 from helpers import Demo, run_cli
+from torch import nn
 
 from lpvit_cli import Recipe, load_model
-from lpvit_cli.export.hub import model_card
+from lpvit_cli.export.hub import model_card, public_config, public_recipe
 from lpvit_cli.measure.energy import Energy, EnergyRun
-from lpvit_cli.report.schema import BenchReport, PruneReport
+from lpvit_cli.report.schema import BenchReport, ExportedFile, PruneReport
 from lpvit_cli.run import Run
 from lpvit_cli.stages import BENCH, PRUNE
-from lpvit_cli.stages.export_hub import _bench_of_this_model
+from lpvit_cli.stages.export_hub import _bench_of_this_model, _copy_onnx
+from lpvit_cli.stages.export_triton_server import write_triton_server
 
 TOKEN = "hf_of_a_test"
 
@@ -103,7 +105,9 @@ def test_the_card_tells_what_the_reports_say(exported: Exported) -> None:
         for reason in batch["energy_reasons"]:
             assert f"Not measured: {reason}\n" in text
     assert f"{reports['bench']['device']}, float32" in text
-    assert reports["export"]["files"][0]["speed"]["verdict"] in text
+    file = reports["export"]["files"][0]
+    assert file["speed"]["verdict"] in text
+    assert f"| {file['bytes_dense'] / 2**20:.1f} MiB | {file['bytes'] / 2**20:.1f} MiB |" in text
     for said in ("Pruned by `obs` in blocks of 240x60", "`sparsity: 0.5`", "the `validation` split of `digits`", "rank 16"):
         assert said in text
     for said in ("lpvit run recipe.yaml", "`model.weights` is `digits_vit.safetensors`", f"torch {torch.__version__[:3]}"):
@@ -124,10 +128,38 @@ def test_nothing_tells_of_this_machine(exported: Exported) -> None:
     assert recipe.model_copy(update={"model": original.model}) == original
 
 
+def test_paths_become_names() -> None:
+    paths = {"data.root": "/secret/data/imagenet", "model.weights": "/secret/w.safetensors", "prune.profile": "/secret/p.json"}
+    recipe = Recipe.load("digits_vit", [f"{key}={path}" for key, path in paths.items()])
+    text, names = public_recipe(recipe)
+    assert "secret" not in text
+    assert names == [f"`{key}` is `{Path(path).name}`" for key, path in paths.items()]
+    config = {"num_classes": 5, "parent": {"weights": "/secret/w"}, "data": {"dataset": "folder", "root": "/secret/data"}}
+    assert public_config(config) == {"num_classes": 5, "data": {"dataset": "folder"}}
+
+
+def test_onnx_weights_beside_the_file_come_along(tmp_path: Path) -> None:
+    weight = onnx.numpy_helper.from_array(np.arange(3000, dtype=np.float32), "w")
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [3000]) for name in ("images", "logits")]
+    node = onnx.helper.make_node("Add", ["images", "w"], ["logits"])
+    node.metadata_props.add(key="stack_trace", value="/secret/code.py")
+    graph = onnx.helper.make_graph([node], "g", values[:1], values[1:], [weight])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    model.metadata_props.add(key="lpvit", value=json.dumps({"data": {"dataset": "folder", "root": "/secret"}}))
+    (tmp_path / "hub").mkdir()
+    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    _copy_onnx(tmp_path / "model.onnx", tmp_path / "hub" / "model.onnx")
+    assert sorted(path.name for path in (tmp_path / "hub").iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert b"secret" not in (tmp_path / "hub" / "model.onnx").read_bytes()
+    session = onnxruntime.InferenceSession(tmp_path / "hub" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.run(None, {"images": np.zeros(3000, np.float32)})[0].tolist() == list(range(3000))
+    assert json.loads(session.get_modelmeta().custom_metadata_map["lpvit"]) == {"data": {"dataset": "folder"}}
+
+
 def card_of(exported: Exported, bench: BenchReport | None) -> str:
     recipe = Recipe.load(exported.folder / "recipe.yaml")
     pruned = Run(recipe, exported.folder).report(PRUNE, PruneReport)
-    return model_card(recipe, pruned, None, bench, None, "a CPU", ["Look."], (3, 32, 32), {"lpvit": "0"})
+    return model_card(recipe, pruned, None, bench, None, "a CPU", [], ["Look."], (3, 32, 32), {"lpvit": "0"})
 
 
 def test_what_was_not_measured_is_called_so(exported: Exported) -> None:
@@ -210,6 +242,22 @@ def test_the_servers_file_gives_the_same_logits(exported: Exported) -> None:
     readme = (export / "triton-server" / "README.md").read_text()
     assert "tritonserver --model-repository=" in readme
     assert "Resize the shorter side to 32 pixels (bilinear" in readme
+
+
+def test_the_servers_model_has_a_valid_name_and_its_threads(tiny_vit: nn.Module, tmp_path: Path) -> None:
+    changes = ["name=a.b", "export.precision=int8", "export.threads=3"]
+    files = [ExportedFile(format="onnx", file="model.onnx", bytes=2)]
+    for name in ("model.onnx", "model.onnx.data"):
+        (tmp_path / name).write_bytes(name.encode())
+    source = SimpleNamespace(recipe=Recipe.load("digits_vit", changes), files=files, model=tiny_vit)
+    made = write_triton_server(source, tmp_path, lambda *_: None)  # type: ignore[arg-type]
+    assert made.file == "triton-server/a_b"
+    for name in ("model.onnx", "model.onnx.data"):
+        assert (tmp_path / made.file / "1" / name).read_bytes() == name.encode()
+    config = (tmp_path / made.file / "config.pbtxt").read_text()
+    assert dims(config, "output") == ("logits", "TYPE_FP32", [5])
+    assert "kind: KIND_CPU" in config
+    assert re.search(r'parameters {\s*key: "intra_op_thread_count"\s*value: { string_value: "3" }\s*}', config)
 
 
 # --push
