@@ -27,12 +27,12 @@ def write_hub(source: Source, work: Path, progress: Progress) -> ExportedFile:
     (folder / "recipe.yaml").write_text(public_recipe(source.recipe)[0])
     onnx_file = next((file for file in source.files if file.format == "onnx"), None)
     if onnx_file:
-        _copy_onnx(work / onnx_file.file, folder / onnx_file.file)
+        copy_onnx(work / onnx_file.file, folder / onnx_file.file)
     card = model_card(
         source.recipe,
         run.report(PRUNE, PruneReport),
         run.report(FINETUNE, FinetuneReport) if source.folder.name == FINETUNE.folder else None,
-        _bench_of_this_model(source),
+        bench_of_this_model(source),
         onnx_file,
         cpu_name(),
         source.notes,
@@ -44,7 +44,7 @@ def write_hub(source: Source, work: Path, progress: Progress) -> ExportedFile:
     return ExportedFile(format="hub", file=FOLDER, bytes=sum(path.stat().st_size for path in folder.iterdir()))
 
 
-def _bench_of_this_model(source: Source) -> BenchReport | None:
+def bench_of_this_model(source: Source) -> BenchReport | None:
     """None where nothing was measured, or another model than the one that is exported."""
     measured, model = source.run.record(BENCH), source.run.upstream(BENCH)
     record = model and source.run.record(model)
@@ -54,7 +54,7 @@ def _bench_of_this_model(source: Source) -> BenchReport | None:
     return bench
 
 
-def _copy_onnx(file: Path, target: Path) -> None:
+def copy_onnx(file: Path, target: Path) -> None:
     """The same file with the public part of its metadata; weights that lie beside it are linked.
 
     What torch's exporter says of each node goes: where in the files of this machine it comes from.

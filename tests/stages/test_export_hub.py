@@ -28,7 +28,7 @@ from lpvit_cli.measure.energy import Energy, EnergyRun
 from lpvit_cli.report.schema import BenchReport, ExportedFile, PruneReport
 from lpvit_cli.run import Run
 from lpvit_cli.stages import BENCH, PRUNE
-from lpvit_cli.stages.export_hub import _bench_of_this_model, _copy_onnx
+from lpvit_cli.stages.export_hub import bench_of_this_model, copy_onnx
 from lpvit_cli.stages.export_triton_server import write_triton_server
 
 TOKEN = "hf_of_a_test"
@@ -148,7 +148,7 @@ def test_onnx_weights_beside_the_file_come_along(tmp_path: Path) -> None:
     model.metadata_props.add(key="lpvit", value=json.dumps({"data": {"dataset": "folder", "root": "/secret"}}))
     (tmp_path / "hub").mkdir()
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="model.onnx.data")
-    _copy_onnx(tmp_path / "model.onnx", tmp_path / "hub" / "model.onnx")
+    copy_onnx(tmp_path / "model.onnx", tmp_path / "hub" / "model.onnx")
     assert sorted(path.name for path in (tmp_path / "hub").iterdir()) == ["model.onnx", "model.onnx.data"]
     assert b"secret" not in (tmp_path / "hub" / "model.onnx").read_bytes()
     session = onnxruntime.InferenceSession(tmp_path / "hub" / "model.onnx", providers=["CPUExecutionProvider"])
@@ -183,7 +183,7 @@ def test_measured_energy_is_told(exported: Exported) -> None:
 
 def test_a_bench_of_another_model_is_not_told(exported: Exported, tmp_path: Path) -> None:
     def bench(folder: Path) -> BenchReport | None:
-        return _bench_of_this_model(SimpleNamespace(run=Run(Recipe.load(folder / "recipe.yaml"), folder)))  # type: ignore[arg-type]
+        return bench_of_this_model(SimpleNamespace(run=Run(Recipe.load(folder / "recipe.yaml"), folder)))  # type: ignore[arg-type]
 
     assert bench(exported.folder) is not None
     other = tmp_path / "run"
