@@ -27,7 +27,7 @@ app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model folder, a run folder, a timm name, or a .onnx file.")
+    str, typer.Argument(metavar="MODEL", help="A model folder, a run folder, a timm name, or a .onnx or .pt2 file.")
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key; repeatable.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/<recipe name>).")]

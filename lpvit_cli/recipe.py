@@ -255,7 +255,7 @@ class ExportSection(Section):
     from the calibration images. `tolerance` bounds ||file - model|| / ||model|| of the logits, `max_drop` the points of top-1
     lost."""
 
-    formats: Annotated[tuple[Literal["onnx", "torch"], ...], Field(min_length=1)] = ("onnx",)
+    formats: Annotated[tuple[Literal["onnx", "torch", "pt2", "aoti"], ...], Field(min_length=1)] = ("onnx",)
     form: Literal["auto", "dense", "rows", "chain", "batched"] = "auto"
     precision: Literal["float32", "float16", "bfloat16", "int8", "int8-static"] = "float32"
     opset: int = Field(default=20, ge=20)

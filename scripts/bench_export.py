@@ -26,7 +26,8 @@ from lpvit_kernels import BlockSparseMatrix
 from results import publish
 
 from lpvit_cli.export.choose import choose_forms
-from lpvit_cli.export.forms import FORMS, Layer, forms_of
+from lpvit_cli.export.forms import FORMS, forms_of
+from lpvit_cli.export.layer import Layer
 from lpvit_cli.export.onnx import dense_graph, save_onnx
 from lpvit_cli.export.rewrite import rewrite
 from lpvit_cli.export.runtime import session

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from lpvit_cli.errors import require
+from lpvit_cli.errors import UsageError, require
 from lpvit_cli.measure.machine import cpu_name, installed
 from lpvit_cli.models import load_model, read_config
 from lpvit_cli.recipe import Recipe
@@ -15,11 +15,19 @@ from lpvit_cli.run import Progress, Run
 from lpvit_cli.sparse import order_neurons, trim
 from lpvit_cli.stages import EXPORT, FINETUNE, PRUNE
 from lpvit_cli.stages.evaluate import validation_batches
+from lpvit_cli.stages.export_pt2 import write_aoti, write_pt2
 from lpvit_cli.stages.exporting import Source
+
+FLOAT32_ONLY = {"pt2", "aoti"}
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> ExportReport:
     settings = recipe.export
+    if settings.precision != "float32" and not FLOAT32_ONLY.isdisjoint(settings.formats):
+        raise UsageError(
+            f"export.precision: the formats pt2 and aoti are written in float32 only, not in {settings.precision}",
+            "leave them out of export.formats, or add --set export.precision=float32",
+        )
     folder = run.model_artefact(EXPORT)
     model = trim(load_model(folder))
     order_neurons(model)
@@ -27,7 +35,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Expor
     before = run.report(FINETUNE, FinetuneReport) if recovered else run.report(PRUNE, PruneReport)
     source = Source(recipe, folder, read_config(folder), model, validation_batches(recipe, model), before.accuracy)
     return ExportReport(
-        device=f"{cpu_name()}, onnxruntime",
+        device=cpu_name(),
         notes=source.notes,
         model=folder.name,
         precision=settings.precision,
@@ -52,4 +60,9 @@ def write_torch(source: Source, work: Path, progress: Progress) -> ExportedFile:
     return ExportedFile(format="torch", file="model.safetensors", bytes=sum((work / name).stat().st_size for name in names))
 
 
-WRITERS: dict[str, Callable[[Source, Path, Progress], ExportedFile]] = {"onnx": write_onnx, "torch": write_torch}
+WRITERS: dict[str, Callable[[Source, Path, Progress], ExportedFile]] = {
+    "onnx": write_onnx,
+    "torch": write_torch,
+    "pt2": write_pt2,
+    "aoti": write_aoti,
+}
