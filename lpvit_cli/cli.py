@@ -12,7 +12,7 @@ import typer
 from lpvit_cli import __version__
 from lpvit_cli.console import Console
 from lpvit_cli.errors import UsageError
-from lpvit_cli.stages import BENCH, CALIBRATE, FINETUNE, PROFILE, PRUNE, STAGES, SWEEP, Stage
+from lpvit_cli.stages import BENCH, CALIBRATE, EXPORT, FINETUNE, PROFILE, PRUNE, STAGES, SWEEP, Stage
 
 app = typer.Typer(
     name="lpvit",
@@ -81,6 +81,8 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
 
     help_ = "Prune to each of these budgets instead, for example 0.3,0.5,0.7 (of the kind of prune.budget)."
     sweep_option = typer.Option(None, "--sweep", metavar="BUDGETS", help=help_, hidden=command != PRUNE.command)
+    help_ = "Upload the export (format hub) to this Hugging Face repository, made private where there is none."
+    push_option = typer.Option(None, "--push", metavar="OWNER/NAME", help=help_, hidden=command != EXPORT.command)
 
     @app.command(command, help=summary)
     def recipe_command(
@@ -99,12 +101,17 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
         quiet: Quiet = False,
         verbose: Verbose = False,
         sweep: str | None = sweep_option,
+        push: str | None = push_option,
     ) -> None:
         console = _console(json_, quiet, verbose)
         with console.command():
             if sweep is not None and command != PRUNE.command:
                 raise UsageError(
                     f"--sweep is an option of prune, not of {command}", "run: lpvit prune RECIPE --sweep 0.3,0.5,0.7"
+                )
+            if push is not None and command != EXPORT.command:
+                raise UsageError(
+                    f"--push is an option of export, not of {command}", "run: lpvit export RECIPE --push OWNER/NAME"
                 )
             overrides = list(set_ or [])
             overrides += [f"sweep=[{sweep}]"] * (sweep is not None)
@@ -115,9 +122,8 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
             overrides += [f"seed={seed}"] * (seed is not None)
             if batch_size is not None:
                 overrides.append(BATCH_SIZE_KEYS.get(command, "data.batch_size={}").format(batch_size))
-            _run_stages(
-                console, stages if sweep is None else (SWEEP,), recipe, overrides, output, resume, overwrite, smoke, dry_run
-            )
+            stages_ = stages if sweep is None else (SWEEP,)
+            _run_stages(console, stages_, recipe, overrides, output, resume, overwrite, smoke, dry_run, push)
 
 
 def _run_stages(
@@ -130,10 +136,13 @@ def _run_stages(
     overwrite: bool,
     smoke: bool,
     dry_run: bool,
+    push: str | None,
 ) -> None:
     from lpvit_cli.recipe import Recipe
 
     recipe = Recipe.load(recipe_name, overrides)
+    if push is not None:
+        recipe = _with_hub(recipe, push)
     if smoke:
         from lpvit_cli.models import shrink
 
@@ -148,6 +157,7 @@ def _run_stages(
         stages = (PROFILE, *stages)
     if dry_run:
         plan = {stage.command: _plan(run.changes(stage), resume) for stage in stages}
+        plan |= {"push": f"to {push}"} if push is not None else {}
         console.document = {"recipe": recipe.model_dump(mode="json"), "output": str(run.folder), "stages": plan}
         console.human(recipe.to_yaml(), f"# output: {run.folder}", *(f"# {stage}: {what}" for stage, what in plan.items()))
         if PRUNE in stages or SWEEP in stages:
@@ -175,12 +185,31 @@ def _run_stages(
                 report = run.execute(stage, console.progress, resume)
                 console.human(*render(report, run.folder / stage.folder), *([""] if len(stages) > 1 else []))
             reports[stage.command] = report
-    documents = {command: report.model_dump(mode="json") for command, report in reports.items()}
+        address = _push(console, run.folder / EXPORT.folder, push) if push is not None else None
+    documents: dict[str, Any] = {command: report.model_dump(mode="json") for command, report in reports.items()}
     if len(stages) > 1:
         console.human(summary(recipe.name, reports, run.folder))
         console.document = documents
     else:
-        console.document = documents[stages[0].command]
+        console.document = documents[stages[0].command] | ({"pushed": address} if address else {})
+
+
+def _with_hub(recipe: Any, repository: str) -> Any:
+    """The recipe with the format that --push uploads among its own."""
+    from lpvit_cli.export.hub import require_repository_name
+
+    require_repository_name(repository)
+    formats = tuple(dict.fromkeys((*recipe.export.formats, "hub")))
+    return recipe.model_copy(update={"export": recipe.export.model_copy(update={"formats": formats})})
+
+
+def _push(console: Console, export: Path, repository: str) -> str:
+    from lpvit_cli.export.hub import push
+
+    console.note(f"uploading {export / 'hub'} to {repository}")
+    address = push(export / "hub", repository, show_progress=console.err.is_terminal and not console.quiet)
+    console.human(f"pushed to {address}")
+    return address
 
 
 def _plan(changes: list[str] | None, resume: bool) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 from lpvit_cli import __version__
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.recipe import Recipe
-from lpvit_cli.stages import ALL_STAGES, CALIBRATE, FINETUNE, PROFILE, PRUNE, STAGES, SWEEP, Stage
+from lpvit_cli.stages import ALL_STAGES, BENCH, CALIBRATE, EXPORT, FINETUNE, PROFILE, PRUNE, STAGES, SWEEP, Stage
 
 Progress = Callable[[str, int, int, str], None]  # what is being done, steps done, steps in all, detail
 
@@ -117,6 +117,8 @@ class Run:
             inputs["prune.profile (content)"] = content_id(path)
         if stage is CALIBRATE:
             inputs |= self._contents
+        if stage is EXPORT and "hub" in self.recipe.export.formats and (bench := self.record(BENCH)):
+            inputs["measured by bench"] = bench["fingerprint"]  # the model card tells its numbers
         if stage.timed:
             from lpvit_cli.models import describe_device, device_of
 

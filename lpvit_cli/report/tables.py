@@ -271,7 +271,8 @@ def _export(report: ExportReport, folder: Path) -> list[Any]:
     shown: list[Any] = []
     for file in report.files:
         smaller = f" ({file.bytes / file.bytes_dense:.2f}x dense float32)" if file.bytes_dense else ""
-        shown.append(Text(f"{folder / file.file}: {file.format}, {report.precision}, {size(file.bytes)}{smaller}", "bold"))
+        precision = f", {report.precision}" if file.format in ("onnx", "triton-server") else ""
+        shown.append(Text(f"{folder / file.file}: {file.format}{precision}, {size(file.bytes)}{smaller}", "bold"))
         if file.speed:
             shown.append(f"{file.speed.verdict}; batch {file.speed.batch_size}, {file.speed.threads} threads")
         if file.layers:

@@ -15,7 +15,9 @@ from lpvit_cli.run import Progress, Run
 from lpvit_cli.sparse import order_neurons, trim
 from lpvit_cli.stages import EXPORT, FINETUNE, PRUNE
 from lpvit_cli.stages.evaluate import validation_batches
+from lpvit_cli.stages.export_hub import write_hub
 from lpvit_cli.stages.export_pt2 import write_aoti, write_pt2
+from lpvit_cli.stages.export_triton_server import write_triton_server
 from lpvit_cli.stages.exporting import Source
 
 FLOAT32_ONLY = {"pt2", "aoti"}
@@ -33,14 +35,21 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Expor
     order_neurons(model)
     recovered = folder.name == FINETUNE.folder
     before = run.report(FINETUNE, FinetuneReport) if recovered else run.report(PRUNE, PruneReport)
-    source = Source(recipe, folder, read_config(folder), model, validation_batches(recipe, model), before.accuracy)
+    source = Source(recipe, run, folder, read_config(folder), model, validation_batches(recipe, model), before.accuracy)
+    formats = set(settings.formats)
+    if "triton-server" in formats and "onnx" not in formats:
+        formats.add("onnx")
+        source.notes.append("triton-server needs the ONNX file: it was written too")
+    for format_, write in WRITERS.items():
+        if format_ in formats:
+            source.files.append(write(source, work, progress))
     return ExportReport(
         device=cpu_name(),
         notes=source.notes,
         model=folder.name,
         precision=settings.precision,
         accuracy_model=before.accuracy,
-        files=[WRITERS[format_](source, work, progress) for format_ in settings.formats],
+        files=source.files,
         versions={package: installed(package) for package in ("torch", "onnx", "onnxscript", "onnxruntime")},
     )
 
@@ -60,9 +69,12 @@ def write_torch(source: Source, work: Path, progress: Progress) -> ExportedFile:
     return ExportedFile(format="torch", file="model.safetensors", bytes=sum((work / name).stat().st_size for name in names))
 
 
+# in this order: triton-server takes the ONNX file, hub describes what was written
 WRITERS: dict[str, Callable[[Source, Path, Progress], ExportedFile]] = {
     "onnx": write_onnx,
     "torch": write_torch,
     "pt2": write_pt2,
     "aoti": write_aoti,
+    "triton-server": write_triton_server,
+    "hub": write_hub,
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,8 @@ from lpvit_cli.export.parity import agreement, relative_error
 from lpvit_cli.measure.accuracy import Accuracy
 from lpvit_cli.models import VisionModel
 from lpvit_cli.recipe import Recipe
-from lpvit_cli.report.schema import Parity
-from lpvit_cli.run import Progress
+from lpvit_cli.report.schema import ExportedFile, Parity
+from lpvit_cli.run import Progress, Run
 from lpvit_cli.stages.evaluate import measure_accuracy
 
 BATCH_SIZES = (1, 2, 7)
@@ -28,16 +30,26 @@ class Source:
     """What is exported, and the images it is checked on."""
 
     recipe: Recipe
+    run: Run
     folder: Path
     config: dict[str, Any]  # of the model folder
     model: VisionModel  # trimmed
     validation: Batches
     accuracy: Accuracy  # of the model before
     notes: list[str] = field(default_factory=list)
+    files: list[ExportedFile] = field(default_factory=list)  # written so far
 
     @property
     def tolerance(self) -> float:
         return self.recipe.export.tolerance or TOLERANCES[self.recipe.export.precision]
+
+
+def link(file: Path, target: Path) -> None:
+    """The same content in a second place, on the disk only once where the file system can do that."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
 
 
 def check(exported: VisionModel, source: Source, file: str, progress: Progress) -> tuple[list[Parity], Accuracy]:

@@ -1,0 +1,51 @@
+"""Texts that go with exported files: jinja2 templates beside this module, and a model's preprocessing in words."""
+
+from __future__ import annotations
+
+from math import floor
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from timm.data import resolve_model_data_config
+
+from lpvit_cli.models import VisionModel
+
+
+def document(template: str, **values: Any) -> str:
+    """The text of TEMPLATE.jinja; a value that is missing is a bug and raises."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(f"{template}.jinja").render(**values)
+
+
+def preprocessing_steps(model: VisionModel) -> list[str]:
+    """What lpvit does to an image (timm's evaluation transform), one sentence a step."""
+    config = resolve_model_data_config(model)
+    _, height, width = config["input_size"]
+    tall, wide = (floor(side / config["crop_pct"]) for side in (height, width))
+    by = f"{config['interpolation']}, antialiased as in Pillow"
+    resize = {
+        "squash": f"Resize to {tall} x {wide} pixels (height x width; {by}), whatever the shape of the image was.",
+        "border": f"Resize until the image just fits into {tall} x {wide} pixels (height x width; {by}), keeping its shape.",
+    }
+    keep = (
+        f"Resize the shorter side to {tall} pixels ({by}), keeping the shape of the image."
+        if tall == wide
+        else f"Resize until the image just covers {tall} x {wide} pixels (height x width; {by}), keeping its shape."
+    )
+    fill = ", filling what is outside the image with the mean" if config["crop_mode"] == "border" else ""
+    mean, std = (", ".join(f"{value:g}" for value in config[key]) for key in ("mean", "std"))
+    return [
+        "Decode to 8-bit RGB.",
+        resize.get(config["crop_mode"], keep),
+        f"Crop the central {height} x {width} pixels (height x width){fill}.",
+        "Divide by 255: values from 0 to 1.",
+        f"Subtract the mean {mean}, divide by the standard deviation {std} (each in the order R, G, B).",
+        f"Lay out as float32 [3, {height}, {width}]: channels first, in the order R, G, B.",
+    ]

@@ -1,0 +1,66 @@
+"""export to a folder that is a Hugging Face repository, ready to be uploaded as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lpvit_cli.export.documents import preprocessing_steps
+from lpvit_cli.export.hub import model_card, public_config, public_recipe
+from lpvit_cli.export.runtime import METADATA_KEY
+from lpvit_cli.measure.machine import cpu_name, installed
+from lpvit_cli.report.schema import BenchReport, ExportedFile, FinetuneReport, PruneReport
+from lpvit_cli.run import Progress
+from lpvit_cli.stages import BENCH, FINETUNE, PRUNE
+from lpvit_cli.stages.exporting import Source, link
+
+FOLDER = "hub"
+PACKAGES = ("lpvit", "torch", "timm", "onnx", "onnxruntime")
+
+
+def write_hub(source: Source, work: Path, progress: Progress) -> ExportedFile:
+    """The model folder, the recipe, the ONNX file if one was written, and a model card; no path of this machine in any."""
+    folder, run = work / FOLDER, source.run
+    folder.mkdir()
+    link(source.folder / "model.safetensors", folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(public_config(source.config), indent=1))
+    (folder / "recipe.yaml").write_text(public_recipe(source.recipe)[0])
+    onnx_file = next((file for file in source.files if file.format == "onnx"), None)
+    if onnx_file:
+        _copy_onnx(work / onnx_file.file, folder / onnx_file.file)
+    card = model_card(
+        source.recipe,
+        run.report(PRUNE, PruneReport),
+        run.report(FINETUNE, FinetuneReport) if source.folder.name == FINETUNE.folder else None,
+        _bench_of_this_model(source),
+        onnx_file,
+        cpu_name(),
+        preprocessing_steps(source.model),
+        source.model.pretrained_cfg["input_size"],
+        {package: installed(package) for package in PACKAGES},
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return ExportedFile(format="hub", file=FOLDER, bytes=sum(path.stat().st_size for path in folder.iterdir()))
+
+
+def _bench_of_this_model(source: Source) -> BenchReport | None:
+    """None where nothing was measured, or another model than the one that is exported."""
+    measured, model = source.run.record(BENCH), source.run.upstream(BENCH)
+    record = model and source.run.record(model)
+    if model is None or not measured or not record or measured["inputs"].get(model.folder) != record["fingerprint"]:
+        return None
+    bench: BenchReport = source.run.report(BENCH, BenchReport)
+    return bench
+
+
+def _copy_onnx(file: Path, target: Path) -> None:
+    """The same file with the public part of its metadata; weights that lie beside it are linked."""
+    import onnx
+
+    graph = onnx.load(file, load_external_data=False)
+    for entry in graph.metadata_props:
+        if entry.key == METADATA_KEY:
+            entry.value = json.dumps(public_config(json.loads(entry.value)))
+    onnx.save(graph, target)
+    if (data := file.with_name(f"{file.name}.data")).is_file():
+        link(data, target.with_name(data.name))
