@@ -15,6 +15,7 @@ class BlockSparseLinear(nn.Module):
     """y = x W^T + b with a block-sparse W [out, in].
 
     State: `values` [nnz, R, C] (a parameter), `row_ptr` [out/R + 1] and `cols` [nnz] (int32), `bias` [out]. No dense copy.
+    It takes over the tensors that it is made from: they must be no other layer's.
     """
 
     values: nn.Parameter
@@ -32,7 +33,8 @@ class BlockSparseLinear(nn.Module):
     @classmethod
     def from_linear(cls, layer: nn.Linear, block: tuple[int, int], mask: Tensor) -> BlockSparseLinear:
         """Keep the blocks of `layer` where `mask` [ceil(out/R), ceil(in/C)] is True."""
-        return cls(BlockSparseMatrix.from_dense(layer.weight.detach(), block, mask), layer.bias)
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        return cls(BlockSparseMatrix.from_dense(layer.weight.detach(), block, mask), bias)
 
     @property
     def weight(self) -> BlockSparseMatrix:
