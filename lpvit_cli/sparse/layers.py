@@ -71,9 +71,17 @@ def sparse_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
 def densify(model: Model) -> Model:
     """A copy whose block-sparse layers are nn.Linear again, the removed blocks filled with zeros."""
     model = copy.deepcopy(model)
-    for name, layer in sparse_layers(model).items():
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(layer.weight.to_dense().detach())
-        dense.register_parameter("bias", layer.bias)
-        model.set_submodule(name, dense)
+    made: dict[nn.Module, nn.Linear] = {}  # a layer may have several names
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, BlockSparseLinear):
+            if layer not in made:
+                made[layer] = _dense(layer)
+            model.set_submodule(name, made[layer])
     return model
+
+
+def _dense(layer: BlockSparseLinear) -> nn.Linear:
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(layer.weight.to_dense().detach())
+    dense.register_parameter("bias", layer.bias)
+    return dense
