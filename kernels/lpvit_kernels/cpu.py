@@ -62,8 +62,7 @@ def batched(x: Tensor, weight: BlockSparseMatrix, transposed: bool) -> Tensor:
     sources, targets = (weight.block_rows, weight.cols.long()) if transposed else (weight.cols.long(), weight.block_rows)
     slices = F.pad(x, (0, weight.grid[here] * weight.block[here] - weight.shape[here])).unflatten(1, (weight.grid[here], -1))
     products = torch.bmm(slices.transpose(0, 1)[sources], weight.values if transposed else weight.values.mT)  # [nnz, tokens, .]
-    y = torch.zeros(weight.grid[there], len(x), weight.block[there], dtype=_sums(x.dtype), device=x.device)
-    y = y.index_add_(0, targets, products.to(y.dtype)).to(x.dtype)
+    y = x.new_zeros(weight.grid[there], len(x), weight.block[there]).index_add_(0, targets, products)
     return y.transpose(0, 1).flatten(1)[:, : weight.shape[there]].contiguous()
 
 

@@ -1,8 +1,9 @@
 """Things made from a tensor once and kept as long as it lives unchanged: indices, packed weights, dense copies.
 
 Changes are noticed by the count that torch keeps of them. Not counted are changes through `.data` or numpy, and steps of fused
-optimizers. The gradient of a weight's values therefore drops what is kept of them: a step of training follows it. What else goes
-uncounted, and a weight that is used between its gradient and the fused step, need `lpvit_kernels.forget(weight)`.
+optimizers. The gradient of a weight's values therefore drops what is kept of them: a step of training follows it. Whoever makes
+other uncounted changes calls `lpvit_kernels.forget(weight)`; so does who takes a fused step after using the weight once more
+since its gradient, or evaluates under autocast, not compiled, what is trained under autocast and compiled.
 """
 
 from __future__ import annotations

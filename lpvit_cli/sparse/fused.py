@@ -28,9 +28,9 @@ def fuse(model: Model) -> Model:
     """A copy that computes the same with fewer passes over the activations, for timm models with block-sparse layers.
 
     Replaced are Mlp modules with exact GELU wherever they are (Swin's too), and the Block of vision_transformer. What has no
-    block-sparse layer, or differs from these classes in any way, hooks on its parts included, stays as it is. Names and shapes of the state are those of the
-    original, so that folders and checkpoints fit both. In training, under autocast (where the residual stream keeps its own,
-    wider type) and with an attention mask, a Block runs as timm's does.
+    block-sparse layer, or differs from these classes in any way, hooks on its parts included, stays as it is. Names and shapes
+    of the state are those of the original, so that folders and checkpoints fit both. In training, under autocast (where the
+    residual stream keeps its own, wider type) and with an attention mask, a Block runs as timm's does.
     """
     return cast(Model, _fused(copy.deepcopy(model)))
 
