@@ -241,7 +241,9 @@ def test_tuning_leaves_no_copies_and_no_random_numbers_behind() -> None:
     assert torch.rand(1) == expected
 
 
-@pytest.mark.parametrize(("arguments", "rule"), [((4, "forward"), "kinds must be some of"), ((0,), "tokens must be at least 1")])
+@pytest.mark.parametrize(
+    ("arguments", "rule"), [((4, "forward"), "kinds must be some of"), ((0,), "tokens must be at least 1")]
+)
 def test_tuning_what_is_not(arguments: tuple[object, ...], rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         tune(matrix(), *arguments)  # type: ignore[arg-type]
