@@ -214,7 +214,7 @@ def test_configurations_come_back_from_the_file() -> None:
 
 def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "tuned.json").mkdir()
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="cannot be written"):
         tuned.record({"a": Tuned(Choice("dense"), {"dense": 1.0})})
     assert tuned.find("a")
     assert not list(tmp_path.glob(".tuned*"))
@@ -241,7 +241,9 @@ def test_tuning_leaves_no_copies_and_no_random_numbers_behind() -> None:
     assert torch.rand(1) == expected
 
 
-@pytest.mark.parametrize(("arguments", "rule"), [((4, "forward"), "kinds must be some of"), ((0,), "tokens must be at least 1")])
+@pytest.mark.parametrize(
+    ("arguments", "rule"), [((4, "forward"), "kinds must be some of"), ((0,), "tokens must be at least 1")]
+)
 def test_tuning_what_is_not(arguments: tuple[object, ...], rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
         tune(matrix(), *arguments)  # type: ignore[arg-type]
