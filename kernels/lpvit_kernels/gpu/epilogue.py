@@ -11,8 +11,8 @@ def normal_cdf(z, EXACT: tl.constexpr):
     """Phi(z) in float32. Not EXACT: 0.5 + z times a polynomial of degree 6 in z^2, from |z| = 4 on exactly 0 or 1.
 
     z Phi(z) is then wrong by 1.9e-4 at most, at a third of the instructions of erf: too much for float32, less than bfloat16
-    and float16 lose by rounding. The coefficients are a minimax fit of z Phi(z), which tests/kernels/gpu checks, times 1.000004:
-    so the value at 4 is outside of 0 to 1, to which it is clamped, whatever its rounding. (A choice by z costs registers.)
+    and float16 lose by rounding. The coefficients are a minimax fit of z Phi(z) (tests/kernels/gpu checks it) times 1.000004,
+    so that the value at 4, however rounded, is outside of 0 to 1, and clamped to it. (A choice by z costs registers.)
     """
     if EXACT:
         cdf = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
