@@ -214,7 +214,7 @@ def test_configurations_come_back_from_the_file() -> None:
 
 def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "tuned.json").mkdir()
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="cannot be written"):
         tuned.record({"a": Tuned(Choice("dense"), {"dense": 1.0})})
     assert tuned.find("a")
     assert not list(tmp_path.glob(".tuned*"))
