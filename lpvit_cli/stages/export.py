@@ -36,13 +36,12 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Expor
     recovered = folder.name == FINETUNE.folder
     before = run.report(FINETUNE, FinetuneReport) if recovered else run.report(PRUNE, PruneReport)
     source = Source(recipe, run, folder, read_config(folder), model, validation_batches(recipe, model), before.accuracy)
-    formats = set(settings.formats)
-    if "triton-server" in formats and "onnx" not in formats:
-        formats.add("onnx")
-        source.notes.append("triton-server needs the ONNX file: it was written too")
+    formats = {*settings.formats, *(["onnx"] if "triton-server" in settings.formats else [])}
     for format_, write in WRITERS.items():
         if format_ in formats:
             source.files.append(write(source, work, progress))
+    if "onnx" in formats - set(settings.formats):
+        source.notes.append("triton-server needs the ONNX file: it was written too")
     return ExportReport(
         device=cpu_name(),
         notes=source.notes,

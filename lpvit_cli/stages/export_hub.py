@@ -35,6 +35,7 @@ def write_hub(source: Source, work: Path, progress: Progress) -> ExportedFile:
         _bench_of_this_model(source),
         onnx_file,
         cpu_name(),
+        source.notes,
         preprocessing_steps(source.model),
         source.model.pretrained_cfg["input_size"],
         {package: installed(package) for package in PACKAGES},
@@ -54,13 +55,18 @@ def _bench_of_this_model(source: Source) -> BenchReport | None:
 
 
 def _copy_onnx(file: Path, target: Path) -> None:
-    """The same file with the public part of its metadata; weights that lie beside it are linked."""
+    """The same file with the public part of its metadata; weights that lie beside it are linked.
+
+    What torch's exporter says of each node goes: where in the files of this machine it comes from.
+    """
     import onnx
 
     graph = onnx.load(file, load_external_data=False)
     for entry in graph.metadata_props:
         if entry.key == METADATA_KEY:
             entry.value = json.dumps(public_config(json.loads(entry.value)))
+    for node in graph.graph.node:
+        del node.metadata_props[:]
     onnx.save(graph, target)
     if (data := file.with_name(f"{file.name}.data")).is_file():
         link(data, target.with_name(data.name))
