@@ -27,7 +27,7 @@ app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model folder, a run folder, a timm name, or a .onnx file.")
+    str, typer.Argument(metavar="MODEL", help="A model folder, a run folder, a timm name, or a .onnx or .pt2 file.")
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key; repeatable.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/<recipe name>).")]
@@ -73,6 +73,7 @@ BATCH_SIZE_KEYS = {
     CALIBRATE.command: "calibrate.batch_size={}",
     BENCH.command: "bench.batch_sizes=[{}]",
     PROFILE.command: "profile.batch_size={}",
+    EXPORT.command: "export.batch_size={}",
 }
 
 
@@ -83,6 +84,8 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
     sweep_option = typer.Option(None, "--sweep", metavar="BUDGETS", help=help_, hidden=command != PRUNE.command)
     help_ = "Upload the export (format hub) to this Hugging Face repository, made private where there is none."
     push_option = typer.Option(None, "--push", metavar="OWNER/NAME", help=help_, hidden=command != EXPORT.command)
+    help_ = "onnx, torch, pt2, aoti, triton-server or hub; repeatable (default: onnx)."
+    format_option = typer.Option(None, "--format", metavar="FORMAT", help=help_, hidden=command != EXPORT.command)
 
     @app.command(command, help=summary)
     def recipe_command(
@@ -102,19 +105,22 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
         verbose: Verbose = False,
         sweep: str | None = sweep_option,
         push: str | None = push_option,
+        format_: list[str] | None = format_option,
     ) -> None:
         console = _console(json_, quiet, verbose)
         with console.command():
-            if sweep is not None and command != PRUNE.command:
-                raise UsageError(
-                    f"--sweep is an option of prune, not of {command}", "run: lpvit prune RECIPE --sweep 0.3,0.5,0.7"
-                )
-            if push is not None and command != EXPORT.command:
-                raise UsageError(
-                    f"--push is an option of export, not of {command}", "run: lpvit export RECIPE --push OWNER/NAME"
-                )
+            for option, given, owner, example in (
+                ("--sweep", sweep, PRUNE.command, "--sweep 0.3,0.5,0.7"),
+                ("--push", push, EXPORT.command, "--push OWNER/NAME"),
+                ("--format", format_, EXPORT.command, "--format hub"),
+            ):
+                if given and command != owner:
+                    raise UsageError(
+                        f"{option} is an option of {owner}, not of {command}", f"run: lpvit {owner} RECIPE {example}"
+                    )
             overrides = list(set_ or [])
             overrides += [f"sweep=[{sweep}]"] * (sweep is not None)
+            overrides += [f"export.formats=[{','.join(format_)}]"] if format_ else []
             overrides += [f"device={device}"] * (device is not None)
             if dtype is not None:
                 measures = command in (BENCH.command, PROFILE.command)

@@ -27,6 +27,7 @@ from lpvit_cli.errors import UsageError
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Block = tuple[PositiveInt, PositiveInt]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ExportFormat = Literal["onnx", "torch", "pt2", "aoti", "triton-server", "hub"]
 
 
 PATHS = {("model", "weights"), ("data", "root"), ("prune", "profile")}
@@ -255,7 +256,7 @@ class ExportSection(Section):
     from the calibration images. `tolerance` bounds ||file - model|| / ||model|| of the logits, `max_drop` the points of top-1
     lost."""
 
-    formats: Annotated[tuple[Literal["onnx", "torch", "hub", "triton-server"], ...], Field(min_length=1)] = ("onnx",)
+    formats: Annotated[tuple[ExportFormat, ...], Field(min_length=1)] = ("onnx",)
     form: Literal["auto", "dense", "rows", "chain", "batched"] = "auto"
     precision: Literal["float32", "float16", "bfloat16", "int8", "int8-static"] = "float32"
     opset: int = Field(default=20, ge=20)

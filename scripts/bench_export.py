@@ -2,9 +2,9 @@
 
     python scripts/bench_export.py --output benchmarks/results/export_cpu.json
 
-Weights are random, and so are the blocks that are kept: neither changes how long a file takes. In every row dense and sparse files
-take turns, one session alive at a time; `auto` is the mix of forms that `lpvit export` would choose. The picture beside --output
-shows speed by sparsity for each form and block. The last line of stdout is the result as JSON.
+Weights are random, and so are the blocks kept: neither changes how long a file takes. In every row dense and sparse files
+take turns, one session alive at a time; `auto` is the mix of forms that `lpvit export` would choose. The picture beside
+--output shows speed by sparsity for each form and block. The last line of stdout is the result as JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from lpvit_kernels import BlockSparseMatrix
 from results import publish
 
 from lpvit_cli.export.choose import choose_forms
-from lpvit_cli.export.forms import FORMS, Layer, forms_of
+from lpvit_cli.export.forms import FORMS, forms_of
+from lpvit_cli.export.layer import Layer
 from lpvit_cli.export.onnx import dense_graph, save_onnx
 from lpvit_cli.export.rewrite import rewrite
 from lpvit_cli.export.runtime import session
@@ -178,9 +179,7 @@ def main() -> None:
     began, rows, left_out = time.monotonic(), [], 0
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        print(
-            f"{'model':8}{'block':>8}{'gone':>6}{'threads':>8}{'batch':>6} {'file':12}{'ms':>8}  ratio (95 %)         size  forms"
-        )
+        print("model      block  gone threads batch file              ms  ratio (95 %)         size  forms")
         for case in cases():
             if time.monotonic() - began > 60 * arguments.minutes:
                 left_out += 1

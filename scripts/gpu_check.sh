@@ -4,8 +4,9 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results/gpu}
-PYTHON=${PYTHON:-python3}
-if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
+default=python3
+if [ -x .venv/bin/python ]; then default=.venv/bin/python; fi
+PYTHON=${PYTHON:-$default}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

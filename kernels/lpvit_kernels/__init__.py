@@ -1,9 +1,9 @@
 """Block-sparse linear layers for PyTorch."""
 
 from lpvit_kernels.backends import NAMES as BACKENDS
-from lpvit_kernels.matrix import BlockSparseMatrix
+from lpvit_kernels.matrix import BlockSparseMatrix, forget
 from lpvit_kernels.ops import linear
 from lpvit_kernels.random import random_block_sparse
 from lpvit_kernels.tuning import tune
 
-__all__ = ["BACKENDS", "BlockSparseMatrix", "linear", "random_block_sparse", "tune"]
+__all__ = ["BACKENDS", "BlockSparseMatrix", "forget", "linear", "random_block_sparse", "tune"]

@@ -6,7 +6,7 @@
 
 Which is fastest depends on the block, the tokens and the machine: dispatch.py chooses. Each form also runs over the transposed
 weight, for the gradient of the input; the gradient of the values has forms of its own. All take tokens in chunks that stay in
-the cache.
+the cache. In 16 bits `strided` rounds after every block: there neither a rule nor tuning chooses it for a product.
 """
 
 from __future__ import annotations
@@ -68,19 +68,22 @@ def batched(x: Tensor, weight: BlockSparseMatrix, transposed: bool) -> Tensor:
 
 def strided_gradient(dy: Tensor, x: Tensor, weight: BlockSparseMatrix) -> Tensor:
     """dy [tokens, out], x [tokens, in] -> gradient of the values [nnz, R, C]."""
-    gradient = torch.zeros_like(weight.values)
+    gradient = torch.zeros_like(weight.values, dtype=_sums(x.dtype))
     for dy_part, x_part in zip(dy.split(CHUNK), x.split(CHUNK), strict=True):
         dy_slices, x_slices = _slices(dy_part, weight, False), _slices(x_part, weight, True)
         for (i, j), block in zip(weight.places, _trimmed(gradient, weight), strict=True):
-            block.addmm_(dy_slices[i].T, x_slices[j])
-    return gradient
+            if gradient.dtype == x.dtype:
+                block.addmm_(dy_slices[i].T, x_slices[j])
+            else:
+                block += dy_slices[i].T @ x_slices[j]
+    return gradient.to(x.dtype)
 
 
 def gathered_gradient(dy: Tensor, x: Tensor, weight: BlockSparseMatrix) -> Tensor:
     """As `strided_gradient`."""
     width = weight.block[1]
     x = F.pad(x, (0, weight.grid[1] * width - weight.shape[1]))
-    gradient = torch.zeros_like(weight.values)
+    gradient = torch.zeros_like(weight.values, dtype=_sums(x.dtype))
     for dy_part, x_part in zip(dy.split(CHUNK), x.split(CHUNK), strict=True):
         x_slices, first = x_part.split(width, dim=1), 0
         for line, slice_ in zip(_lines(weight, False), _slices(dy_part, weight, False), strict=True):
@@ -89,11 +92,16 @@ def gathered_gradient(dy: Tensor, x: Tensor, weight: BlockSparseMatrix) -> Tenso
                 blocks = gradient[first : first + len(line), : len(product)]
                 blocks += product.unflatten(1, (-1, width)).transpose(0, 1)
                 first += len(line)
-    return gradient
+    return gradient.to(x.dtype)
 
 
 FORMS: dict[str, Form] = {"strided": strided, "gathered": gathered, "batched": batched}
 GRADIENTS = {"strided": strided_gradient, "gathered": gathered_gradient}
+
+
+def _sums(dtype: torch.dtype) -> torch.dtype:
+    """In which products of this type are added up: what 16 bits round away would add up too."""
+    return torch.float32 if dtype.itemsize == 2 else dtype
 
 
 def _lines(weight: BlockSparseMatrix, transposed: bool) -> list[list[tuple[int, int]]]:

@@ -73,9 +73,20 @@ def runs_triton(backend: str | Choice, x: Tensor) -> bool:
 
 @lru_cache(maxsize=4096)
 def _choice(case: Case, backend: str, _: int) -> Choice:
-    if backend == "auto" and (found := tuned.find(case.key)):
+    if backend == "auto" and (found := tuned.find(case.key)) and serves(found.choice.backend, case):
         return found.choice
     return by_rule(case, sparse_only=backend == "cpu")
+
+
+def serves(backend: str, case: Case) -> bool:
+    """Whether this backend computes such a product as well as others do, on its device."""
+    if backend == "triton":
+        return triton_runs(case.device, case.dtype, case.block)
+    if case.kind == "weight_gradient":
+        return backend in ("gathered", "strided")
+    if backend == "strided" and case.dtype in ("float16", "bfloat16"):  # it rounds after every block
+        return False
+    return backend == "dense" or case.device.startswith("cpu")
 
 
 def by_rule(case: Case, sparse_only: bool = False) -> Choice:

@@ -8,8 +8,9 @@ from dataclasses import InitVar, dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from lpvit_kernels.kept import Made, kept
+from lpvit_kernels.kept import Made, drop, kept
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -59,8 +60,12 @@ class BlockSparseMatrix:
     @classmethod
     def from_dense(cls, weight: Tensor, block: tuple[int, int], mask: Tensor | None = None) -> BlockSparseMatrix:
         """Keep the blocks of `weight` [out, in] where `mask` [ceil(out/R), ceil(in/C)] is True; None: those not all zero."""
-        rows, columns = (-(-n // b) for n, b in zip(weight.shape, block, strict=True))
+        if weight.ndim != 2:
+            raise ValueError(f"weight must be [out, in], got {list(weight.shape)}")
+        if not isinstance(block, tuple | list) or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
+            raise ValueError(f"block must be two positive whole numbers (out, in), got {block}")
         out, features = weight.shape
+        rows, columns = -(-out // block[0]), -(-features // block[1])
         padded = F.pad(weight, (0, columns * block[1] - features, 0, rows * block[0] - out))
         blocks = padded.reshape(rows, block[0], columns, block[1]).transpose(1, 2)  # [rows, columns, R, C]
         if mask is None:
@@ -81,8 +86,12 @@ class BlockSparseMatrix:
         return -(-self.shape[0] // self.block[0]), -(-self.shape[1] // self.block[1])
 
     def derived(self, name: str, make: Callable[[], Made]) -> Made:
-        """What `make()` gives, made once for all matrices of this pattern. It must not hold `cols`, with which it lives."""
-        return kept(self.cols, f"{name} {self.row_ptr.data_ptr()} {self.shape} {self.block}", make)
+        """What `make()` gives, made once for all matrices of this pattern. It must not hold `row_ptr` and `cols`.
+
+        It lives and changes with both: it is kept with `cols`, in what is kept with `row_ptr`.
+        """
+        of_rows = kept(self.row_ptr, "by columns", WeakTensorKeyDictionary)
+        return kept(self.cols, f"{name} {self.shape} {self.block}", make, of_rows)
 
     @property
     def block_rows(self) -> Tensor:
@@ -158,14 +167,20 @@ class BlockSparseMatrix:
         return BlockSparseMatrix(values, row_ptr, cols, self.shape, check=False)
 
 
+def forget(weight: BlockSparseMatrix) -> None:
+    """Drop the copies and indices kept of this weight, after a change that torch does not count (see kept.py)."""
+    drop(weight.values, weight.row_ptr, weight.cols)
+
+
 def _block_rows(row_ptr: Tensor) -> Tensor:
     counts = row_ptr.diff().long()
     return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
 
 
 def _by_row(row_ptr: Tensor, cols: Tensor) -> View:
-    # cols are the key that the view is kept under: held by it, they would never be let go
-    return _view(row_ptr, cols.clone(), torch.arange(len(cols), dtype=torch.int32, device=cols.device))
+    # row_ptr and cols are the keys that the view is kept under: held by it, they would never be let go
+    row_ptr, cols = (index.clone(memory_format=torch.contiguous_format) for index in (row_ptr, cols))
+    return _view(row_ptr, cols, torch.arange(len(cols), dtype=torch.int32, device=cols.device))
 
 
 def _by_column(block_rows: Tensor, cols: Tensor, columns: int) -> View:

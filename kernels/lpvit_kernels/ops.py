@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from lpvit_kernels import backends, reference
-from lpvit_kernels.kept import kept
+from lpvit_kernels.kept import drop, kept
 from lpvit_kernels.matrix import BlockSparseMatrix
 
 
@@ -30,8 +31,13 @@ def linear(
     nothing was tuned; or one of `BACKENDS`. `activation`: "gelu" is the exact one, with erf (in half precision the GPU kernels
     take a polynomial within its rounding). Under autocast it computes in the autocast type, as F.linear does.
 
-    Raises ValueError when shapes, types, devices or the backend do not fit.
+    Raises ValueError when shapes, types, devices or the backend do not fit, NotImplementedError under forward-mode
+    differentiation (torch.func.jvp), which only the reference backend has.
     """
+    if not isinstance(weight, BlockSparseMatrix):
+        raise TypeError(f"weight must be a BlockSparseMatrix (its from_dense makes one), got {type(weight).__name__}")
+    if x.ndim == 0:
+        raise ValueError("x must be [..., in], got a single number")
     if x.device != weight.values.device:
         raise ValueError(f"x is on {x.device}, the weight on {weight.values.device}")
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -39,9 +45,12 @@ def linear(
     _check(x, weight, bias, activation, scale, residual, backend)
     if backend == "reference":
         return reference.linear(x, weight, bias, activation, scale, residual)
+    given = [t for t in (x, weight.values, bias, scale, residual) if t is not None]
+    _refuse_forward_mode(given)
     rows = None if residual is None else residual.reshape(-1, weight.shape[0])
     flat = x.reshape(-1, x.shape[-1])
-    needs_z = torch.is_grad_enabled() and (activation is not None or (scale is not None and scale.requires_grad))
+    needs_z = activation is not None or (scale is not None and scale.requires_grad)
+    needs_z = needs_z and torch.is_grad_enabled() and any(t.requires_grad for t in given)
     y, _ = torch.ops.lpvit.block_sparse_linear(
         flat, weight.values, bias, scale, rows, weight.row_ptr, weight.cols, weight.shape[0], activation, needs_z, backend
     )
@@ -54,11 +63,21 @@ def _autocast(
 ) -> tuple[Tensor, BlockSparseMatrix, Tensor | None, Tensor | None, Tensor | None]:
     dtype, values = torch.get_autocast_dtype(x.device.type), weight.values
     if values.dtype == dtype or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if values.requires_grad and not torch.compiler.is_compiling():
+            drop(values)  # the operator that computes their gradient sees the converted ones
         values = values.to(dtype)
     else:
         values = kept(values, f"as {dtype}", lambda: weight.values.to(dtype))
     others = [None if t is None else t.to(dtype) for t in (bias, scale, residual)]
     return x.to(dtype), weight.with_values(values), others[0], others[1], others[2]
+
+
+def _refuse_forward_mode(tensors: list[Tensor]) -> None:
+    """The operators would lose the tangents without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError('block-sparse linear layers have no forward-mode derivative: use backend="reference"')
 
 
 def _check(
@@ -142,7 +161,7 @@ def _epilogue_gradient(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Empty tensors for what is not needed, and for a dz that is dy: operators do not return their arguments."""
-    made = backends.epilogue_gradient(dy, z if z.numel() else None, activation, scale, need_bias, need_scale, backend)
+    made = backends.epilogue_gradient(dy, z if z.ndim == 2 else None, activation, scale, need_bias, need_scale, backend)
     dz, dbias, dscale = (dy.new_empty(0) if found is None or found is dy else found for found in made)
     return dz, dbias, dscale
 
@@ -152,7 +171,9 @@ def _input_gradient(dz: Tensor, values: Tensor, row_ptr: Tensor, cols: Tensor, i
 
 
 def _weight_gradient(dz: Tensor, x: Tensor, values: Tensor, row_ptr: Tensor, cols: Tensor, backend: str) -> Tensor:
-    return backends.weight_gradient(dz, x, _matrix(values, row_ptr, cols, (dz.shape[1], x.shape[1])), backend)
+    gradient = backends.weight_gradient(dz, x, _matrix(values, row_ptr, cols, (dz.shape[1], x.shape[1])), backend)
+    drop(values)  # the step of an optimizer follows, which torch does not count if it is fused
+    return gradient
 
 
 _LIBRARY.impl("block_sparse_linear", _forward, "CompositeExplicitAutograd")

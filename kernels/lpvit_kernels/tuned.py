@@ -1,7 +1,7 @@
 """The choices that tuning made, in memory and in one JSON file that several processes may write.
 
 The file is tuned.json in $LPVIT_CACHE, or in lpvit/ of the user's cache folder. One that cannot be read counts as empty and is
-written anew.
+written anew; entries that this version cannot use are left out.
 """
 
 from __future__ import annotations
@@ -10,13 +10,36 @@ import json
 import os
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 FORMAT = 1
+CHOICES = ("triton", "strided", "gathered", "batched", "dense")
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a GPU kernel is tiled.
+
+    tile         tokens of one program (weight_gradient: neighbouring blocks of one program)
+    step         features of one step of its loop (weight_gradient: tokens)
+    warps        of one program
+    stages       of the software pipeline
+    descriptors  tensor descriptors (TMA) instead of pointers: compute capability 9.0 and newer
+    splits       weight_gradient: parts of the tokens that are computed apart, then summed
+    registers    a thread may have at most; None: as many as the compiler likes
+    """
+
+    tile: int
+    step: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+    splits: int = 1
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -24,7 +47,7 @@ class Choice:
     """A backend, and for triton how it is tiled (None: its default)."""
 
     backend: str
-    config: Any = None  # gpu.configs.Config
+    config: Config | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +58,7 @@ class Tuned:
     times_us: dict[str, float]  # by backend; of triton the best configuration's
 
 
-_loaded: dict[str, dict[str, Any]] | None = None  # entries as the file has them
+_loaded: dict[str, Tuned] | None = None
 _changes = 0
 
 
@@ -49,7 +72,7 @@ def find(key: str) -> Tuned | None:
     global _loaded
     if _loaded is None:
         _loaded = _read()
-    return _tuned(_loaded[key]) if key in _loaded else None
+    return _loaded.get(key)
 
 
 def changes() -> int:
@@ -60,22 +83,28 @@ def changes() -> int:
 def record(entries: dict[str, Tuned]) -> None:
     """Add to the file, and keep what other processes have added. Where it cannot be written, this process remembers."""
     global _loaded, _changes
-    target, new = path(), {key: asdict(entry) for key, entry in entries.items()}
+    target = path()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_suffix(".lock")):
-            _loaded = _read() | new
+            _loaded = _read() | entries
             _replace(target, _loaded)
     except OSError as error:
-        _loaded = (_loaded or {}) | new
+        _loaded = (_loaded or {}) | entries
         warnings.warn(f"{target} cannot be written ({error}): what is tuned is forgotten with this process", stacklevel=2)
     _changes += 1
 
 
-def _replace(target: Path, entries: dict[str, dict[str, Any]]) -> None:
+def _replace(target: Path, entries: dict[str, Tuned]) -> None:
+    document = {"format": FORMAT, "entries": {key: asdict(entry) for key, entry in entries.items()}}
     with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=".tuned", delete=False) as file:
-        json.dump({"format": FORMAT, "entries": entries}, file, indent=1)
-    os.replace(file.name, target)
+        try:
+            json.dump(document, file, indent=1)
+            file.close()
+            os.replace(file.name, target)
+        except BaseException:
+            Path(file.name).unlink()
+            raise
 
 
 def forget() -> None:
@@ -85,26 +114,34 @@ def forget() -> None:
     _changes += 1
 
 
-def _read() -> dict[str, dict[str, Any]]:
+def _read() -> dict[str, Tuned]:
     try:
         document = json.loads(path().read_text())
         if document["format"] != FORMAT:
             return {}
-        entries: dict[str, dict[str, Any]] = document["entries"]
-        if not all(entry["choice"]["backend"] in entry["times_us"] for entry in entries.values()):
-            raise ValueError("a choice that was not timed")
-        return entries
+        entries = {key: _tuned(entry) for key, entry in document["entries"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         warnings.warn(f"{path()} cannot be read ({error!r}): nothing counts as tuned until it is written anew", stacklevel=2)
         return {}
+    return {key: entry for key, entry in entries.items() if entry}
 
 
-def _tuned(entry: dict[str, Any]) -> Tuned:
-    config = entry["choice"]["config"]
-    if config is not None:
-        from lpvit_kernels.gpu.configs import Config
+def _tuned(entry: dict[str, Any]) -> Tuned | None:
+    """None if its backend or configuration is none of this version's; an error if it never was an entry."""
+    choice, times = entry["choice"], {name: float(time) for name, time in entry["times_us"].items()}
+    if choice["backend"] not in times:
+        raise ValueError("a choice that was not timed")
+    config = choice["config"]
+    if choice["backend"] not in CHOICES or not (config is None or _is_config(config)):
+        return None
+    return Tuned(Choice(choice["backend"], None if config is None else Config(**config)), times)
 
-        config = Config(**config)
-    return Tuned(Choice(entry["choice"]["backend"], config), entry["times_us"])
+
+def _is_config(config: Any) -> bool:
+    """Whether it names every field and has numbers that can be meant."""
+    if not isinstance(config, dict) or config.keys() != {field.name for field in fields(Config)}:
+        return False
+    numbers = [value for name, value in config.items() if name != "descriptors" and (name, value) != ("registers", None)]
+    return type(config["descriptors"]) is bool and all(type(number) is int and number > 0 for number in numbers)

@@ -23,7 +23,14 @@ def tune(weight: BlockSparseMatrix, tokens: int, kinds: tuple[Kind, ...] = KINDS
 
     Candidates are timed in turns, so that a disturbance meets all of them. Later calls of `linear` on such a layer with about
     as many tokens and backend "auto" take the fastest; so do later processes (tuned.py).
+
+    Raises ValueError for kinds that are none, and without tokens.
     """
+    if isinstance(kinds, str) or not set(kinds) <= set(KINDS):
+        raise ValueError(f"kinds must be some of {KINDS}, got {kinds!r}")
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    weight = weight.with_values(weight.values.detach().clone())  # copies made for slower forms go with these values
     found = {kind: _tune(kind, weight, tokens) for kind in kinds}
     x = weight.values.new_empty(tokens, 1)
     tuned.record({dispatch.case(kind, x, weight).key: entry for kind, entry in found.items()})
@@ -36,8 +43,9 @@ def candidates(kind: Kind, weight: BlockSparseMatrix, tokens: int) -> list[Choic
     choices = [Choice("gathered" if kind == "weight_gradient" else "dense")]
     if device.type == "cpu":
         forms = cpu.GRADIENTS if kind == "weight_gradient" else cpu.FORMS
-        few = tokens <= 4 * dispatch.FEW_TOKENS
-        return list(dict.fromkeys([*choices, *(Choice(form) for form in forms if form != "batched" or few)]))
+        few, case = tokens <= 4 * dispatch.FEW_TOKENS, dispatch.case(kind, weight.values.new_empty(tokens, 0), weight)
+        timed = [form for form in forms if (form != "batched" or few) and dispatch.serves(form, case)]
+        return list(dict.fromkeys([*choices, *(Choice(form) for form in timed)]))
     if dispatch.triton_runs(str(device), str(dtype).removeprefix("torch."), weight.block):
         from lpvit_kernels.gpu import configs
 
@@ -48,7 +56,9 @@ def candidates(kind: Kind, weight: BlockSparseMatrix, tokens: int) -> list[Choic
 
 
 def _tune(kind: Kind, weight: BlockSparseMatrix, tokens: int) -> Tuned:
-    x, dz = (torch.randn(tokens, n, device=weight.values.device).to(weight.values.dtype) for n in reversed(weight.shape))
+    device, dtype = weight.values.device, weight.values.dtype
+    random = torch.Generator(device).manual_seed(0)  # its own: tuning changes no random numbers of others
+    x, dz = (torch.randn(tokens, n, device=device, generator=random).to(dtype) for n in reversed(weight.shape))
     bias = x.new_zeros(weight.shape[0])
 
     def call(choice: Choice) -> Callable[[], object]:

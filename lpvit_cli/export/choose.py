@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
-from lpvit_cli.export.forms import FORMS, Builder, Layer, forms_of
+from lpvit_cli.export.forms import FORMS, Builder, forms_of
+from lpvit_cli.export.layer import Choice, Layer, choose_by_kind
 from lpvit_cli.export.runtime import session
 from lpvit_cli.measure.timing import Subject, time_in_visits
 from lpvit_cli.run import Progress
@@ -18,26 +18,9 @@ VISITS, SAMPLES = 3, 4
 OPSET = 20
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The fastest form of layers that timing cannot tell apart; medians in microseconds, by form."""
-
-    form: str
-    times_us: dict[str, float]
-
-
 def choose_forms(layers: Mapping[str, Layer], tokens: Mapping[str, int], threads: int, progress: Progress) -> dict[str, Choice]:
     """The choice for each layer on `tokens` rows of x. Layers of equal shape, block and density are timed once."""
-    kinds: dict[object, list[str]] = {}
-    for name, layer in layers.items():
-        kept = round(20 * layer.weight.density)
-        kinds.setdefault((layer.weight.shape, layer.weight.block, kept, layer.int8, tokens[name]), []).append(name)
-    chosen: dict[str, Choice] = {}
-    for done, names in enumerate(kinds.values()):
-        progress("choosing forms", done, len(kinds), f"{names[0]}, {tokens[names[0]]} tokens")
-        choice = _choose(layers[names[0]], tokens[names[0]], threads)
-        chosen |= dict.fromkeys(names, choice)
-    return {name: chosen[name] for name in layers}
+    return choose_by_kind(layers, tokens, progress, lambda layer, rows: _choose(layer, rows, threads))
 
 
 def _choose(layer: Layer, tokens: int, threads: int) -> Choice:
@@ -50,9 +33,7 @@ def _choose(layer: Layer, tokens: int, threads: int) -> Choice:
         return partial(session(model, threads).run, None, {"x": x})
 
     opened: dict[str, Callable[[], Subject]] = {form: partial(open_form, single_layer(layer, form)) for form in forms}
-    run = time_in_visits(opened, visits=VISITS, samples=SAMPLES, threads=threads)
-    times = {form: 1e3 * timed.percentiles.p50 for form, timed in run.subjects.items()}
-    return Choice(min(times, key=times.__getitem__), times)
+    return Choice.fastest(time_in_visits(opened, visits=VISITS, samples=SAMPLES, threads=threads))
 
 
 def single_layer(layer: Layer, form: str) -> bytes:

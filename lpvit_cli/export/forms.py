@@ -12,73 +12,17 @@ the weights by output feature; the products sum in int32 and give float32. There
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import groupby
 
 import onnx_ir as ir
 import torch
-from lpvit_kernels import BlockSparseMatrix
 from onnx_ir.tape import Tape
 from torch import Tensor
 from torch.nn import functional as F
 
+from lpvit_cli.export.layer import Layer, Row
+
 MICROSOFT = "com.microsoft"  # where onnxruntime keeps the int8 product with a float result
 BATCH_SIZES = 8  # of `batched`: block rows are padded to one of so many counts
-
-
-@dataclass(frozen=True)
-class Row:
-    """Output features [R] of one block row, or of several that read the same: block columns, factors [C, R], bias [R]."""
-
-    columns: tuple[int, ...]
-    blocks: tuple[Tensor, ...]
-    bias: Tensor | None
-
-    @property
-    def width(self) -> int:
-        return self.blocks[0].shape[1]
-
-    def factor(self, width: int) -> Tensor:
-        """[k C, R], blocks below each other; a narrower one, at the ragged edge, is filled up with zeros to C = `width`."""
-        return torch.cat([F.pad(block, (0, 0, 0, width - len(block))) for block in self.blocks])
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What is written; `x_range`: smallest and largest input, for static int8."""
-
-    name: str
-    weight: BlockSparseMatrix
-    bias: Tensor | None  # [out]
-    int8: bool = False
-    x_range: tuple[float, float] | None = None
-
-    @cached_property
-    def rows(self) -> list[Row]:
-        """Block rows in order. One that keeps nothing has a block of zeros."""
-        (out, features), (height, width) = self.weight.shape, self.weight.block
-        lines: list[list[tuple[int, Tensor]]] = [[] for _ in range(self.weight.grid[0])]
-        for (i, j), block in zip(self.weight.places, self.weight.values.detach(), strict=True):
-            lines[i].append((j, block[: out - i * height, : features - j * width].T))
-        biases = [None] * len(lines) if self.bias is None else self.bias.detach().split(height)
-        made = []
-        for i, (line, bias) in enumerate(zip(lines, biases, strict=True)):
-            line = line or [(0, self.weight.values.new_zeros(min(width, features), min(height, out - i * height)))]
-            columns, blocks = zip(*line, strict=True)
-            made.append(Row(columns, blocks, bias))
-        return made
-
-    @property
-    def merged_rows(self) -> list[Row]:
-        """Neighbouring block rows that read the same slices as one."""
-        made = []
-        for columns, rows in groupby(self.rows, key=lambda row: row.columns):
-            kin = list(rows)
-            blocks = tuple(torch.cat(side_by_side, dim=1) for side_by_side in zip(*(row.blocks for row in kin), strict=True))
-            biases = [row.bias for row in kin if row.bias is not None]
-            made.append(Row(columns, blocks, torch.cat(biases) if biases else None))
-        return made
 
 
 class Builder:

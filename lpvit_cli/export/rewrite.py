@@ -10,7 +10,8 @@ import onnx_ir as ir
 from onnx_ir import convenience
 
 from lpvit_cli.errors import CheckFailed
-from lpvit_cli.export.forms import FORMS, MICROSOFT, Builder, Layer
+from lpvit_cli.export.forms import FORMS, MICROSOFT, Builder
+from lpvit_cli.export.layer import Layer
 
 INSIDE = "model"  # what a module that wraps the model calls it
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter writes which module a node came from

@@ -27,7 +27,13 @@ def session(model: Path | bytes, threads: int | None = None) -> Any:
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-class OnnxModel(VisionModel):
+class ExportedModel(VisionModel):
+    """A file that runs on the CPU in float32; `config` is what lpvit wrote into it."""
+
+    config: dict[str, Any]
+
+
+class OnnxModel(ExportedModel):
     """`model(images [n, 3, H, W]) -> logits [n, classes]` on the CPU, preprocessing in `pretrained_cfg` as in timm.
 
     `config` is what lpvit wrote into the file. A file of another origin runs too if its metadata holds the preprocessing, as
@@ -46,7 +52,7 @@ class OnnxModel(VisionModel):
             reason = str(error).strip().splitlines()[0]
             raise EnvironmentFault(f"{path}: onnxruntime cannot load it: {reason}", "export it again") from error
         self.input, self.output = self.session.get_inputs()[0], self.session.get_outputs()[0]
-        self.config = _config(path, metadata)
+        self.config = read_metadata(path, metadata)
         self.pretrained_cfg = self.config["preprocessing"]
         self.num_classes = int(self.config.get("num_classes") or self.output.shape[-1])
         expected, given = tuple(self.pretrained_cfg["input_size"]), tuple(self.input.shape[1:])
@@ -61,8 +67,8 @@ class OnnxModel(VisionModel):
         return torch.from_numpy(logits)
 
 
-def _config(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """What is known of a model; `preprocessing` is complete."""
+def read_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """What is known of the model in a file; `preprocessing` is complete. Raises EnvironmentFault."""
     try:
         config: dict[str, Any] = json.loads(metadata.get(METADATA_KEY, "{}"))
         config.setdefault("preprocessing", json.loads(metadata.get("pretrained_cfg", "{}")))

@@ -198,7 +198,7 @@ class ExportedLayer(BaseModel):
 
 
 class ExportSpeed(BaseModel):
-    """The file against the dense model in float32, both in onnxruntime."""
+    """The file against the dense model in float32, both in the runtime that the file is for."""
 
     threads: int
     batch_size: int

@@ -307,26 +307,31 @@ def _predict(report: PredictReport, folder: Path) -> list[Any]:
     return shown
 
 
+PASSES = {"forward": "forward", "input_gradient": "dx", "weight_gradient": "dW"}
+
+
 def _tune(report: TuneReport, folder: Path) -> list[Any]:
     kinds = len({one.kind for one in report.tuned}) > 1
-    columns = ("weight", "block", "kept", "tokens", *(["pass"] * kinds), "fastest", "x dense", "GFLOP/s")
+    columns = ("kept", "tokens", *(["pass"] * kinds), "fastest", "x dense", "GFLOP/s")
     rows = table(f"fastest on {report.device}, {report.dtype}; GFLOP/s on kept blocks", "layer", *columns)
-    rows.columns[0].no_wrap = True
+    rows.columns[0].overflow = "fold"
+    for column in rows.columns[1:]:
+        column.no_wrap = True
     for one in report.tuned:
         more = f" +{len(one.layers) - 1}" if len(one.layers) > 1 else ""
         rows.add_row(
-            one.layers[0] + more,
-            _by(one.shape),
-            _by(one.block),
-            percent(one.density),
+            f"{one.layers[0]}{more}\n{_by(one.shape)} in {_by(one.block)}",
+            f"{100 * one.density:.0f} %",
             str(one.tokens),
-            *([one.kind.replace("_", " ")] * kinds),
+            *([PASSES[one.kind]] * kinds),
             one.choice,
             "-" if one.speedup is None else f"{one.speedup:.2f}",
             f"{1e3 * one.kept_tflops:.0f}",
         )
-    dense = sum(one.choice == "dense" for one in report.tuned)
-    return [rows, f"dense is the fastest for {dense} of {len(report.tuned)}: lpvit runs those as dense layers"]
+    forward = [one for one in report.tuned if one.kind == "forward" and one.density < 1]
+    dense = sum(one.choice == "dense" for one in forward)
+    told = f"dense is the fastest forward for {dense} of {len(forward)} with removed blocks: lpvit runs those as dense layers"
+    return [rows, *([told] if forward else [])]
 
 
 def findings_table(findings: Iterable[Any]) -> Table:

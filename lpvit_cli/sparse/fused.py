@@ -28,9 +28,9 @@ def fuse(model: Model) -> Model:
     """A copy that computes the same with fewer passes over the activations, for timm models with block-sparse layers.
 
     Replaced are Mlp modules with exact GELU wherever they are (Swin's too), and the Block of vision_transformer. What has no
-    block-sparse layer, or differs from these classes in any way, stays as it is. Names and shapes of the state are those of the
-    original, so that folders and checkpoints fit both. In training, under autocast (where the residual stream keeps its own,
-    wider type) and with an attention mask, a Block runs as timm's does.
+    block-sparse layer, or differs from these classes in any way, hooks on its parts included, stays as it is. Names and shapes
+    of the state are those of the original, so that folders and checkpoints fit both. In training, under autocast (where the
+    residual stream keeps its own, wider type) and with an attention mask, a Block runs as timm's does.
     """
     return cast(Model, _fused(copy.deepcopy(model)))
 
@@ -96,17 +96,23 @@ def _add(layer: nn.Module, x: Tensor, layer_scale: nn.Module, residual: Tensor) 
 
 
 def _is_mlp(module: nn.Module) -> TypeGuard[Mlp]:
-    if type(module) not in (Mlp, FusedMlp) or not _names(module) <= MLP:
+    if type(module) not in (Mlp, FusedMlp) or not _names(module) <= MLP or _hooked(module):
         return False
     return type(module.act) is nn.GELU and module.act.approximate == "none"
 
 
 def _is_block(module: nn.Module) -> TypeGuard[Block]:
-    if type(module) is not Block or _names(module) != BLOCK:
+    if type(module) is not Block or _names(module) != BLOCK or _hooked(module):
         return False
     layer_scales = all(type(part) in (nn.Identity, LayerScale) for part in (module.ls1, module.ls2))
     attention = type(module.attn) is Attention and _names(module.attn) <= ATTENTION
     return layer_scales and attention and _is_mlp(module.mlp)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether hooks watch any of its parts, which would be skipped or see something else."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(part, kind) for part in module.modules() if part is not module for kind in kinds)
 
 
 def _names(module: nn.Module) -> set[str]:

@@ -15,6 +15,7 @@ class BlockSparseLinear(nn.Module):
     """y = x W^T + b with a block-sparse W [out, in].
 
     State: `values` [nnz, R, C] (a parameter), `row_ptr` [out/R + 1] and `cols` [nnz] (int32), `bias` [out]. No dense copy.
+    It takes over the tensors that it is made from: they must be no other layer's.
     """
 
     values: nn.Parameter
@@ -32,7 +33,8 @@ class BlockSparseLinear(nn.Module):
     @classmethod
     def from_linear(cls, layer: nn.Linear, block: tuple[int, int], mask: Tensor) -> BlockSparseLinear:
         """Keep the blocks of `layer` where `mask` [ceil(out/R), ceil(in/C)] is True."""
-        return cls(BlockSparseMatrix.from_dense(layer.weight.detach(), block, mask), layer.bias)
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        return cls(BlockSparseMatrix.from_dense(layer.weight.detach(), block, mask), bias)
 
     @property
     def weight(self) -> BlockSparseMatrix:
@@ -69,9 +71,17 @@ def sparse_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
 def densify(model: Model) -> Model:
     """A copy whose block-sparse layers are nn.Linear again, the removed blocks filled with zeros."""
     model = copy.deepcopy(model)
-    for name, layer in sparse_layers(model).items():
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(layer.weight.to_dense().detach())
-        dense.register_parameter("bias", layer.bias)
-        model.set_submodule(name, dense)
+    made: dict[nn.Module, nn.Linear] = {}  # a layer may have several names
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, BlockSparseLinear):
+            if layer not in made:
+                made[layer] = _dense(layer)
+            model.set_submodule(name, made[layer])
     return model
+
+
+def _dense(layer: BlockSparseLinear) -> nn.Linear:
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(layer.weight.to_dense().detach())
+    dense.register_parameter("bias", layer.bias)
+    return dense

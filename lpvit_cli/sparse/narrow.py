@@ -23,26 +23,35 @@ def width(module: nn.Module) -> int | None:
     return module.num_heads if isinstance(module, Attention | WindowAttention) else None
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether no norm and no gate takes part between the two layers, whose result or size other features would change."""
+    extras = (getattr(module, "norm", None), getattr(module, "gate", None))
+    return all(extra is None or isinstance(extra, nn.Identity) for extra in extras)
+
+
 def narrow(module: nn.Module, keep: Tensor) -> None:
     """Keep, in place, the hidden neurons (timm's Mlp) or the heads (Attention, WindowAttention) at `keep` (indices) only.
 
     Inputs and outputs keep their sizes. Exact where the layer that reads the others has zeros for them. Of block-sparse
-    layers whole blocks should go: the others stay what they are.
+    layers whole blocks should go: the others stay what they are. Raises ValueError where a norm or a gate stands between.
     """
+    if not is_plain(module):
+        raise ValueError(f"{type(module).__name__}: a norm or a gate stands between its layers: it cannot be made narrower")
     if isinstance(module, Mlp):
         module.fc1, module.fc2 = _rows(module.fc1, keep), _columns(module.fc2, keep)
         return
     assert isinstance(module, Attention | WindowAttention)
     head = module.proj.in_features // module.num_heads
-    features = (keep[:, None] * head + torch.arange(head)).flatten()
-    module.qkv = _rows(module.qkv, (features + module.proj.in_features * torch.arange(3)[:, None]).flatten())
+    features = (keep[:, None] * head + torch.arange(head, device=keep.device)).flatten()
+    thirds = module.proj.in_features * torch.arange(3, device=keep.device)
+    module.qkv = _rows(module.qkv, (features + thirds[:, None]).flatten())
     module.proj = _columns(module.proj, features)
     module.num_heads = len(keep)
     if isinstance(module, Attention):
         module.attn_dim = len(features)
     else:
         table = module.relative_position_bias_table
-        module.relative_position_bias_table = nn.Parameter(table.detach()[:, keep].clone())
+        module.relative_position_bias_table = nn.Parameter(table.detach()[:, keep].clone(), table.requires_grad)
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
@@ -57,13 +66,18 @@ def _rows(layer: Any, keep: Tensor) -> Any:
 
 
 def _columns(layer: Any, keep: Tensor) -> Any:
-    return _like(layer, dense_weight(layer)[:, keep], layer.bias)
+    return _like(layer, dense_weight(layer)[:, keep], None if layer.bias is None else layer.bias.detach().clone())
 
 
-def _like(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _like(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A layer of the same kind, whose parameters are trained if those of `layer` are."""
+    made: Any
     if isinstance(layer, BlockSparseLinear):
-        return BlockSparseLinear(BlockSparseMatrix.from_dense(weight, layer.weight.block), bias)
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    made.weight = nn.Parameter(weight.clone())
-    made.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+        made = BlockSparseLinear(BlockSparseMatrix.from_dense(weight, layer.weight.block), bias)
+    else:
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        made.weight = nn.Parameter(weight.clone())
+        made.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(getattr(layer, name).requires_grad)
     return made

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from lpvit_cli.sparse.layers import BlockSparseLinear
-from lpvit_cli.sparse.narrow import dense_weight, narrow
+from lpvit_cli.sparse.narrow import dense_weight, is_plain, narrow
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,14 +26,17 @@ Model = TypeVar("Model", bound=nn.Module)
 def trim(model: Model) -> Model:
     """A copy, smaller where that changes no output and cuts no kept block. For inference: a constant has no gradient.
 
-    Looked at are timm's Mlp, Attention and WindowAttention without a norm or a gate in between.
+    Looked at are timm's Mlp, Attention and WindowAttention without a norm or a gate in between, whose layers are theirs alone.
     """
     model = copy.deepcopy(model)
+    uses = Counter(part for _, part in model.named_modules(remove_duplicate=False))
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, Mlp) and isinstance(module.norm, nn.Identity):
+            if not is_plain(module) or any(uses[part] > 1 for part in module.children() if _is_linear(part)):
+                continue
+            if isinstance(module, Mlp):
                 _trim_neurons(module)
-            elif isinstance(module, WindowAttention) or (isinstance(module, Attention) and _is_plain(module)):
+            elif isinstance(module, Attention | WindowAttention):
                 _trim_heads(module)
     return model
 
@@ -50,11 +54,6 @@ def order_neurons(model: nn.Module) -> None:
                 narrow(mlp, (order[:, None] * height + torch.arange(height, device=order.device)).flatten())
 
 
-def _is_plain(attention: Attention) -> bool:
-    extras = (getattr(attention, "norm", None), getattr(attention, "gate", None))
-    return all(extra is None or isinstance(extra, nn.Identity) for extra in extras)
-
-
 def _trim_neurons(mlp: Mlp) -> None:
     fc1: Any = mlp.fc1
     fc2: Any = mlp.fc2
@@ -63,7 +62,7 @@ def _trim_neurons(mlp: Mlp) -> None:
     group = math.lcm(_block(fc1)[0], _block(fc2)[1])
     if fc1.out_features % group:
         return
-    constants = mlp.act(_bias(fc1))  # of hidden neurons with empty rows
+    constants = mlp.act(_bias(fc1).clone())  # of hidden neurons with empty rows
     if len(keep := _worth_keeping(dense_weight(fc1), constants, fc2, group)) < fc1.out_features:
         narrow(mlp, keep)
 
@@ -96,15 +95,19 @@ def _worth_keeping(producer: Tensor, constants: Tensor, consumer: Any, group: in
         gone[0] = False
     gone = gone.repeat_interleave(group)
     if consumer.bias is not None:
-        consumer.bias += weight[:, gone] @ constants[gone].to(weight.dtype)
+        added = gone & ~unread  # what nothing reads adds nothing, infinite or not
+        bias = consumer.bias + weight[:, added] @ constants[added].to(weight.dtype)
+        consumer.bias = nn.Parameter(bias, consumer.bias.requires_grad)  # of its own: the old one may be another layer's too
     return (~gone).nonzero()[:, 0]
 
 
 def _any_sparse(*layers: nn.Module) -> bool:
     """Of linear layers only: an Mlp may hold convolutions."""
-    return all(isinstance(layer, nn.Linear | BlockSparseLinear) for layer in layers) and any(
-        isinstance(layer, BlockSparseLinear) for layer in layers
-    )
+    return all(_is_linear(layer) for layer in layers) and any(isinstance(layer, BlockSparseLinear) for layer in layers)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear | BlockSparseLinear)
 
 
 def _block(layer: nn.Module) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 
 from lpvit_cli.data import Batches, batches, class_names, open_images
 from lpvit_cli.errors import UsageError
-from lpvit_cli.export.runtime import OnnxModel
+from lpvit_cli.export.program import TorchProgram
+from lpvit_cli.export.runtime import ExportedModel, OnnxModel
 from lpvit_cli.measure.accuracy import Accuracy, accuracy
 from lpvit_cli.models import (
     VisionModel,
@@ -25,6 +27,8 @@ from lpvit_cli.recipe import DataSection, ModelSection, Recipe
 from lpvit_cli.report.schema import EvaluateReport
 from lpvit_cli.run import Progress
 from lpvit_cli.stages import FINETUNE, PRUNE
+
+EXPORTED: dict[str, Callable[[Path], ExportedModel]] = {".onnx": OnnxModel, ".pt2": TorchProgram}
 
 
 def evaluate(
@@ -48,11 +52,11 @@ def evaluate(
     if place["dataset"] is None:
         raise UsageError(f"{model_name}: which images?", "pass --dataset folder --root /path/to/imagenet")
     data = DataSection.model_validate(place | {"val_images": limit, "batch_size": batch_size, "workers": 0})
-    device = torch.device("cpu") if isinstance(model, OnnxModel) else pick_device(device_name)
+    device = torch.device("cpu") if isinstance(model, ExportedModel) else pick_device(device_name)
     source = open_images(data, data.val_split, model)
     require_known_classes(model, source)
     validation = batches(model, source, data, limit=limit)
-    dtype = torch.float32 if isinstance(model, OnnxModel) else pick_dtype(dtype_name, device)
+    dtype = torch.float32 if isinstance(model, ExportedModel) else pick_dtype(dtype_name, device)
     result = measure_accuracy(model, validation, device, dtype, progress, "evaluating")
     return EvaluateReport(
         device=describe_device(device),
@@ -64,23 +68,24 @@ def evaluate(
 
 
 def open_model(name: str) -> tuple[VisionModel, dict[str, str]]:
-    """A model folder, a run folder (its latest model), an exported .onnx file, or a timm name; with its data section."""
+    """A model folder, a run folder (its latest model), a .onnx or .pt2 file, or a timm name; with its data section."""
     path = Path(name)
     if (path / "model.onnx").is_file() and not (path / "config.json").is_file():  # what export wrote
         path /= "model.onnx"
     if path.is_file():
-        if path.suffix != ".onnx":
+        if path.suffix not in EXPORTED:
             raise UsageError(
-                f"{path}: not a model lpvit can run", "give a model folder, a .onnx file written by lpvit, or a timm name"
+                f"{path}: not a model lpvit can run",
+                "give a model folder, a .onnx or .pt2 file written by lpvit, or a timm name",
             )
-        exported = OnnxModel(path)
+        exported = EXPORTED[path.suffix](path)
         return exported, exported.config.get("data", {})
     if path.is_dir():
         if not (path / "config.json").is_file():
             latest = (path / FINETUNE.folder, path / PRUNE.folder)
             path = next((folder for folder in latest if (folder / "config.json").is_file()), path)
         return load_model(path), read_config(path).get("data", {})
-    if path.suffix == ".onnx" or (len(path.parts) > 1 and not name.startswith("hf-hub:")):
+    if path.suffix in EXPORTED or (len(path.parts) > 1 and not name.startswith("hf-hub:")):
         raise UsageError(
             f"{name}: no such model folder or file", "runs/NAME/pruned, runs/NAME/export/model.onnx, or a timm name"
         )

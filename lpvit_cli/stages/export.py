@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from lpvit_cli.errors import require
+from lpvit_cli.errors import UsageError, require
 from lpvit_cli.measure.machine import cpu_name, installed
 from lpvit_cli.models import load_model, read_config
 from lpvit_cli.recipe import Recipe
@@ -16,12 +16,20 @@ from lpvit_cli.sparse import order_neurons, trim
 from lpvit_cli.stages import EXPORT, FINETUNE, PRUNE
 from lpvit_cli.stages.evaluate import validation_batches
 from lpvit_cli.stages.export_hub import write_hub
+from lpvit_cli.stages.export_pt2 import write_aoti, write_pt2
 from lpvit_cli.stages.export_triton_server import write_triton_server
 from lpvit_cli.stages.exporting import Source
+
+FLOAT32_ONLY = {"pt2", "aoti"}
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> ExportReport:
     settings = recipe.export
+    if settings.precision != "float32" and not FLOAT32_ONLY.isdisjoint(settings.formats):
+        raise UsageError(
+            f"export.precision: the formats pt2 and aoti are written in float32 only, not in {settings.precision}",
+            "leave them out of export.formats, or add --set export.precision=float32",
+        )
     folder = run.model_artefact(EXPORT)
     model = trim(load_model(folder))
     order_neurons(model)
@@ -35,7 +43,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Expor
     if "onnx" in formats - set(settings.formats):
         source.notes.append("triton-server needs the ONNX file: it was written too")
     return ExportReport(
-        device=f"{cpu_name()}, onnxruntime",
+        device=cpu_name(),
         notes=source.notes,
         model=folder.name,
         precision=settings.precision,
@@ -64,6 +72,8 @@ def write_torch(source: Source, work: Path, progress: Progress) -> ExportedFile:
 WRITERS: dict[str, Callable[[Source, Path, Progress], ExportedFile]] = {
     "onnx": write_onnx,
     "torch": write_torch,
+    "pt2": write_pt2,
+    "aoti": write_aoti,
     "triton-server": write_triton_server,
     "hub": write_hub,
 }

@@ -16,8 +16,9 @@ import torch
 from lpvit_kernels import BlockSparseMatrix
 from torch import Tensor, nn
 
-from lpvit_cli.export.choose import Choice, choose_forms
-from lpvit_cli.export.forms import Layer, forms_of
+from lpvit_cli.export.choose import choose_forms
+from lpvit_cli.export.forms import forms_of
+from lpvit_cli.export.layer import Choice, Layer
 from lpvit_cli.export.onnx import HALF, as_float32, dense_graph, save_onnx
 from lpvit_cli.export.rewrite import rewrite
 from lpvit_cli.export.runtime import OnnxModel, session

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lpvit_cli.data import read_image, transform_for
-from lpvit_cli.export.runtime import OnnxModel
+from lpvit_cli.export.runtime import ExportedModel
 from lpvit_cli.models import describe_device, pick_device
 from lpvit_cli.report.schema import Prediction, PredictReport
 from lpvit_cli.stages.evaluate import open_model
@@ -15,7 +15,7 @@ from lpvit_cli.stages.evaluate import open_model
 
 def predict(model_name: str, images: list[Path], top: int, device_name: str) -> PredictReport:
     model, _ = open_model(model_name)
-    device = torch.device("cpu") if isinstance(model, OnnxModel) else pick_device(device_name)
+    device = torch.device("cpu") if isinstance(model, ExportedModel) else pick_device(device_name)
     model.eval().to(device)
     transform = transform_for(model)
     names = model.pretrained_cfg.get("label_names") or imagenet_names(model.num_classes)

@@ -15,7 +15,7 @@ from lpvit_cli.measure.timing import cpu_threads
 from lpvit_cli.models import VisionModel, describe_device, pick_device, pick_dtype
 from lpvit_cli.report.schema import TunedLayers, TuneReport
 from lpvit_cli.run import Progress
-from lpvit_cli.sparse import sparse_layers, trim
+from lpvit_cli.sparse import sparse_layers
 from lpvit_cli.stages.evaluate import open_model
 
 
@@ -37,7 +37,7 @@ def tune_any(
     device = pick_device(device_name)
     dtype = pick_dtype(dtype_name, device)
     with cpu_threads(threads):
-        tuned = tune_model(trim(model).to(device, dtype), batch_sizes, KINDS if training else ("forward",), progress)
+        tuned = tune_model(model.to(device, dtype), batch_sizes, KINDS if training else ("forward",), progress)
         return TuneReport(
             device=describe_device(device),
             model=model_name,

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lpvit_cli.errors import CheckFailed
 from lpvit_cli.export import choose
-from lpvit_cli.export.choose import Choice, choose_forms, single_layer
-from lpvit_cli.export.forms import FORMS, Layer, affine, forms_of
+from lpvit_cli.export.choose import choose_forms, single_layer
+from lpvit_cli.export.forms import FORMS, affine, forms_of
+from lpvit_cli.export.layer import Choice, Layer
 from lpvit_cli.export.onnx import dense_graph, save_onnx
 from lpvit_cli.export.rewrite import find_linears, rewrite
 from lpvit_cli.export.runtime import session

@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers import masked, relative
 from lpvit_kernels import BlockSparseMatrix, cpu, dense, dispatch, linear, tune, tuned, tuning
-from lpvit_kernels.tuned import Choice, Tuned
+from lpvit_kernels.kept import _KEPT
+from lpvit_kernels.tuned import Choice, Config, Tuned
 
 BLOCK = (32, 16)
 SPAWN = get_context("spawn")  # forked, a process whose parent has used OpenMP waits for ever
@@ -170,3 +171,79 @@ def test_masks_whose_rows_agree_are_smaller_dense_products() -> None:
     mask[0, 0] = False
     other = BlockSparseMatrix.from_dense(weight, (16, 16), mask)
     assert dispatch.choose("forward", "auto", torch.empty(200, 96), other).backend == "gathered"
+
+
+def entry(backend: str, config: object = None) -> dict[str, object]:
+    return {"choice": {"backend": backend, "config": config}, "times_us": {backend: 1.0}}
+
+
+CONFIG = {"tile": 64, "step": 64, "warps": 4, "stages": 3, "descriptors": False, "splits": 1, "registers": None}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        entry("cusparse"),
+        entry("triton"),
+        entry("triton", {"tile": 64}),
+        entry("triton", {**CONFIG, "tile": "64"}),
+        entry("triton", {**CONFIG, "warps": -1}),
+        entry("triton", {**CONFIG, "speed": 1}),
+        entry("triton", 7),
+    ],
+    ids=str,
+)
+def test_entries_that_cannot_be_used_are_left_out(bad: dict[str, object]) -> None:
+    """By this version, or on this device; the others serve."""
+    weight, x = matrix(), torch.randn(100, 96)
+    keys = {kind: dispatch.case(kind, x, weight).key for kind in dispatch.KINDS}
+    entries = {keys["forward"]: bad, keys["input_gradient"]: entry("dense"), keys["weight_gradient"]: entry("dense")}
+    tuned.path().write_text(json.dumps({"format": tuned.FORMAT, "entries": entries}))
+    assert dispatch.choose("forward", "auto", x, weight).backend == "gathered"
+    assert dispatch.choose("input_gradient", "auto", torch.empty(100, 64), weight).backend == "dense"
+    assert dispatch.choose("weight_gradient", "auto", x, weight).backend == "gathered"
+    linear(x, weight.with_values(weight.values.requires_grad_())).sum().backward()
+
+
+def test_configurations_come_back_from_the_file() -> None:
+    choice = Tuned(Choice("triton", Config(64, 32, 4, 3, True)), {"triton": 1.5, "dense": 2.0})
+    tuned.record({"a": choice})
+    tuned.forget()
+    assert tuned.find("a") == choice
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "tuned.json").mkdir()
+    with pytest.warns(UserWarning, match="cannot be written"):
+        tuned.record({"a": Tuned(Choice("dense"), {"dense": 1.0})})
+    assert tuned.find("a")
+    assert not list(tmp_path.glob(".tuned*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_strided_products_are_not_chosen_in_16_bits(dtype: torch.dtype) -> None:
+    weight = matrix().to(dtype)
+    for kind in ("forward", "input_gradient"):
+        assert Choice("strided") not in tuning.candidates(kind, weight, 100)
+        assert Choice("strided") in tuning.candidates(kind, matrix(), 100)
+    key = dispatch.case("forward", torch.empty(100, 96, dtype=dtype), weight).key
+    tuned.record({key: Tuned(Choice("strided"), {"strided": 1.0})})
+    assert dispatch.choose("forward", "auto", torch.empty(100, 96, dtype=dtype), weight).backend == "gathered"
+
+
+def test_tuning_leaves_no_copies_and_no_random_numbers_behind() -> None:
+    weight = matrix()
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    tune(weight, 40)
+    assert weight.values not in _KEPT
+    assert torch.rand(1) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"), [((4, "forward"), "kinds must be some of"), ((0,), "tokens must be at least 1")]
+)
+def test_tuning_what_is_not(arguments: tuple[object, ...], rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        tune(matrix(), *arguments)  # type: ignore[arg-type]

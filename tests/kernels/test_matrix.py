@@ -148,6 +148,17 @@ def test_a_wrong_mask_is_refused(mask: Tensor) -> None:
         BlockSparseMatrix.from_dense(torch.ones(6, 8), (2, 4), mask)
 
 
+@pytest.mark.parametrize("block", [(0, 16), (2,), (2, 4, 1), (2, 4.0), (-2, 4), 4], ids=str)
+def test_a_wrong_block_is_refused(block: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="block must be two positive whole numbers"):
+        BlockSparseMatrix.from_dense(torch.ones(6, 8), block)
+
+
+def test_a_weight_that_is_no_matrix_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight must be \[out, in\], got \[6\]"):
+        BlockSparseMatrix.from_dense(torch.ones(6), (2, 4))
+
+
 def test_patterns_that_share_columns_but_not_rows_are_told_apart() -> None:
     values, cols = torch.ones(2, 2, 2), torch.tensor([0, 1]).int()
     one = BlockSparseMatrix(values, torch.tensor([0, 1, 2]).int(), cols, (4, 4))

@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 from helpers import masked, relative
-from lpvit_kernels import BlockSparseMatrix, linear, random_block_sparse
+from lpvit_kernels import BlockSparseMatrix, backends, forget, linear, random_block_sparse
 from lpvit_kernels.kept import _KEPT
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -150,3 +150,90 @@ def test_what_is_kept_of_a_weight_goes_with_it(backend: str, dtype: torch.dtype)
     del matrix
     gc.collect()
     assert len(_KEPT) == before
+
+
+def optimized(backend: str, autocast: bool = False, compiled: bool = False) -> tuple[list[float], Tensor]:
+    """Losses of 20 fused steps, each followed by an evaluation; the values at the end."""
+    torch.manual_seed(0)
+    layer, x, target = layer_of(), torch.randn(40, 96), torch.randn(40, 64)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, fused=True)
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return F.mse_loss(linear(x, layer.weight, layer.bias, backend=backend), target)
+
+    losses, step = [], torch.compile(loss, backend="aot_eager") if compiled else loss
+    for _ in range(20):
+        optimizer.zero_grad()
+        step().backward()
+        optimizer.step()
+        with torch.no_grad():
+            losses.append(loss().item())
+    return losses, layer.values.detach()
+
+
+@pytest.mark.parametrize(("autocast", "compiled"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("backend", ["gathered", "dense"])
+def test_fused_optimizers_leave_nothing_stale(backend: str, autocast: bool, compiled: bool) -> None:
+    """torch does not count their steps as changes."""
+    tolerance = 2e-2 if autocast else 1e-4
+    found, expected = optimized(backend, autocast, compiled), optimized("reference")
+    assert found[0] == pytest.approx(expected[0], rel=tolerance)
+    assert relative(found[1], expected[1]) < tolerance
+
+
+@pytest.mark.parametrize("backend", ["gathered", "dense"])
+def test_what_torch_does_not_count_is_forgotten_by_hand(backend: str) -> None:
+    layer, x = layer_of(), torch.randn(5, 96)
+    with torch.no_grad():
+        before = linear(x, layer.weight, backend=backend)
+        layer.values.data.mul_(2)
+        forget(layer.weight)
+        assert relative(linear(x, layer.weight, backend=backend), 2 * before) < 1e-6
+
+
+@pytest.mark.parametrize("backend", ["gathered", "dense"])
+def test_nothing_is_kept_of_inference_tensors(backend: str) -> None:
+    """They have no count of changes."""
+    with torch.inference_mode():
+        layer, x = layer_of(), torch.randn(5, 96)
+        before = linear(x, layer.weight, backend=backend)
+        layer.values.mul_(2)
+        assert relative(linear(x, layer.weight, backend=backend), 2 * before) < 1e-6
+
+
+def test_indices_follow_changes_of_the_rows() -> None:
+    cols = torch.tensor([0, 1]).int()
+    matrix = BlockSparseMatrix(torch.ones(2, 2, 2), torch.tensor([0, 1, 2]).int(), cols, (4, 4))
+    assert matrix.places == [(0, 0), (1, 1)]
+    matrix.row_ptr[1] = 2
+    assert matrix.places == [(0, 0), (0, 1)]
+    assert matrix.by_row.ptr.tolist() == [0, 2, 2]
+
+
+@pytest.mark.parametrize("backend", ["strided", "gathered", "batched", "dense", "reference"])
+def test_training_without_tokens(backend: str) -> None:
+    layer, x = layer_of(), torch.randn(0, 96, requires_grad=True)
+    scale = torch.ones(64, requires_grad=True)
+    linear(x, layer.weight, layer.bias, "gelu", backend=backend, scale=scale).sum().backward()
+    assert x.grad.shape == (0, 96)
+    assert all(t.grad.abs().sum() == 0 for t in (layer.values, layer.bias, scale))
+
+
+def test_forward_mode_is_refused_rather_than_lost() -> None:
+    layer, x = layer_of(), torch.randn(5, 96)
+    with pytest.raises(NotImplementedError, match='no forward-mode derivative: use backend="reference"'):
+        torch.func.jvp(lambda x: linear(x, layer.weight), (x,), (x,))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda v: linear(x, layer.weight.with_values(v)), (layer.values,), (layer.values,))
+    _, tangent = torch.func.jvp(lambda x: linear(x, layer.weight, backend="reference"), (x,), (x,))
+    assert relative(tangent, linear(x, layer.weight)) < 1e-6
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_preactivation_is_saved_for_gradients_only(monkeypatch: pytest.MonkeyPatch, trained: bool) -> None:
+    saved, forward = [], backends.forward
+    monkeypatch.setattr(backends, "forward", lambda *a: (saved.append(a[6]), forward(*a))[1])
+    layer = layer_of().requires_grad_(trained)
+    linear(torch.randn(5, 96), layer.weight, layer.bias, "gelu")
+    assert saved == [trained]

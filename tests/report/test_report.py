@@ -47,6 +47,8 @@ from lpvit_cli.report.schema import (
     Report,
     SweepPoint,
     SweepReport,
+    TunedLayers,
+    TuneReport,
 )
 from lpvit_cli.report.tables import findings_table, giga, recipes_table, render, summary
 from lpvit_cli.stages import ALL_STAGES
@@ -274,7 +276,26 @@ def prediction() -> PredictionReport:
     )
 
 
+def tuned() -> TuneReport:
+    """Twelve layers of each shape, forward and backward; one layer keeps all of its blocks."""
+    layers = []
+    for kind in ("forward", "input_gradient", "weight_gradient"):
+        for name, shape, density in (
+            ("blocks.0.attn.qkv", (2304, 768), 0.31),
+            ("layers.2.blocks.10.attn.proj", (768, 768), 1.0),
+            ("blocks.11.mlp.fc2", (768, 3072), 0.3),
+        ):
+            choice, speedup = ("gathered", None) if kind == "weight_gradient" else ("dense", 1.0)
+            if name.endswith("fc2"):
+                choice = "gathered"
+            facts: dict[str, Any] = {"shape": shape, "block": (128, 32), "density": density, "tokens": 12608}
+            facts |= {"choice": choice, "times_us": {choice: 1234.5}, "speedup": speedup, "kept_tflops": 0.0801}
+            layers.append(TunedLayers(layers=[name] * 12, kind=kind, **facts))
+    return TuneReport(device=CPU, model="runs/a", dtype="float32", threads=2, tuned=layers)
+
+
 ALL: dict[str, Callable[[], Report]] = {
+    "tune": tuned,
     "calibrate": calibrate,
     "prune": prune,
     "finetune": finetune,
@@ -413,6 +434,18 @@ def test_a_prediction_shows_what_it_can_and_why_not_the_rest() -> None:
     assert "0.5 0.49 17.60 G 180.0 MiB 1234 41.00 2.00x" in lines
     assert "0.3 0.49 17.60 G 180.0 MiB 1234 - -" in lines
     assert lines[-1] == "not predicted latency: no device profile: lpvit profile deit_base_50"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tuned_layers_are_readable_on_a_narrow_terminal(width: int) -> None:
+    text = shown(tuned(), width=width)
+    lines = [words(line) for line in text.splitlines()]
+    assert "…" not in text
+    assert lines.count("2304x768 in 128x32") == 3
+    assert "blocks.0.attn.qkv +11 31 % 12608 forward dense 1.00 80" in lines
+    assert "blocks.0.attn.qkv +11 31 % 12608 dx dense 1.00 80" in lines
+    assert "blocks.0.attn.qkv +11 31 % 12608 dW gathered - 80" in lines
+    assert "dense is the fastest forward for 1 of 2 with removed blocks" in words(text)
 
 
 def test_recovery_shows_both_accuracies_and_what_was_trained() -> None:

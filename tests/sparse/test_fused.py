@@ -208,6 +208,21 @@ def test_other_blocks_are_left_alone(which: str) -> None:
     assert relative(fused.double()(images().double()), model.double()(images().double())) < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [("attn", [Block, FusedMlp]), ("ls1", [Block, FusedMlp]), ("mlp.act", [Block, Mlp]), ("mlp.fc1", [Block, Mlp])],
+)
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_parts_with_hooks_are_left_alone(register: str, part: str, expected: list[type]) -> None:
+    model: Any = sparse("vit with LayerScale")
+    seen: list[str] = []
+    getattr(model.blocks[0].get_submodule(part), register)(lambda *_: seen.append(part))
+    fused = fuse(model)
+    assert kinds(fused) == [*expected, FusedBlock, FusedMlp]
+    assert relative(fused(images()), model(images())) < 1e-5
+    assert seen == [part] * 2
+
+
 def test_a_dense_model_is_left_alone() -> None:
     model = random_model("vit")
     assert kinds(fuse(model)) == kinds(model) == [Block, Mlp] * 2

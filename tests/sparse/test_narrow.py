@@ -111,6 +111,37 @@ def test_modules_without_a_width() -> None:
     assert [width(Mlp(4, 8)), width(Attention(12, num_heads=3)), width(WindowAttention(12, 3))] == [8, 3, 3]
 
 
+def test_what_a_norm_or_a_gate_separates_is_refused() -> None:
+    gated = Attention(12, num_heads=3)
+    gated.gate = nn.Linear(12, 12)
+    normed = Attention(12, num_heads=3)
+    normed.norm = nn.LayerNorm(12)
+    for module in (gated, normed, Mlp(4, 8, norm_layer=nn.LayerNorm)):
+        with pytest.raises(ValueError, match="a norm or a gate stands between"):
+            narrow(module, torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
+    "module", [Mlp(8, 16), Attention(12, num_heads=3), WindowAttention(12, 3)], ids=lambda m: type(m).__name__
+)
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_was_frozen_stays_so(module: nn.Module, trained: bool) -> None:
+    module = copy.deepcopy(module).requires_grad_(trained)
+    if isinstance(module, Mlp):
+        sparsify(module, {"fc1": torch.ones(2, 1, dtype=torch.bool)}, (8, 8))
+        module.fc1.requires_grad_(trained)
+    narrow(module, torch.arange(2))
+    assert {parameter.requires_grad for parameter in module.parameters()} == {trained}
+
+
+@pytest.mark.parametrize("module", [Mlp, lambda n, m: Attention(n, num_heads=3), lambda n, m: WindowAttention(n, 3)])
+def test_indices_are_made_where_they_are_used(module: Any) -> None:
+    with torch.device("meta"):
+        made = module(12, 24)
+    narrow(made, torch.arange(2, device="meta"))
+    assert {parameter.device.type for parameter in made.parameters()} == {"meta"}
+
+
 # model folders
 
 

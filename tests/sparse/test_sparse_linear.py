@@ -105,3 +105,18 @@ def test_a_layer_that_was_evaluated_first_can_be_trained(tiny_vit: nn.Module) ->
     adapters = adapt(tiny_vit, rank=2, alpha=4.0)
     tiny_vit(x).square().sum().backward()
     assert all(bool(adapter.lora_b.grad.any()) for adapter in adapters.values())
+
+
+def test_nothing_is_shared_with_the_dense_layer() -> None:
+    dense, mask = nn.Linear(64, 48), torch.ones(6, 4, dtype=torch.bool)
+    layers = [BlockSparseLinear.from_linear(dense, BLOCK, mask) for _ in range(2)]
+    tensors = [*dense.parameters(), *(tensor for layer in layers for tensor in layer.state_dict().values())]
+    assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
+
+
+def test_a_layer_of_two_names_is_dense_under_both() -> None:
+    layer = BlockSparseLinear.from_linear(nn.Linear(32, 32), BLOCK, masked((32, 32), BLOCK, 0.5)[1])
+    model = nn.ModuleDict({"one": layer, "other": nn.Sequential(layer)})
+    dense = densify(model)
+    assert type(dense["one"]) is nn.Linear
+    assert dense["one"] is dense["other"][0]

@@ -135,3 +135,53 @@ def test_a_trimmed_model_is_fused_saved_and_loaded(tmp_path: Path) -> None:
     loaded = load_model(tmp_path)
     assert sizes(loaded) == sizes(trimmed) != sizes(model)
     assert relative(logits(loaded), logits(model)) < 1e-12
+
+
+def holey_mlp(**more: Any) -> Any:
+    """The first group of neurons never changes: GELU of its bias."""
+    mlp = Mlp(32, 64, **more)
+    mask = torch.ones(8, 2, dtype=torch.bool)
+    mask[:2] = False
+    sparsify(mlp, {"fc1": mask, "fc2": torch.ones(4, 4, dtype=torch.bool)}, BLOCK)
+    return mlp.eval()
+
+
+def test_constants_reach_no_other_layer_that_shares_the_bias() -> None:
+    model, x = nn.Sequential(holey_mlp(), nn.Linear(32, 32)), torch.randn(5, 32)
+    model[1].bias = model[0].fc2.bias
+    trimmed = trim(model)
+    assert trimmed[0].fc1.out_features == 48
+    assert relative(trimmed(x), model(x)) < 1e-6
+    assert trim(model.requires_grad_(False))[0].fc2.bias.requires_grad is False
+
+
+def test_an_infinite_bias_that_nothing_reads_adds_nothing() -> None:
+    mlp, x = holey_mlp(), torch.randn(5, 32)
+    mlp.fc2 = sparse_columns(mlp.fc2, 1)
+    mlp.fc1.bias.data[:16] = torch.inf
+    trimmed = trim(mlp)
+    assert trimmed.fc1.out_features == 48
+    assert relative(trimmed(x), mlp(x)) < 1e-6
+
+
+def sparse_columns(layer: Any, empty: int) -> Any:
+    """The same layer, the first `empty` block columns gone."""
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    mask[:, :empty] = False
+    return type(layer)(BlockSparseMatrix.from_dense(layer.weight.to_dense().detach(), BLOCK, mask), layer.bias)
+
+
+def test_an_activation_in_place_leaves_the_bias_alone() -> None:
+    mlp, x = holey_mlp(act_layer=lambda: nn.ReLU(inplace=True)), torch.randn(5, 32)
+    nn.init.constant_(mlp.fc1.bias, -1.0)
+    assert relative(trim(mlp)(x), mlp(x)) < 1e-6
+
+
+def test_layers_used_twice_stay_whole() -> None:
+    mlp, x = holey_mlp(), torch.randn(5, 32)
+    other = copy.deepcopy(mlp)
+    other.fc2 = mlp.fc2
+    model = nn.Sequential(mlp, other)
+    trimmed = trim(model)
+    assert trimmed[0].fc2 is trimmed[1].fc2
+    assert relative(trimmed(x), model(x)) < 1e-6

@@ -6,11 +6,12 @@ registers, spills, shared memory and pipeline buffers, but no time: who wants th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
 import torch
+
+from lpvit_kernels.tuned import Config as Config
 
 Kind = Literal["forward", "input_gradient", "weight_gradient"]
 Precision = Literal["ieee", "tf32"]
@@ -23,28 +24,6 @@ WARPS = (4, 8)
 STAGES = (4, 3, 2)
 MOST = 20  # configurations worth timing
 FULL = 2  # programs per multiprocessor below which tokens are split
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a kernel is tiled.
-
-    tile         tokens of one program (weight_gradient: neighbouring blocks of one program)
-    step         features of one step of its loop (weight_gradient: tokens)
-    warps        of one program
-    stages       of the software pipeline
-    descriptors  tensor descriptors (TMA) instead of pointers: compute capability 9.0 and newer
-    splits       weight_gradient: parts of the tokens that are computed apart, then summed
-    registers    a thread may have at most; None: as many as the compiler likes
-    """
-
-    tile: int
-    step: int
-    warps: int
-    stages: int
-    descriptors: bool = False
-    splits: int = 1
-    registers: int | None = None
 
 
 def supports(dtype: torch.dtype, block: tuple[int, int], capability: tuple[int, int]) -> bool:

@@ -41,7 +41,7 @@ def forward(
     """
     y = x.new_empty(len(x), weight.shape[0])
     preactivation = torch.empty_like(y) if save_preactivation else None
-    residual = None if residual is None else residual.contiguous()
+    bias, scale, residual = _contiguous(bias), _contiguous(scale), _contiguous(residual)
     _matmul("forward", x, weight, weight.by_row, y, preactivation, bias, scale, residual, activation, config)
     return y, preactivation
 
@@ -69,6 +69,7 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: BlockSparseMatrix, config: Co
         )
         config = replace(config, splits=configs.splits(-(-nnz // config.tile), tokens, config, _processors(x.device)))
     dy, x = _rows(dy), _rows(x)
+    row_ptr, cols = weight.row_ptr.contiguous(), weight.cols.contiguous()
     steps = -(-tokens // (config.step * config.splits))
     dtype = x.dtype if config.splits == 1 else torch.float32
     parts = torch.empty(config.splits, nnz, height, width, dtype=dtype, device=x.device)
@@ -78,8 +79,8 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: BlockSparseMatrix, config: Co
             dy,
             x,
             parts,
-            weight.row_ptr,
-            weight.cols,
+            row_ptr,
+            cols,
             tokens,
             out,
             features,
@@ -116,7 +117,7 @@ def epilogue_gradient(
     changes = activation is not None or scale is not None
     if not (changes or need_bias or need_scale):
         return dy, None, None
-    dy = dy.contiguous()
+    dy, preactivation, scale = dy.contiguous(), _contiguous(preactivation), _contiguous(scale)
     dz = torch.empty_like(dy) if changes else None
     chunks = -(-tokens // (EPILOGUE_TILE[0] * EPILOGUE_STEPS))
     dbias = dy.new_empty(chunks, out, dtype=torch.float32) if need_bias else None
@@ -161,7 +162,7 @@ def _matmul(
     height, width = weight.block
     transposed = kind == "input_gradient"
     block_k, block_n = (height, width) if transposed else (width, height)
-    x, source, values = _rows(x), None, weight.values
+    x, source, values = _rows(x), None, weight.values.contiguous()
     descriptors = config.descriptors and _describable(x, values, block_k, config.step)
     if descriptors:
         box = [config.step, block_n] if transposed else [block_n, config.step]
@@ -202,6 +203,10 @@ def _matmul(
 
 def _summed(parts: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if parts is None else parts.sum(dim=0).to(dtype)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from gpu_cases import BLOCKS, TOLERANCE, Case, check_epilogue, check_products, close, matrix
-from lpvit_kernels import linear
+from lpvit_kernels import BlockSparseMatrix, linear
 from lpvit_kernels.gpu import Config, epilogue_gradient, forward, input_gradient, weight_gradient
 from lpvit_kernels.gpu.epilogue import gelu, gelu_gradient
 from torch import Tensor
@@ -107,6 +107,28 @@ def test_rows_that_are_not_contiguous() -> None:
     assert torch.equal(weight_gradient(dy, wide[:, 1], weight), weight_gradient(dy, wide[:, 1].contiguous(), weight))
 
 
+def test_parameters_that_are_not_contiguous() -> None:
+    weight = matrix(PRODUCTS["ragged along in"], torch.float32, "cpu")
+    wide = torch.randn(128, 2)
+    bias, scale = wide[:, 0], wide[:, 1]
+    indices = [torch.stack([index, index], dim=1)[:, 0] for index in (weight.row_ptr, weight.cols)]
+    strided = BlockSparseMatrix(weight.values.mT.contiguous().mT, *indices, weight.shape)
+    x, dy = torch.randn(40, 90), torch.randn(40, 128)
+
+    def everything(weight: BlockSparseMatrix, bias: Tensor, scale: Tensor) -> list[Tensor | None]:
+        y, z = forward(x, weight, bias, "gelu", scale, save_preactivation=True)
+        assert z is not None
+        wide = torch.stack([z, z], dim=2)[..., 0] if scale.stride() != (1,) else z
+        gradients = epilogue_gradient(dy, wide, "gelu", scale, True, True)
+        return [y, *gradients, input_gradient(dy, weight), weight_gradient(dy, x, weight)]
+
+    found, expected = everything(strided, bias, scale), everything(weight, bias.contiguous(), scale.contiguous())
+    for a, b in zip(found, expected, strict=True):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
+
+
 def test_no_tokens() -> None:
     case = PRODUCTS["nothing ragged"]
     weight = matrix(case, torch.float32, "cpu")
@@ -127,12 +149,15 @@ def _gelu(z, y, gradient, SIZE: tl.constexpr, EXACT: tl.constexpr):
 @pytest.mark.parametrize(("exact", "error", "gradient_error"), [(True, 1e-6, 1e-6), (False, 2e-4, 4e-4)])
 def test_gelu_and_its_gradient(exact: bool, error: float, gradient_error: float) -> None:
     z = torch.linspace(-12, 12, 4096)
+    z[:2], z[-2:] = torch.tensor([-3e4, -1000]), torch.tensor([1000, 3e4])
     y, gradient = torch.empty_like(z), torch.empty_like(z)
     _gelu[(1,)](z, y, gradient, SIZE=4096, EXACT=exact)
     z64: Tensor = z.double().requires_grad_()
     expected = F.gelu(z64)
     expected.sum().backward()
     assert (y - expected).abs().max() < error
+    if not exact:
+        assert torch.equal(y[z.abs() > 4], z[z.abs() > 4].clamp(min=0))
     assert (gradient - z64.grad).abs().max() < gradient_error
 
 

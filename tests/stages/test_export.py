@@ -1,0 +1,143 @@
+"""`lpvit export` on the demo's model: precisions, fall-backs, and checks that leave nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from helpers import Demo, random_model, run_cli
+from torch import Tensor, nn
+
+from lpvit_cli.measure.accuracy import Accuracy
+from lpvit_cli.measure.statistics import Ratio
+from lpvit_cli.stages import export_onnx, exporting
+
+
+@pytest.fixture
+def run(demo: Demo, tmp_path: Path) -> Any:
+    """Run `lpvit export` with changes to the recipe, in a copy of the demo's run without its export."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for item in demo.folder.iterdir():
+        if item.name != "export":
+            (folder / item.name).symlink_to(item)
+
+    def export(*changes: str) -> Any:
+        options = [option for change in changes for option in ("--set", f"export.{change}")]
+        return folder, run_cli("export", "digits_vit", "-o", folder, *demo.options, *options, "--json")
+
+    return export
+
+
+@pytest.mark.parametrize(("precision", "largest"), [("int8", 0.3), ("int8-static", 0.3), ("float16", 0.55)])
+def test_smaller_numbers(run: Any, precision: str, largest: float) -> None:
+    folder, result = run(f"precision={precision}")
+    assert result.code == 0, result.err
+    document = json.loads(result.out)
+    (file,) = document["files"]
+    assert file["bytes"] < largest * file["bytes_dense"]
+    assert file["accuracy"]["top1"] >= document["accuracy_model"]["top1"] - 1
+    operators = {node.op_type for node in onnx.load(folder / "export" / "model.onnx").graph.node}
+    if precision == "float16":
+        assert file["speed"] is None
+        assert "speed not measured" in document["notes"][0]
+    else:
+        assert file["speed"]["speedup"]["value"] > 0
+        assert ("DynamicQuantizeLinear" in operators) == (precision == "int8")
+        assert ("QuantizeLinear" in operators) == (precision == "int8-static")
+        assert "MatMulIntegerToFloat" in operators
+
+
+def test_bfloat16_is_checked_in_float32(run: Any) -> None:
+    _, result = run("precision=bfloat16", "opset=22")
+    assert result.code == 0, result.err
+    assert "what was checked is the file with float32 arithmetic" in json.loads(result.out)["notes"][1]
+
+
+def test_a_mix_that_is_slower_than_dense_is_not_kept(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Any] = []
+    measure = export_onnx._measure
+
+    def slow_at_first(*arguments: Any) -> Any:
+        speed = measure(*arguments)
+        measured.append(speed)
+        return speed.model_copy(update={"speedup": Ratio(0.9, 0.8, 0.95)}) if len(measured) == 1 else speed
+
+    monkeypatch.setattr(export_onnx, "_measure", slow_at_first)
+    _, result = run("form=auto")
+    document = json.loads(result.out)
+    (file,) = document["files"]
+    assert {layer["form"] for layer in file["layers"]} == {"dense"}
+    assert len(measured) == 2
+    assert "the file is dense" in document["notes"][0]
+    assert any(layer["times_us"] for layer in file["layers"]), "what was timed stays in the report"
+
+
+@pytest.mark.parametrize("form", ["dense", "rows", "chain", "batched"])
+def test_a_form_can_be_asked_for(run: Any, form: str) -> None:
+    _, result = run(f"form={form}")
+    assert result.code == 0, result.err
+    (file,) = json.loads(result.out)["files"]
+    assert {layer["form"] for layer in file["layers"]} == (set() if form == "dense" else {form, "dense"})  # proj is kept whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "told"),
+    [
+        (["opset=99"], 2, "export.opset: 99 is newer"),
+        (["opset=19"], 2, "export.opset"),
+        (["precision=bfloat16"], 2, "bfloat16 needs opset 22"),
+        (["tolerance=1e-12"], 4, "model.onnx disagrees with the model at batch 1"),
+    ],
+    ids=str,
+)
+def test_nothing_is_left_of_a_failure(run: Any, changes: list[str], code: int, told: str) -> None:
+    folder, result = run(*changes)
+    assert result.code == code
+    assert told in json.loads(result.out)["error"]["message"]
+    assert not [path.name for path in folder.iterdir() if "export" in path.name]
+
+
+def test_a_file_that_lost_accuracy_fails(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "measure_accuracy", lambda *_: Accuracy(90.0, 99.0, 360))
+    folder, result = run("max_drop=2")
+    assert result.code == 4
+    assert "model.onnx has 90.00 % top-1" in json.loads(result.out)["error"]["message"]
+    assert not [path.name for path in folder.iterdir() if "export" in path.name]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("onnx_ir.save", full)
+    folder, result = run()
+    assert result.code == 3
+    assert "No space left on device" in json.loads(result.out)["error"]["message"]
+    assert not [path.name for path in folder.iterdir() if "export" in path.name]
+
+
+def test_ranges_are_means_over_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Calibration(list[tuple[Tensor, None]]):
+        images = 5
+
+    model = random_model("swin")
+    x = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(export_onnx, "calibration_batches", lambda *_: Calibration([(x[:3], None), (x[3:], None)]))
+    linears: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    source: Any = type("Source", (), {"model": model, "recipe": None})
+    ranges = export_onnx._input_ranges(source, linears, lambda *_: None)
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in linears}
+    for name, linear in linears.items():
+        linear.register_forward_pre_hook(lambda _, given, name=name: seen[name].append((given[0].min(), given[0].max())))
+    with torch.inference_mode():
+        for image in x:
+            model(image[None])
+    for name, found in seen.items():
+        assert ranges[name] == pytest.approx(torch.tensor(found).mean(dim=0).tolist(), rel=1e-5)
