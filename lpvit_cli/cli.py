@@ -84,7 +84,7 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
     sweep_option = typer.Option(None, "--sweep", metavar="BUDGETS", help=help_, hidden=command != PRUNE.command)
     help_ = "Upload the export (format hub) to this Hugging Face repository, made private where there is none."
     push_option = typer.Option(None, "--push", metavar="OWNER/NAME", help=help_, hidden=command != EXPORT.command)
-    help_ = "onnx, torch, pt2, aoti, triton-server or hub; repeatable (default: onnx)."
+    help_ = "onnx, torch, pt2, aoti, openvino, triton-server or hub; repeatable (default: onnx)."
     format_option = typer.Option(None, "--format", metavar="FORMAT", help=help_, hidden=command != EXPORT.command)
 
     @app.command(command, help=summary)

@@ -27,7 +27,7 @@ from lpvit_cli.errors import UsageError
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Block = tuple[PositiveInt, PositiveInt]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-ExportFormat = Literal["onnx", "torch", "pt2", "aoti", "triton-server", "hub"]
+ExportFormat = Literal["onnx", "torch", "pt2", "aoti", "openvino", "triton-server", "hub"]
 
 
 PATHS = {("model", "weights"), ("data", "root"), ("prune", "profile")}

@@ -63,7 +63,7 @@ def test_unknown_key_names_file_line_and_nearest_key(tmp_path: Path) -> None:
 def test_unknown_key_without_a_near_one_lists_the_valid_ones(tmp_path: Path) -> None:
     message, hint = problem(tmp_path, MINIMAL + "export:\n  zzz: 1\n")
     assert "mine.yaml:4: export.zzz: unknown key" in message
-    assert hint == "valid keys here: opset, tolerance"
+    assert hint.startswith("valid keys here: formats, form, precision, opset")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import nn
 
 from lpvit_cli.data import Batches, batches, class_names, open_images
 from lpvit_cli.errors import UsageError
+from lpvit_cli.export.openvino import OpenVinoModel
 from lpvit_cli.export.program import TorchProgram
 from lpvit_cli.export.runtime import ExportedModel, OnnxModel
 from lpvit_cli.measure.accuracy import Accuracy, accuracy
@@ -28,7 +29,11 @@ from lpvit_cli.report.schema import EvaluateReport
 from lpvit_cli.run import Progress
 from lpvit_cli.stages import FINETUNE, PRUNE
 
-EXPORTED: dict[str, Callable[[Path], ExportedModel]] = {".onnx": OnnxModel, ".pt2": TorchProgram}
+EXPORTED: dict[str, Callable[[Path], ExportedModel]] = {
+    ".onnx": OnnxModel,
+    ".pt2": TorchProgram,
+    ".xml": OpenVinoModel,
+}
 
 
 def evaluate(
@@ -68,7 +73,7 @@ def evaluate(
 
 
 def open_model(name: str) -> tuple[VisionModel, dict[str, str]]:
-    """A model folder, a run folder (its latest model), a .onnx or .pt2 file, or a timm name; with its data section."""
+    """A model folder, a run folder (its latest model), a file that export wrote, or a timm name; with its data section."""
     path = Path(name)
     if (path / "model.onnx").is_file() and not (path / "config.json").is_file():  # what export wrote
         path /= "model.onnx"
@@ -76,7 +81,7 @@ def open_model(name: str) -> tuple[VisionModel, dict[str, str]]:
         if path.suffix not in EXPORTED:
             raise UsageError(
                 f"{path}: not a model lpvit can run",
-                "give a model folder, a .onnx or .pt2 file written by lpvit, or a timm name",
+                "give a model folder, a .onnx, .pt2 or .xml file written by lpvit, or a timm name",
             )
         exported = EXPORTED[path.suffix](path)
         return exported, exported.config.get("data", {})

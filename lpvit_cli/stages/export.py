@@ -20,14 +20,16 @@ from lpvit_cli.stages.export_pt2 import write_aoti, write_pt2
 from lpvit_cli.stages.export_triton_server import write_triton_server
 from lpvit_cli.stages.exporting import Source
 
-FLOAT32_ONLY = {"pt2", "aoti"}
+FLOAT32_ONLY = {"pt2", "aoti", "openvino"}
+MADE_OF_ONNX = {"openvino", "triton-server"}
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> ExportReport:
     settings = recipe.export
     if settings.precision != "float32" and not FLOAT32_ONLY.isdisjoint(settings.formats):
         raise UsageError(
-            f"export.precision: the formats pt2 and aoti are written in float32 only, not in {settings.precision}",
+            f"export.precision: {', '.join(sorted(FLOAT32_ONLY & set(settings.formats)))} is written in float32 only, "
+            f"not in {settings.precision}",
             "leave them out of export.formats, or add --set export.precision=float32",
         )
     folder = run.model_artefact(EXPORT)
@@ -36,12 +38,13 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Expor
     recovered = folder.name == FINETUNE.folder
     before = run.report(FINETUNE, FinetuneReport) if recovered else run.report(PRUNE, PruneReport)
     source = Source(recipe, run, folder, read_config(folder), model, validation_batches(recipe, model), before.accuracy)
-    formats = {*settings.formats, *(["onnx"] if "triton-server" in settings.formats else [])}
+    asked = set(settings.formats)
+    formats = asked | ({"onnx"} if asked & MADE_OF_ONNX else set())
     for format_, write in WRITERS.items():
         if format_ in formats:
             source.files.append(write(source, work, progress))
-    if "onnx" in formats - set(settings.formats):
-        source.notes.append("triton-server needs the ONNX file: it was written too")
+    if formats != asked:
+        source.notes.append(f"{', '.join(sorted(asked & MADE_OF_ONNX))} needs the ONNX file: it was written too")
     return ExportReport(
         device=cpu_name(),
         notes=source.notes,
@@ -60,6 +63,13 @@ def write_onnx(source: Source, work: Path, progress: Progress) -> ExportedFile:
     return export_onnx.write_onnx(source, work, progress)
 
 
+def write_openvino(source: Source, work: Path, progress: Progress) -> ExportedFile:
+    require("openvino")
+    from lpvit_cli.stages import export_openvino
+
+    return export_openvino.write_openvino(source, work, progress)
+
+
 def write_torch(source: Source, work: Path, progress: Progress) -> ExportedFile:
     """The packed model folder, for `lpvit_cli.load_model`."""
     names = ("config.json", "model.safetensors")
@@ -68,12 +78,13 @@ def write_torch(source: Source, work: Path, progress: Progress) -> ExportedFile:
     return ExportedFile(format="torch", file="model.safetensors", bytes=sum((work / name).stat().st_size for name in names))
 
 
-# in this order: triton-server takes the ONNX file, hub describes what was written
+# in this order: openvino and triton-server take the ONNX file, hub describes what was written
 WRITERS: dict[str, Callable[[Source, Path, Progress], ExportedFile]] = {
     "onnx": write_onnx,
     "torch": write_torch,
     "pt2": write_pt2,
     "aoti": write_aoti,
+    "openvino": write_openvino,
     "triton-server": write_triton_server,
     "hub": write_hub,
 }

@@ -43,7 +43,7 @@ def write_onnx(source: Source, work: Path, progress: Progress) -> ExportedFile:
     file, half, threads = work / FILE, settings.precision in HALF, settings.threads or os.cpu_count() or 1
     progress("exporting to ONNX", 0, 1, "")
     layers = exported_layers(source, progress)
-    dense = _write_dense(source, work)
+    dense = write_dense(source, work)
     speed = None
     for choices in _candidates(source, layers, threads, progress):
         graph = dense_graph(densify(source.model), settings.opset, settings.precision)
@@ -138,7 +138,7 @@ def _input_ranges(source: Source, linears: dict[str, nn.Module], progress: Progr
     return {name: (float(low), float(high)) for name, (low, high) in ((name, total / done) for name, total in sums.items())}
 
 
-def _write_dense(source: Source, work: Path) -> Path:
+def write_dense(source: Source, work: Path) -> Path:
     """The dense model in float32 with random weights, to measure against: a dense file takes as long whatever it holds."""
     config = source.config
     model = build_model(ModelSection(name=config["architecture"], kwargs=config["kwargs"]))

@@ -1,0 +1,61 @@
+"""OpenVINO's own format, made of the ONNX file, and running it as if it were a torch model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpvit_cli.errors import EnvironmentFault, require
+from lpvit_cli.export.runtime import METADATA_KEY, ExportedModel, read_metadata
+
+
+def save_openvino(onnx_file: Path, path: Path, metadata: dict[str, Any]) -> None:
+    """Write `path` (.xml; the weights beside it, .bin), in the types of the ONNX file."""
+    import openvino
+
+    model = openvino.convert_model(onnx_file)
+    model.set_rt_info(json.dumps(metadata), METADATA_KEY)
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def compiled(path: Path, threads: int) -> Any:
+    """Ready to run on the CPU in float32."""
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    return openvino.Core().compile_model(path, "CPU", settings)
+
+
+class OpenVinoModel(ExportedModel):
+    """`model(images [n, 3, H, W]) -> logits [n, classes]`, preprocessing in `pretrained_cfg` as in timm.
+
+    Raises EnvironmentFault when openvino is missing, cannot read the file, or lpvit did not write it.
+    """
+
+    def __init__(self, path: Path, threads: int | None = None):
+        super().__init__()
+        require("openvino")
+        try:
+            self.compiled = compiled(path, threads or torch.get_num_threads())
+            model = self.compiled.get_runtime_model()
+            metadata = {METADATA_KEY: _rt_info(path)}
+        except Exception as error:  # openvino raises RuntimeError and kinds of its own
+            reason = str(error).strip().splitlines()[0]
+            raise EnvironmentFault(f"{path}: openvino cannot load it: {reason}", "export it again") from error
+        self.config = read_metadata(path, metadata)
+        self.pretrained_cfg = self.config["preprocessing"]
+        self.num_classes = int(self.config.get("num_classes") or model.outputs[0].partial_shape[-1].get_length())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.compiled(images.float().cpu().numpy())[0].copy())
+
+
+def _rt_info(path: Path) -> str:
+    import openvino
+
+    model = openvino.Core().read_model(path)
+    return str(model.get_rt_info(METADATA_KEY).astype(str)) if model.has_rt_info(METADATA_KEY) else "{}"
