@@ -68,12 +68,12 @@ def write_torch(source: Source, work: Path, progress: Progress) -> ExportedFile:
     return ExportedFile(format="torch", file="model.safetensors", bytes=sum((work / name).stat().st_size for name in names))
 
 
-# in this order: triton-server takes the ONNX file, hub describes what was written
+# in this order: triton-server takes the ONNX file; hub takes it and the notes so far, which are about it
 WRITERS: dict[str, Callable[[Source, Path, Progress], ExportedFile]] = {
     "onnx": write_onnx,
     "torch": write_torch,
-    "pt2": write_pt2,
-    "aoti": write_aoti,
     "triton-server": write_triton_server,
     "hub": write_hub,
+    "pt2": write_pt2,
+    "aoti": write_aoti,
 }
