@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lpvit_cli.errors import UsageError
+from lpvit_cli.export.rewrite import SCOPES
 from lpvit_cli.export.runtime import METADATA_KEY
 from lpvit_cli.models import VisionModel
 
@@ -86,7 +87,13 @@ def as_float32(graph: ir.Model) -> None:
 
 
 def save_onnx(graph: ir.Model, path: Path, metadata: dict[str, Any]) -> None:
-    """Write and check a file. `metadata` holds preprocessing and all else in a model folder's config.json."""
+    """Write and check a file. `metadata` holds preprocessing and all else in a model folder's config.json.
+
+    Of what torch wrote about each node only its module is kept: stack traces tell paths of this machine.
+    """
+    for node in graph.graph:
+        for key in set(node.metadata_props) - {SCOPES}:
+            del node.metadata_props[key]
     graph.metadata_props[METADATA_KEY] = json.dumps(metadata)
     weights = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)
     ir.save(graph, path, external_data=f"{path.name}.data" if weights > INLINE_BYTES else None)

@@ -78,6 +78,7 @@ def write_torch(source: Source, work: Path, progress: Progress) -> ExportedFile:
     return ExportedFile(format="torch", file="model.safetensors", bytes=sum((work / name).stat().st_size for name in names))
 
 
+<<<<<<< HEAD
 # in this order: openvino and triton-server take the ONNX file, hub describes what was written
 WRITERS: dict[str, Callable[[Source, Path, Progress], ExportedFile]] = {
     "onnx": write_onnx,
@@ -85,6 +86,14 @@ WRITERS: dict[str, Callable[[Source, Path, Progress], ExportedFile]] = {
     "pt2": write_pt2,
     "aoti": write_aoti,
     "openvino": write_openvino,
+=======
+# in this order: triton-server takes the ONNX file; hub takes it and the notes so far, which are about it
+WRITERS: dict[str, Callable[[Source, Path, Progress], ExportedFile]] = {
+    "onnx": write_onnx,
+    "torch": write_torch,
+>>>>>>> hub-work
     "triton-server": write_triton_server,
     "hub": write_hub,
+    "pt2": write_pt2,
+    "aoti": write_aoti,
 }

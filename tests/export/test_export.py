@@ -54,6 +54,8 @@ def test_the_file_stands_alone_and_uses_the_operators_of_its_opset(exported: tup
     assert {"Gelu", "LayerNormalization"} <= operators
     batch = graph.graph.input[0].type.tensor_type.shape.dim[0]
     assert batch.dim_param, "the batch is a name, not a number"
+    assert {p.key for node in graph.graph.node for p in node.metadata_props} <= {"pkg.torch.onnx.name_scopes"}
+    assert str(Path(torch.__file__).parent).encode() not in path.read_bytes(), "no path of this machine"
     runtime = OnnxModel(path)
     assert runtime.num_classes == 5
     assert runtime.pretrained_cfg == CONFIG["preprocessing"]
