@@ -78,22 +78,13 @@ def write_torch(source: Source, work: Path, progress: Progress) -> ExportedFile:
     return ExportedFile(format="torch", file="model.safetensors", bytes=sum((work / name).stat().st_size for name in names))
 
 
-<<<<<<< HEAD
-# in this order: openvino and triton-server take the ONNX file, hub describes what was written
+# in this order: openvino and triton-server take the ONNX file; hub takes it and the notes so far, which are about it
 WRITERS: dict[str, Callable[[Source, Path, Progress], ExportedFile]] = {
     "onnx": write_onnx,
     "torch": write_torch,
-    "pt2": write_pt2,
-    "aoti": write_aoti,
-    "openvino": write_openvino,
-=======
-# in this order: triton-server takes the ONNX file; hub takes it and the notes so far, which are about it
-WRITERS: dict[str, Callable[[Source, Path, Progress], ExportedFile]] = {
-    "onnx": write_onnx,
-    "torch": write_torch,
->>>>>>> hub-work
     "triton-server": write_triton_server,
     "hub": write_hub,
+    "openvino": write_openvino,
     "pt2": write_pt2,
     "aoti": write_aoti,
 }
