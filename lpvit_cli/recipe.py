@@ -251,16 +251,16 @@ class ProfileSection(Section):
 
 
 class ExportSection(Section):
-    """What `lpvit export` writes. `form`: how block-sparse layers are written in ONNX; auto times the forms in onnxruntime, for
-    `threads` and `batch_size`, and takes the fastest. int8 finds the range of each activation as it runs, int8-static has it
-    from the calibration images. `tolerance` bounds ||file - model|| / ||model|| of the logits, `max_drop` the points of top-1
-    lost."""
+    """What `lpvit export` writes. `form`: how block-sparse layers are written; auto times the forms in the runtime that the file
+    is for, with `threads` and `batch_size`, and takes the fastest. int8 finds the range of each activation as it runs,
+    int8-static has it from the calibration images. `tolerance` bounds ||file - model|| / ||model|| of the logits, `max_drop`
+    the points of top-1 lost."""
 
     formats: Annotated[tuple[ExportFormat, ...], Field(min_length=1)] = ("onnx",)
     form: Literal["auto", "dense", "rows", "chain", "batched"] = "auto"
     precision: Literal["float32", "float16", "bfloat16", "int8", "int8-static"] = "float32"
     opset: int = Field(default=20, ge=20)
-    threads: PositiveInt | None = None  # of onnxruntime; None: all cores
+    threads: PositiveInt | None = None  # None: all cores
     batch_size: PositiveInt = 1
     tolerance: float | None = Field(default=None, gt=0)  # None: by precision
     max_drop: float = Field(default=1.0, ge=0, le=100)
