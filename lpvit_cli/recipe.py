@@ -251,8 +251,8 @@ class ProfileSection(Section):
 
 
 class ExportSection(Section):
-    """What `lpvit export` writes. `form`: how block-sparse layers are written; auto times the forms in the runtime that the file
-    is for, with `threads` and `batch_size`, and takes the fastest. int8 finds the range of each activation as it runs,
+    """What `lpvit export` writes. `form`: how block-sparse layers are written; auto times the forms in the runtime of the
+    file, with `threads` and `batch_size`, and takes the fastest. int8 finds the range of each activation as it runs,
     int8-static has it from the calibration images. `tolerance` bounds ||file - model|| / ||model|| of the logits, `max_drop`
     the points of top-1 lost."""
 
