@@ -12,11 +12,11 @@ config = json.loads(session.get_modelmeta().custom_metadata_map["lpvit"])["prepr
 _, height, width = config["input_size"]
 for path in sys.argv[2:]:
     image = Image.open(path).convert("RGB")
-    shorter = int(height / config["crop_pct"])  # the shorter side is resized, the middle cut out
-    size = [int(shorter * side / min(image.size)) for side in image.size]
+    scale = max(int(height / config["crop_pct"]) / image.height, int(width / config["crop_pct"]) / image.width)
+    size = [int(scale * side + 1e-6) for side in image.size]  # as large as the crop needs, whose middle is cut out
     image = image.resize(size, Image.Resampling[config["interpolation"].upper()])
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
     x = ((pixels - config["mean"]) / config["std"]).transpose(2, 0, 1)[None].astype(np.float32)
     best = int(session.run(None, {"images": x})[0][0].argmax())
-    print(path, best, config.get("label_names", {best: ""})[best])
+    print(path, best, (config.get("label_names") or {best: ""})[best])

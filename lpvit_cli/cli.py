@@ -27,7 +27,8 @@ app.add_typer(recipes_app, name="recipes")
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model folder, a run folder, a timm name, or a .onnx or .pt2 file.")
+    str,
+    typer.Argument(metavar="MODEL", help="A model folder, a run folder, a timm name, or an exported file (.onnx, .pt2, .xml)."),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key; repeatable.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/<recipe name>).")]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,11 +73,7 @@ def shrink(section: ModelSection) -> tuple[str, dict[str, Any]]:
 def prunable_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Linear]:
     """nn.Linear modules whose name matches an include glob and no exclude glob."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    chosen = {
-        name: module
-        for name, module in linears.items()
-        if any(fnmatch(name, glob) for glob in layers.include) and not any(fnmatch(name, glob) for glob in layers.exclude)
-    }
+    chosen = {name: module for name, module in linears.items() if layers.match(name)}
     if not chosen:
         raise UsageError(
             f"prune.layers: no linear layer matches {list(layers.include)} without {list(layers.exclude)}",

@@ -7,6 +7,7 @@ fully resolved recipe or raises a `UsageError` that names the file, the line, th
 from __future__ import annotations
 
 import difflib
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -140,6 +141,9 @@ class Layers(Section):
 
     include: tuple[str, ...] = ("blocks.*", "*.blocks.*")
     exclude: tuple[str, ...] = ()
+
+    def match(self, name: str) -> bool:
+        return any(fnmatch(name, glob) for glob in self.include) and not any(fnmatch(name, glob) for glob in self.exclude)
 
 
 class PruneSection(Section):

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from lpvit_cli.errors import UsageError
+from lpvit_cli.errors import CheckFailed, UsageError
 from lpvit_cli.export.rewrite import SCOPES
 from lpvit_cli.export.runtime import METADATA_KEY
 from lpvit_cli.models import VisionModel
@@ -41,16 +41,23 @@ def dense_graph(model: VisionModel, opset: int, precision: str = "float32") -> i
     example = torch.randn(2, *model.pretrained_cfg["input_size"])
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            inside.eval(),
-            (example,),
-            dynamo=True,
-            opset_version=opset,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                inside.eval(),
+                (example,),
+                dynamo=True,
+                opset_version=opset,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+        except Exception as error:  # what torch cannot trace or translate ends in one of many kinds
+            reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
+            raise CheckFailed(
+                f"export: torch {torch.__version__} cannot write this model as ONNX: {type(error).__name__}: {reason}",
+                "try another torch, or --format torch",
+            ) from error
     assert program is not None
     graph: ir.Model = program.model
     if graph.opset_imports[""] != opset:

@@ -10,6 +10,11 @@ def relative_error(logits: Tensor, reference: Tensor) -> float:
     return float((logits.double() - reference.double()).norm() / reference.double().norm())
 
 
+def same_top1(logits: Tensor, reference: Tensor) -> float:
+    """Fraction of images [n, classes] whose top-1 is the same class."""
+    return float((logits.argmax(dim=1) == reference.argmax(dim=1)).double().mean())
+
+
 def agreement(logits: Tensor, reference: Tensor, tolerance: float) -> float:
     """Fraction of images [n, classes] whose top-1 agrees; a tie within `tolerance` of the row's norm counts as agreeing."""
     chosen = reference.gather(1, logits.argmax(dim=1, keepdim=True))[:, 0]

@@ -45,7 +45,7 @@ def find_linears(model: ir.Model, names: Iterable[str]) -> dict[str, Place]:
         raise CheckFailed(
             f"export: {len(odd)} layers are not in the ONNX graph once each: {', '.join(odd[:3])}; "
             f"it has products of {', '.join(list(products)[:3])} ...",
-            "export.form=dense needs to find none; or try another torch of those that lpvit allows",
+            "leave them out of prune.layers; float32 with export.form=dense needs to find none",
         )
     return {name: Place([*nodes, *_bias_of(nodes[0])]) for name, nodes in found.items()}
 

@@ -54,7 +54,13 @@ class OnnxModel(ExportedModel):
         self.input, self.output = self.session.get_inputs()[0], self.session.get_outputs()[0]
         self.config = read_metadata(path, metadata)
         self.pretrained_cfg = self.config["preprocessing"]
-        self.num_classes = int(self.config.get("num_classes") or self.output.shape[-1])
+        classes = self.config.get("num_classes") or (self.output.shape or [None])[-1]
+        if not isinstance(classes, int) or len(self.input.shape) != 4 or isinstance(self.input.shape[0], int):
+            raise EnvironmentFault(
+                f"{path}: takes {self.input.shape} and gives {self.output.shape}, not images [batch, 3, H, W] and logits",
+                "export it with a dynamic batch, and with a number of classes in its output or metadata",
+            )
+        self.num_classes = classes
         expected, given = tuple(self.pretrained_cfg["input_size"]), tuple(self.input.shape[1:])
         if any(isinstance(side, int) and side != other for side, other in zip(given, expected, strict=True)):
             raise EnvironmentFault(

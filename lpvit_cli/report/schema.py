@@ -184,6 +184,7 @@ class Parity(BaseModel):
     batch_size: int
     relative_error: float
     agreement: float  # fraction of images with the same top-1
+    agreement_but_ties: float  # the same, classes within the tolerance of the logits' norm counting as one: what must be 1
 
 
 class ExportedLayer(BaseModel):

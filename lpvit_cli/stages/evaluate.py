@@ -75,8 +75,8 @@ def evaluate(
 def open_model(name: str) -> tuple[VisionModel, dict[str, str]]:
     """A model folder, a run folder (its latest model), a file that export wrote, or a timm name; with its data section."""
     path = Path(name)
-    if (path / "model.onnx").is_file() and not (path / "config.json").is_file():  # what export wrote
-        path /= "model.onnx"
+    if not (path / "config.json").is_file():  # what export wrote, if it is that
+        path = next((file for suffix in EXPORTED for file in sorted(path.glob(f"model*{suffix}"))), path)
     if path.is_file():
         if path.suffix not in EXPORTED:
             raise UsageError(

@@ -16,7 +16,7 @@ from lpvit_cli.sparse import order_neurons, trim
 from lpvit_cli.stages import EXPORT, FINETUNE, PRUNE
 from lpvit_cli.stages.evaluate import validation_batches
 from lpvit_cli.stages.export_hub import write_hub
-from lpvit_cli.stages.export_pt2 import write_aoti, write_pt2
+from lpvit_cli.stages.export_pt2 import require_compiler, write_aoti, write_pt2
 from lpvit_cli.stages.export_triton_server import write_triton_server
 from lpvit_cli.stages.exporting import Source
 
@@ -32,14 +32,15 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Expor
             f"not in {settings.precision}",
             "leave them out of export.formats, or add --set export.precision=float32",
         )
+    asked = set(settings.formats)
+    formats = asked | ({"onnx"} if asked & MADE_OF_ONNX else set())
+    _require_all(formats)
     folder = run.model_artefact(EXPORT)
     model = trim(load_model(folder))
     order_neurons(model)
     recovered = folder.name == FINETUNE.folder
     before = run.report(FINETUNE, FinetuneReport) if recovered else run.report(PRUNE, PruneReport)
     source = Source(recipe, run, folder, read_config(folder), model, validation_batches(recipe, model), before.accuracy)
-    asked = set(settings.formats)
-    formats = asked | ({"onnx"} if asked & MADE_OF_ONNX else set())
     for format_, write in WRITERS.items():
         if format_ in formats:
             source.files.append(write(source, work, progress))
@@ -52,19 +53,27 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Expor
         precision=settings.precision,
         accuracy_model=before.accuracy,
         files=source.files,
-        versions={package: installed(package) for package in ("torch", "onnx", "onnxscript", "onnxruntime")},
+        versions={package: installed(package) for package in ("lpvit", "torch", "timm", "onnx", "onnxruntime", "openvino")},
     )
 
 
+def _require_all(formats: set[str]) -> None:
+    """What the formats need, before anything is made."""
+    if "onnx" in formats:
+        require("onnx", "onnxscript", "onnxruntime")
+    if "openvino" in formats:
+        require("openvino")
+    if "aoti" in formats:
+        require_compiler()
+
+
 def write_onnx(source: Source, work: Path, progress: Progress) -> ExportedFile:
-    require("onnx", "onnxscript", "onnxruntime")
     from lpvit_cli.stages import export_onnx
 
     return export_onnx.write_onnx(source, work, progress)
 
 
 def write_openvino(source: Source, work: Path, progress: Progress) -> ExportedFile:
-    require("openvino")
     from lpvit_cli.stages import export_openvino
 
     return export_openvino.write_openvino(source, work, progress)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from fnmatch import fnmatch
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from lpvit_kernels import BlockSparseMatrix
 from torch import Tensor, nn
@@ -44,17 +44,26 @@ def write_onnx(source: Source, work: Path, progress: Progress) -> ExportedFile:
     progress("exporting to ONNX", 0, 1, "")
     layers = exported_layers(source, progress)
     dense = write_dense(source, work)
-    speed = None
-    for choices in _candidates(source, layers, threads, progress):
+
+    def graph_of(choices: dict[str, Choice]) -> ir.Model:
         graph = dense_graph(densify(source.model), settings.opset, settings.precision)
         rewrite(graph, layers, {name: choice.form for name, choice in choices.items()})
+        return graph
+
+    candidates = _candidates(source, layers, threads, progress)
+    choices, graph, speed = candidates[0], graph_of(candidates[0]), None
+    if half:
+        source.notes.append(HALF_NOTE)
+    else:
         save_onnx(graph, file, source.config)
-        if half:
-            source.notes.append(HALF_NOTE)
-            break
         speed = _measure(dense, file, settings, threads, progress)
-        if settings.form != "auto" or speed.speedup.value >= 1:
-            break
+        for other in candidates[1:] if speed.speedup.value < 1 else ():
+            tried = graph_of(other)
+            save_onnx(tried, file, source.config)
+            measured = _measure(dense, file, settings, threads, progress)
+            if measured.speedup.value > speed.speedup.value:
+                source.notes.append("as a whole, the mix of the fastest forms was slower: all layers are dense")
+                choices, graph, speed = other, tried, measured
     written = [
         ExportedLayer(
             name=name,
@@ -90,15 +99,14 @@ def write_onnx(source: Source, work: Path, progress: Progress) -> ExportedFile:
 
 def exported_layers(source: Source, progress: Progress) -> dict[str, Layer]:
     """The linear layers that are written anew: the block-sparse ones, in int8 also those of prune.layers that are dense."""
-    precision, globs = source.recipe.export.precision, source.recipe.prune.layers.include
+    precision, prunable = source.recipe.export.precision, source.recipe.prune.layers
     int8 = precision.startswith("int8")
     if source.recipe.export.form == "dense" and not int8:
         return {}
     linears: dict[str, Any] = {
         name: module
         for name, module in source.model.named_modules()
-        if isinstance(module, BlockSparseLinear)
-        or (int8 and isinstance(module, nn.Linear) and any(fnmatch(name, glob) for glob in globs))
+        if isinstance(module, BlockSparseLinear) or (int8 and isinstance(module, nn.Linear) and prunable.match(name))
     }
     ranges = _input_ranges(source, linears, progress) if precision == "int8-static" else {}
     dtype = HALF.get(precision, torch.float32)
@@ -148,23 +156,20 @@ def write_dense(source: Source, work: Path) -> Path:
     return folder / FILE
 
 
-def _candidates(source: Source, layers: dict[str, Layer], threads: int, progress: Progress) -> Iterator[dict[str, Choice]]:
-    """What to try, the best guess first."""
+def _candidates(source: Source, layers: dict[str, Layer], threads: int, progress: Progress) -> list[dict[str, Choice]]:
+    """The forms to try: what was asked for, or else the fastest of each layer, and all dense for when that mix is slower."""
     settings = source.recipe.export
     dense = {name: Choice("dense", {}) for name in layers}
     if settings.form != "auto":
-        yield {
-            name: Choice(settings.form if settings.form in forms_of(layer) else "dense", {}) for name, layer in layers.items()
-        }
-    elif settings.precision in HALF:
-        yield dense
-    else:
-        tokens = {name: settings.batch_size * rows for name, rows in layer_tokens(source.model, layers).items()}
-        chosen = choose_forms(layers, tokens, threads, progress)
-        yield chosen
-        if any(choice.form != "dense" for choice in chosen.values()):
-            source.notes.append("as a whole, the dense model was faster than the mix of the fastest forms: the file is dense")
-            yield {name: Choice("dense", choice.times_us) for name, choice in chosen.items()}
+        asked = {name: settings.form if settings.form in forms_of(layer) else "dense" for name, layer in layers.items()}
+        return [{name: Choice(form, {}) for name, form in asked.items()}]
+    if settings.precision in HALF:
+        return [dense]
+    tokens = {name: settings.batch_size * rows for name, rows in layer_tokens(source.model, layers).items()}
+    chosen = choose_forms(layers, tokens, threads, progress)
+    if all(choice.form == "dense" for choice in chosen.values()):
+        return [chosen]
+    return [chosen, {name: Choice("dense", choice.times_us) for name, choice in chosen.items()}]
 
 
 def _measure(dense: Path, file: Path, settings: ExportSection, threads: int, progress: Progress) -> ExportSpeed:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lpvit_cli.data import Batches
 from lpvit_cli.errors import CheckFailed
-from lpvit_cli.export.parity import agreement, relative_error
+from lpvit_cli.export.parity import agreement, relative_error, same_top1
 from lpvit_cli.measure.accuracy import Accuracy
 from lpvit_cli.models import VisionModel
 from lpvit_cli.recipe import Recipe
@@ -58,18 +58,23 @@ def check(exported: VisionModel, source: Source, file: str, progress: Progress) 
     with torch.inference_mode():
         for batch in first_images(source.validation, sum(BATCH_SIZES)).split(BATCH_SIZES):
             logits, reference = exported(batch), source.model(batch)
-            error, agreed = relative_error(logits, reference), agreement(logits, reference, source.tolerance)
-            parity.append(Parity(batch_size=len(batch), relative_error=error, agreement=agreed))
-    require_parity(parity, source.tolerance, file)
+            result = Parity(
+                batch_size=len(batch),
+                relative_error=relative_error(logits, reference),
+                agreement=same_top1(logits, reference),
+                agreement_but_ties=agreement(logits, reference, source.tolerance),
+            )
+            require_parity(result, source.tolerance, file)
+            parity.append(result)
     cpu = torch.device("cpu")
-    result = measure_accuracy(exported, source.validation, cpu, torch.float32, progress, "evaluating the exported file")
-    if result.top1 < source.accuracy.top1 - source.recipe.export.max_drop:
+    accuracy = measure_accuracy(exported, source.validation, cpu, torch.float32, progress, "evaluating the exported file")
+    if accuracy.top1 < source.accuracy.top1 - source.recipe.export.max_drop:
         raise CheckFailed(
-            f"export: {file} has {result.top1:.2f} % top-1, the model {source.accuracy.top1:.2f} %: more than "
+            f"export: {file} has {accuracy.top1:.2f} % top-1, the model {source.accuracy.top1:.2f} %: more than "
             f"export.max_drop = {source.recipe.export.max_drop:g} points are lost",
             "another export.precision keeps more (int8-static, float32); nothing was written",
         )
-    return parity, result
+    return parity, accuracy
 
 
 def first_images(batches: object, count: int) -> Tensor:
@@ -82,11 +87,10 @@ def first_images(batches: object, count: int) -> Tensor:
     return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
 
 
-def require_parity(parity: list[Parity], tolerance: float, file: str) -> None:
-    for result in parity:
-        if not result.relative_error <= tolerance or result.agreement < 1:
-            raise CheckFailed(
-                f"export: {file} disagrees with the model at batch {result.batch_size}: relative error "
-                f"{result.relative_error:.1e} (at most {tolerance:g}), same top-1 for {result.agreement:.0%} of the images",
-                "try export.form=dense, another export.opset or export.precision; nothing was written",
-            )
+def require_parity(result: Parity, tolerance: float, file: str) -> None:
+    if not result.relative_error <= tolerance or result.agreement_but_ties < 1:
+        raise CheckFailed(
+            f"export: {file} disagrees with the model at batch {result.batch_size}: relative error "
+            f"{result.relative_error:.1e} (at most {tolerance:g}), same top-1 for {result.agreement:.0%} of the images",
+            "try export.form=dense, another export.opset or export.precision; nothing was written",
+        )

@@ -16,7 +16,7 @@ from torch import nn
 from lpvit_cli.errors import CheckFailed, EnvironmentFault, UsageError
 from lpvit_cli.export import onnx as onnx_export
 from lpvit_cli.export.onnx import as_float32, dense_graph, save_onnx
-from lpvit_cli.export.parity import agreement, relative_error
+from lpvit_cli.export.parity import agreement, relative_error, same_top1
 from lpvit_cli.export.runtime import OnnxModel
 from lpvit_cli.report.schema import Parity
 from lpvit_cli.sparse import densify, sparsify
@@ -69,17 +69,18 @@ def test_relative_error_and_agreement() -> None:
     assert agreement(flipped, reference, 1e-3) == 0.5
     tie = torch.tensor([[1.0, 1.0 + 1e-6]])
     assert agreement(tie.flip(1), tie, 1e-3) == 1, "either of two equal classes is right"
+    assert same_top1(tie.flip(1), tie) == 0, "but it is not the same one"
+    assert same_top1(flipped, reference) == 0.5
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"relative_error": 2e-3}, {"agreement": 0.5}, {"relative_error": float("nan")}], ids=lambda wrong: str(wrong)
+    "wrong", [{"relative_error": 2e-3}, {"agreement_but_ties": 0.5}, {"relative_error": float("nan")}], ids=str
 )
 def test_a_file_that_disagrees_fails_the_check(wrong: dict[str, float]) -> None:
-    good = Parity(batch_size=1, relative_error=1e-7, agreement=1.0)
-    require_parity([good], 1e-3, "model.onnx")
-    with pytest.raises(CheckFailed, match="disagrees with the model at batch 2") as caught:
-        require_parity([good, good.model_copy(update={"batch_size": 2, **wrong})], 1e-3, "model.onnx")
-    assert caught.value.exit_code == 4
+    good = Parity(batch_size=2, relative_error=1e-7, agreement=0.5, agreement_but_ties=1.0)
+    require_parity(good, 1e-3, "model.onnx")
+    with pytest.raises(CheckFailed, match="model.onnx disagrees with the model at batch 2"):
+        require_parity(good.model_copy(update=wrong), 1e-3, "model.onnx")
 
 
 def foreign(path: Path, metadata: dict[str, Any], sides: tuple[Any, ...] = ("n", 3, 32, 32)) -> Path:

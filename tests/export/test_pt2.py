@@ -62,7 +62,7 @@ def source_of(model: VisionModel, **export: Any) -> Source:
     )
     name, kwargs = "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
     config = {**CONFIG, "architecture": name, "kwargs": {**kwargs, "num_classes": 5}}
-    return Source(recipe, Path(), config, model, images, Accuracy(0, 0, 10))  # type: ignore[arg-type]
+    return Source(recipe, None, Path(), config, model, images, Accuracy(0, 0, 10))  # type: ignore[arg-type]
 
 
 def saved(model: VisionModel, folder: Path, form: str = "rows", config: Any = CONFIG) -> Path:
@@ -274,17 +274,17 @@ def test_a_file_that_would_run_code_is_refused(written: tuple[VisionModel, Path]
     assert relative(TorchProgram(edited(path, tmp_path / "same.pt2", {}))(x), model(x)) < 1e-5, "the copying does no harm"
 
 
-def test_without_a_compiler(tmp_path: Path) -> None:
+def test_without_a_compiler() -> None:
     without = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
     with without, pytest.raises(EnvironmentFault, match="there is no C\\+\\+ compiler here") as caught:
-        write_aoti(source_of(pruned()), tmp_path, lambda *_: None)
+        export_pt2.require_compiler()
     assert "g++" in caught.value.hint
 
 
 @pytest.mark.slow
 def test_compiled(tmp_path: Path) -> None:
     try:
-        export_pt2._require_compiler()
+        export_pt2.require_compiler()
     except EnvironmentFault as error:
         pytest.skip(error.message)
     model = pruned()
