@@ -99,6 +99,7 @@ def test_resumed_recovery_ends_where_an_uninterrupted_one_does(
 
 def lpvit_process(*arguments: object, file_limit: int | None = None) -> subprocess.Popen[str]:
     def limit() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that runs these tests in the background has it ignored
         if file_limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
