@@ -10,6 +10,7 @@ from PIL import Image
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 config = json.loads(session.get_modelmeta().custom_metadata_map["lpvit"])["preprocessing"]
 _, height, width = config["input_size"]
+assert config.get("crop_mode", "center") == "center", "lpvit predict knows the other ones"
 for path in sys.argv[2:]:
     image = Image.open(path).convert("RGB")
     scale = max(int(height / config["crop_pct"]) / image.height, int(width / config["crop_pct"]) / image.width)

@@ -148,6 +148,8 @@ def _run_stages(
     from lpvit_cli.recipe import Recipe
 
     recipe = Recipe.load(recipe_name, overrides)
+    if push is not None and smoke:
+        raise UsageError("--push: a rehearsal (--smoke) has a random model", "leave one of the two out")
     if push is not None:
         recipe = _with_hub(recipe, push)
     if smoke:

@@ -255,8 +255,8 @@ class ProfileSection(Section):
 
 
 class ExportSection(Section):
-    """What `lpvit export` writes. `form`: how block-sparse layers are written; auto times the forms in the runtime of the
-    file, with `threads` and `batch_size`, and takes the fastest. int8 finds the range of each activation as it runs,
+    """What `lpvit export` writes. `form`: how block-sparse layers are written; auto times the forms in onnxruntime (for pt2 and
+    aoti in torch) with `threads` and `batch_size`, and takes the fastest. int8 finds the range of each activation as it runs,
     int8-static has it from the calibration images. `tolerance` bounds ||file - model|| / ||model|| of the logits, `max_drop`
     the points of top-1 lost."""
 
@@ -463,6 +463,7 @@ def _explain(error: ValidationError, content: dict[str, Any], origin: dict[tuple
         message, hint = f"{where}: {missing}: required key is missing", f"add it, or pass --set {missing}=VALUE"
     else:
         same_key = [p for p in problems if tuple(str(part) for part in p["loc"])[: len(keys)] == keys]
+        same_key = [p for p in same_key if p["type"] != "too_short"] or same_key  # a list is short of its invalid items
         rules = dict.fromkeys(p["msg"].removeprefix("Value error, ").removeprefix("Input ") for p in same_key)
         rules = {"needs more values": None} if first["type"] == "missing" else rules
         given = first["input"] if not isinstance(first["input"], dict) else "this section"

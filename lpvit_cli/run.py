@@ -26,6 +26,7 @@ from typing import Any
 
 from lpvit_cli import __version__
 from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.measure.machine import installed
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.stages import ALL_STAGES, BENCH, CALIBRATE, EXPORT, FINETUNE, PROFILE, PRUNE, STAGES, SWEEP, Stage
 
@@ -117,6 +118,8 @@ class Run:
             inputs["prune.profile (content)"] = content_id(path)
         if stage is CALIBRATE:
             inputs |= self._contents
+        if stage is EXPORT:
+            inputs["versions.onnxruntime"] = installed("onnxruntime")
         if stage is EXPORT and "hub" in self.recipe.export.formats and (bench := self.record(BENCH)):
             inputs["measured by bench"] = bench["fingerprint"]  # the model card tells its numbers
         if stage.timed:

@@ -66,6 +66,14 @@ def test_unknown_key_without_a_near_one_lists_the_valid_ones(tmp_path: Path) -> 
     assert hint.startswith("valid keys here: formats, form, precision, opset")
 
 
+def test_an_invalid_item_is_not_called_a_list_too_short(tmp_path: Path) -> None:
+    message, _ = problem(tmp_path, MINIMAL + "export: {formats: [ump]}\n")
+    assert "'triton-server' or 'hub' (given: ump)" in message
+    assert "at least 1 item" not in message
+    message, _ = problem(tmp_path, MINIMAL + "export: {formats: []}\n")
+    assert "at least 1 item" in message
+
+
 @pytest.mark.parametrize(
     ("line", "key", "rule"),
     [

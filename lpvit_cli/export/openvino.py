@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lpvit_cli.errors import EnvironmentFault, require
-from lpvit_cli.export.runtime import METADATA_KEY, ExportedModel, read_metadata
+from lpvit_cli.export.runtime import METADATA_KEY, ExportedModel
 
 
 def save_openvino(onnx_file: Path, path: Path, metadata: dict[str, Any]) -> None:
@@ -41,14 +41,11 @@ class OpenVinoModel(ExportedModel):
         require("openvino")
         try:
             self.compiled = compiled(path, threads or torch.get_num_threads())
-            model = self.compiled.get_runtime_model()
             metadata = {METADATA_KEY: _rt_info(path)}
         except Exception as error:  # openvino raises RuntimeError and kinds of its own
             reason = str(error).strip().splitlines()[0]
             raise EnvironmentFault(f"{path}: openvino cannot load it: {reason}", "export it again") from error
-        self.config = read_metadata(path, metadata)
-        self.pretrained_cfg = self.config["preprocessing"]
-        self.num_classes = int(self.config.get("num_classes") or model.outputs[0].partial_shape[-1].get_length())
+        self.adopt(path, metadata)
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self.compiled(images.float().cpu().numpy())[0].copy())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lpvit_cli.errors import EnvironmentFault
-from lpvit_cli.export.runtime import METADATA_KEY, ExportedModel, read_metadata
+from lpvit_cli.export.runtime import METADATA_KEY, ExportedModel
 
 EXTRA_FILE = f"{METADATA_KEY}.json"  # of an exported program; a compiled one has it as a string among its metadata
 AGAIN = "copy the file again, or export it again with `lpvit export`"
@@ -42,9 +42,7 @@ class TorchProgram(ExportedModel):
     def __init__(self, path: Path):
         super().__init__()
         metadata, compiled = _inspect(path)
-        self.config = read_metadata(path, {METADATA_KEY: metadata})
-        self.pretrained_cfg = self.config["preprocessing"]
-        self.num_classes = int(self.config["num_classes"])
+        self.adopt(path, {METADATA_KEY: metadata})
         try:  # a bound method: as a submodule, an exported program would refuse eval()
             self.run: Callable[[Tensor], Tensor] = (
                 _load_compiled(path) if compiled else torch.export.load(path).module().__call__

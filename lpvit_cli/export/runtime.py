@@ -32,6 +32,12 @@ class ExportedModel(VisionModel):
 
     config: dict[str, Any]
 
+    def adopt(self, path: Path, metadata: dict[str, str], classes: object = None) -> None:
+        """Take over what the file's metadata say; `classes`: how many its output has, if it tells. Raises EnvironmentFault."""
+        self.config = read_metadata(path, metadata, classes)
+        self.pretrained_cfg = self.config["preprocessing"]
+        self.num_classes = self.config["num_classes"]
+
 
 class OnnxModel(ExportedModel):
     """`model(images [n, 3, H, W]) -> logits [n, classes]` on the CPU, preprocessing in `pretrained_cfg` as in timm.
@@ -52,15 +58,11 @@ class OnnxModel(ExportedModel):
             reason = str(error).strip().splitlines()[0]
             raise EnvironmentFault(f"{path}: onnxruntime cannot load it: {reason}", "export it again") from error
         self.input, self.output = self.session.get_inputs()[0], self.session.get_outputs()[0]
-        self.config = read_metadata(path, metadata)
-        self.pretrained_cfg = self.config["preprocessing"]
-        classes = self.config.get("num_classes") or (self.output.shape or [None])[-1]
-        if not isinstance(classes, int) or len(self.input.shape) != 4 or isinstance(self.input.shape[0], int):
+        self.adopt(path, metadata, (self.output.shape or [None])[-1])
+        if len(self.input.shape) != 4 or isinstance(self.input.shape[0], int):
             raise EnvironmentFault(
-                f"{path}: takes {self.input.shape} and gives {self.output.shape}, not images [batch, 3, H, W] and logits",
-                "export it with a dynamic batch, and with a number of classes in its output or metadata",
+                f"{path}: takes {self.input.shape}, not any number of images [batch, 3, H, W]", "export it with a dynamic batch"
             )
-        self.num_classes = classes
         expected, given = tuple(self.pretrained_cfg["input_size"]), tuple(self.input.shape[1:])
         if any(isinstance(side, int) and side != other for side, other in zip(given, expected, strict=True)):
             raise EnvironmentFault(
@@ -73,19 +75,21 @@ class OnnxModel(ExportedModel):
         return torch.from_numpy(logits)
 
 
-def read_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """What is known of the model in a file; `preprocessing` is complete. Raises EnvironmentFault."""
+def read_metadata(path: Path, metadata: dict[str, str], classes: object) -> dict[str, Any]:
+    """What is known of the model in a file; `preprocessing` is complete, `num_classes` a number."""
     try:
         config: dict[str, Any] = json.loads(metadata.get(METADATA_KEY, "{}"))
         config.setdefault("preprocessing", json.loads(metadata.get("pretrained_cfg", "{}")))
+        config["num_classes"] = config.get("num_classes") or classes
         missing = [key for key in NEEDED if key not in config["preprocessing"]]
+        missing += [] if isinstance(config["num_classes"], int) else ["num_classes"]
     except (ValueError, TypeError, AttributeError) as error:
         raise EnvironmentFault(
             f"{path}: its metadata are unreadable: {error}", "export it again with `lpvit export`"
         ) from error
     if missing:
         raise EnvironmentFault(
-            f"{path}: its metadata do not say how to prepare images: no {', '.join(missing)}",
-            "use `lpvit export`, or add them as JSON under the metadata key pretrained_cfg (timm's names)",
+            f"{path}: its metadata do not say how to use it: no {', '.join(missing)}",
+            "use `lpvit export`, or add preprocessing as JSON under the metadata key pretrained_cfg (timm's names)",
         )
     return config

@@ -27,10 +27,11 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
     dtype = pick_dtype(settings.dtype or recipe.dtype, device)
     with cpu_threads(settings.threads):
         source = run.model_artefact(BENCH)
-        sparse = trim(load_model(source)).to(device, dtype)
+        pruned_model = load_model(source).to(device, dtype)
+        sparse = trim(pruned_model)
         models = {
             BASELINE: build_model(recipe.model).to(device, dtype),
-            "masked-dense": densify(load_model(source)).to(device, dtype),
+            "masked-dense": densify(pruned_model),
             "sparse": fuse(sparse),
         }
         tune_model(sparse, settings.batch_sizes, ("forward",), progress, again=False)

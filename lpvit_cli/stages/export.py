@@ -18,7 +18,7 @@ from lpvit_cli.stages.evaluate import validation_batches
 from lpvit_cli.stages.export_hub import write_hub
 from lpvit_cli.stages.export_pt2 import require_compiler, write_aoti, write_pt2
 from lpvit_cli.stages.export_triton_server import write_triton_server
-from lpvit_cli.stages.exporting import Source
+from lpvit_cli.stages.exporting import DENSE_FOLDER, Source
 
 FLOAT32_ONLY = {"pt2", "aoti", "openvino"}
 MADE_OF_ONNX = {"openvino", "triton-server"}
@@ -36,14 +36,17 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Expor
     formats = asked | ({"onnx"} if asked & MADE_OF_ONNX else set())
     _require_all(formats)
     folder = run.model_artefact(EXPORT)
-    model = trim(load_model(folder))
+    original = load_model(folder)
+    model = trim(original)
     order_neurons(model)
     recovered = folder.name == FINETUNE.folder
     before = run.report(FINETUNE, FinetuneReport) if recovered else run.report(PRUNE, PruneReport)
-    source = Source(recipe, run, folder, read_config(folder), model, validation_batches(recipe, model), before.accuracy)
+    validation = validation_batches(recipe, original)
+    source = Source(recipe, run, folder, read_config(folder), original, model, validation, before.accuracy)
     for format_, write in WRITERS.items():
         if format_ in formats:
             source.files.append(write(source, work, progress))
+    shutil.rmtree(work / DENSE_FOLDER, ignore_errors=True)
     if formats != asked:
         source.notes.append(f"{', '.join(sorted(asked & MADE_OF_ONNX))} needs the ONNX file: it was written too")
     return ExportReport(

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from lpvit_kernels import BlockSparseMatrix
@@ -23,58 +20,45 @@ from lpvit_cli.export.onnx import HALF, as_float32, dense_graph, save_onnx
 from lpvit_cli.export.rewrite import rewrite
 from lpvit_cli.export.runtime import OnnxModel, session
 from lpvit_cli.measure.machine import cpu_name, installed
-from lpvit_cli.measure.timing import Subject, time_in_visits, verdict
-from lpvit_cli.models import build_model
-from lpvit_cli.recipe import ExportSection, ModelSection
-from lpvit_cli.report.schema import BASELINE, ExportedFile, ExportedLayer, ExportSpeed
+from lpvit_cli.measure.timing import Subject
+from lpvit_cli.recipe import ExportSection
+from lpvit_cli.report.schema import ExportedFile, ExportedLayer, ExportSpeed
 from lpvit_cli.run import Progress
 from lpvit_cli.sparse import BlockSparseLinear, densify
 from lpvit_cli.stages.calibrate import calibration_batches
-from lpvit_cli.stages.exporting import Source, check
-from lpvit_cli.stages.tune import layer_tokens
+from lpvit_cli.stages.exporting import DENSE_FOLDER, Source, check, describe, measure
 
 FILE = "model.onnx"
-VISITS, SAMPLES = 3, 3  # of each file, in turn
 HALF_NOTE = "half precision is for GPUs: speed not measured. There a stock ONNX file runs, but not faster for its sparsity"
 
 
 def write_onnx(source: Source, work: Path, progress: Progress) -> ExportedFile:
-    settings = source.recipe.export
-    file, half, threads = work / FILE, settings.precision in HALF, settings.threads or os.cpu_count() or 1
+    settings, file = source.recipe.export, work / FILE
     progress("exporting to ONNX", 0, 1, "")
     layers = exported_layers(source, progress)
-    dense = write_dense(source, work)
+    dense = dense_file(source, work)
 
     def graph_of(choices: dict[str, Choice]) -> ir.Model:
         graph = dense_graph(densify(source.model), settings.opset, settings.precision)
         rewrite(graph, layers, {name: choice.form for name, choice in choices.items()})
         return graph
 
-    candidates = _candidates(source, layers, threads, progress)
+    def speed_of(graph: ir.Model) -> ExportSpeed:
+        save_onnx(graph, file, source.config)
+        return measure(source, "onnxruntime", FILE, partial(_open, dense, source), partial(_open, file, source), progress)
+
+    candidates = _candidates(source, layers, progress)
     choices, graph, speed = candidates[0], graph_of(candidates[0]), None
-    if half:
+    if settings.precision in HALF:
         source.notes.append(HALF_NOTE)
     else:
-        save_onnx(graph, file, source.config)
-        speed = _measure(dense, file, settings, threads, progress)
-        for other in candidates[1:] if speed.speedup.value < 1 else ():
-            tried = graph_of(other)
-            save_onnx(tried, file, source.config)
-            measured = _measure(dense, file, settings, threads, progress)
-            if measured.speedup.value > speed.speedup.value:
+        speed = speed_of(graph)
+        if speed.speedup.value < 1 and len(candidates) > 1:
+            other = graph_of(candidates[1])
+            if (measured := speed_of(other)).speedup.value > speed.speedup.value:
                 source.notes.append("as a whole, the mix of the fastest forms was slower: all layers are dense")
-                choices, graph, speed = other, tried, measured
-    written = [
-        ExportedLayer(
-            name=name,
-            shape=layers[name].weight.shape,
-            block=layers[name].weight.block,
-            density=layers[name].weight.density,
-            form=choice.form,
-            times_us=choice.times_us,
-        )
-        for name, choice in choices.items()
-    ]
+                choices, graph, speed = candidates[1], other, measured
+    written = describe(layers, choices)
     save_onnx(graph, file, source.config | {"export": _account(settings, written, speed)})
     runnable = file
     if settings.precision == "bfloat16":
@@ -83,13 +67,11 @@ def write_onnx(source: Source, work: Path, progress: Progress) -> ExportedFile:
         save_onnx(graph, runnable, source.config)
         source.notes.append("onnxruntime's CPU provider has no bfloat16: what was checked is the file with float32 arithmetic")
     parity, result = check(OnnxModel(runnable), source, FILE, progress)
-    bytes_dense = _size(dense)
-    shutil.rmtree(dense.parent)
     return ExportedFile(
         format="onnx",
         file=FILE,
         bytes=_size(file),
-        bytes_dense=bytes_dense,
+        bytes_dense=_size(dense),
         parity=parity,
         accuracy=result,
         layers=written,
@@ -146,51 +128,27 @@ def _input_ranges(source: Source, linears: dict[str, nn.Module], progress: Progr
     return {name: (float(low), float(high)) for name, (low, high) in ((name, total / done) for name, total in sums.items())}
 
 
-def write_dense(source: Source, work: Path) -> Path:
-    """The dense model in float32 with random weights, to measure against: a dense file takes as long whatever it holds."""
-    config = source.config
-    model = build_model(ModelSection(name=config["architecture"], kwargs=config["kwargs"]))
-    folder = work / ".dense"
-    folder.mkdir()
-    save_onnx(dense_graph(model, source.recipe.export.opset), folder / FILE, {})
-    return folder / FILE
+def dense_file(source: Source, work: Path) -> Path:
+    """The dense model in float32, to measure against; made once for all formats."""
+    path = work / DENSE_FOLDER / FILE
+    if not path.exists():
+        path.parent.mkdir()
+        save_onnx(dense_graph(source.dense(), source.recipe.export.opset), path, {})
+    return path
 
 
-def _candidates(source: Source, layers: dict[str, Layer], threads: int, progress: Progress) -> list[dict[str, Choice]]:
+def _candidates(source: Source, layers: dict[str, Layer], progress: Progress) -> list[dict[str, Choice]]:
     """The forms to try: what was asked for, or else the fastest of each layer, and all dense for when that mix is slower."""
     settings = source.recipe.export
-    dense = {name: Choice("dense", {}) for name in layers}
-    if settings.form != "auto":
-        asked = {name: settings.form if settings.form in forms_of(layer) else "dense" for name, layer in layers.items()}
-        return [{name: Choice(form, {}) for name, form in asked.items()}]
-    if settings.precision in HALF:
-        return [dense]
-    tokens = {name: settings.batch_size * rows for name, rows in layer_tokens(source.model, layers).items()}
-    chosen = choose_forms(layers, tokens, threads, progress)
-    if all(choice.form == "dense" for choice in chosen.values()):
-        return [chosen]
+    if settings.form != "auto" or settings.precision in HALF:
+        form = "dense" if settings.form == "auto" else settings.form
+        return [{name: Choice(form if form in forms_of(layer) else "dense", {}) for name, layer in layers.items()}]
+    chosen = choose_forms(layers, source.tokens(layers), source.threads, progress)
     return [chosen, {name: Choice("dense", choice.times_us) for name, choice in chosen.items()}]
 
 
-def _measure(dense: Path, file: Path, settings: ExportSection, threads: int, progress: Progress) -> ExportSpeed:
-    """Both files in turn, one session alive at a time."""
-
-    def open_file(path: Path) -> Subject:
-        one = session(path, threads)
-        images = one.get_inputs()[0]
-        x = np.random.default_rng(0).standard_normal((settings.batch_size, *images.shape[1:]), dtype=np.float32)
-        return partial(one.run, None, {images.name: x})
-
-    timing = time_in_visits(
-        {BASELINE: partial(open_file, dense), file.name: partial(open_file, file)},
-        visits=VISITS,
-        samples=SAMPLES,
-        threads=threads,
-        on_visit=lambda done, total: progress("timing the file", done, total, f"{done}/{total}"),
-    )
-    ratio = timing.ratio(BASELINE, file.name)
-    sentence = verdict(file.name, "dense float32 in onnxruntime", ratio, timing, timing.subjects[file.name])
-    return ExportSpeed(threads=threads, batch_size=settings.batch_size, timing=timing, speedup=ratio, verdict=sentence)
+def _open(path: Path, source: Source) -> Subject:
+    return partial(session(path, source.threads).run, None, {"images": source.images.numpy()})
 
 
 def _account(settings: ExportSection, layers: list[ExportedLayer], speed: ExportSpeed | None) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def test_a_foreign_file_runs_if_its_metadata_suffice(tmp_path: Path, metadata: d
 @pytest.mark.parametrize(
     ("metadata", "sides", "told"),
     [
-        ({}, ("n", 3, 32, 32), "do not say how to prepare images: no input_size, mean, std, interpolation, crop_pct"),
+        ({}, ("n", 3, 32, 32), "do not say how to use it: no input_size, mean, std, interpolation, crop_pct"),
         ({"pretrained_cfg": {**PREPROCESSING, "mean": None} | {"x": 1}}, ("n", 3, 48, 48), "takes images of [3, 48, 48]"),
         ({"pretrained_cfg": {k: v for k, v in PREPROCESSING.items() if k != "std"}}, ("n", 3, 32, 32), "no std"),
         ({"lpvit": [1]}, ("n", 3, 32, 32), "unreadable"),

@@ -62,7 +62,7 @@ def source_of(model: VisionModel, **export: Any) -> Source:
     )
     name, kwargs = "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
     config = {**CONFIG, "architecture": name, "kwargs": {**kwargs, "num_classes": 5}}
-    return Source(recipe, None, Path(), config, model, images, Accuracy(0, 0, 10))  # type: ignore[arg-type]
+    return Source(recipe, None, Path(), config, model, model, images, Accuracy(0, 0, 10))  # type: ignore[arg-type]
 
 
 def saved(model: VisionModel, folder: Path, form: str = "rows", config: Any = CONFIG) -> Path:
@@ -152,13 +152,13 @@ def test_forms_are_timed_and_a_full_layer_is_dense() -> None:
     matrix = BlockSparseMatrix.from_dense(torch.randn(128, 32), (8, 16))
     layers = {name: Layer(name, layer.weight, layer.bias) for name, layer in sparse_layers(model).items()}
     layers["blocks.0.mlp.fc1"] = replace(layers["blocks.0.mlp.fc1"], weight=matrix)
-    chosen = export_pt2._choose(source_of(model), layers, 1, lambda *_: None)
+    chosen = export_pt2._choose(source_of(model), layers, lambda *_: None)
     assert chosen.pop("blocks.0.mlp.fc1").times_us == {}
     for choice in chosen.values():
         assert set(choice.times_us) == set(FORMS)
         assert choice.form == min(choice.times_us, key=choice.times_us.__getitem__)
     for form, expected in (("dense", "dense"), ("rows", "rows"), ("batched", "rows")):
-        made = export_pt2._choose(source_of(model, form=form), layers, 1, lambda *_: None)
+        made = export_pt2._choose(source_of(model, form=form), layers, lambda *_: None)
         assert made.pop("blocks.0.mlp.fc1").form == "dense"
         assert {choice.form for choice in made.values()} == {expected}
 
@@ -202,7 +202,7 @@ def test_files_that_are_none(written: tuple[VisionModel, Path], tmp_path: Path, 
 def test_metadata_that_do_not_suffice(tmp_path: Path) -> None:
     model = pruned()
     less = {key: value for key, value in PREPROCESSING.items() if key != "mean"}
-    with pytest.raises(EnvironmentFault, match="do not say how to prepare images: no mean"):
+    with pytest.raises(EnvironmentFault, match="do not say how to use it: no mean"):
         TorchProgram(saved(model, tmp_path, "dense", {**CONFIG, "preprocessing": less}))
     with pytest.raises(EnvironmentFault, match="its metadata are unreadable|no input_size"):
         TorchProgram(saved(model, tmp_path, "dense", []))

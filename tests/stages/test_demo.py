@@ -103,8 +103,10 @@ def test_the_exported_file_is_small_and_says_how_it_came_about(demo: Demo) -> No
     assert [parity["batch_size"] for parity in file["parity"]] == [1, 2, 7]
     assert file["accuracy"] == report(demo, "finetuned")["accuracy"]
     assert len(file["layers"]) == 8
+    fell_back = any("all layers are dense" in note for note in exported["notes"])  # the machine was busy
     for layer in file["layers"]:
-        assert layer["form"] == (min(layer["times_us"], key=layer["times_us"].get) if layer["times_us"] else "dense")
+        fastest = min(layer["times_us"], key=layer["times_us"].get) if layer["times_us"] else "dense"
+        assert layer["form"] == ("dense" if fell_back else fastest)
     session = onnxruntime.InferenceSession(demo.folder / "export" / "model.onnx", providers=["CPUExecutionProvider"])
     account = json.loads(session.get_modelmeta().custom_metadata_map["lpvit"])["export"]
     assert account["forms"] == {layer["name"]: layer["form"] for layer in file["layers"]}

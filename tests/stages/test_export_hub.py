@@ -341,6 +341,12 @@ def test_push_needs_owner_and_name(exported: Exported, name: str) -> None:
     assert "not the name of a Hugging Face repository" in result.err
 
 
+def test_a_rehearsal_is_not_pushed() -> None:
+    result = run_cli("export", "digits_vit", "--smoke", "--push", "me/digits", "--dry-run")
+    assert result.code == 2
+    assert "--push: a rehearsal (--smoke) has a random model" in result.err
+
+
 def test_push_is_an_option_of_export_only() -> None:
     result = run_cli("prune", "digits_vit", "--push", "me/digits")
     assert result.code == 2

@@ -14,6 +14,7 @@ import torch
 from helpers import Demo, random_model, run_cli
 from torch import Tensor, nn
 
+from lpvit_cli.export.layer import Choice
 from lpvit_cli.measure.accuracy import Accuracy
 from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.stages import export_onnx, exporting
@@ -60,23 +61,28 @@ def test_bfloat16_is_checked_in_float32(run: Any) -> None:
     assert "what was checked is the file with float32 arithmetic" in json.loads(result.out)["notes"][1]
 
 
-def test_a_mix_that_is_slower_than_dense_is_not_kept(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[Any] = []
-    measure = export_onnx._measure
+@pytest.mark.parametrize(("mix", "dense", "kept"), [(0.9, 1.0, "dense"), (0.9, 0.6, "mix"), (1.1, None, "mix")])
+def test_of_the_mix_and_all_dense_the_faster_is_kept(
+    run: Any, monkeypatch: pytest.MonkeyPatch, mix: float, dense: float | None, kept: str
+) -> None:
+    speedups = iter([mix] if dense is None else [mix, dense])
+    measure = export_onnx.measure
 
-    def slow_at_first(*arguments: Any) -> Any:
-        speed = measure(*arguments)
-        measured.append(speed)
-        return speed.model_copy(update={"speedup": Ratio(0.9, 0.8, 0.95)}) if len(measured) == 1 else speed
+    def pretend(*arguments: Any) -> Any:
+        return measure(*arguments).model_copy(update={"speedup": Ratio(next(speedups), 0.5, 2.0)})
 
-    monkeypatch.setattr(export_onnx, "_measure", slow_at_first)
+    chosen = Choice("rows", {"rows": 1.0, "dense": 2.0})
+    monkeypatch.setattr(export_onnx, "measure", pretend)
+    monkeypatch.setattr(export_onnx, "choose_forms", lambda layers, *_: dict.fromkeys(layers, chosen))
     _, result = run("form=auto")
+    assert next(speedups, None) is None, "dense is tried where the mix is slower, and only there"
     document = json.loads(result.out)
     (file,) = document["files"]
-    assert {layer["form"] for layer in file["layers"]} == {"dense"}
-    assert len(measured) == 2
-    assert "all layers are dense" in document["notes"][0]
-    assert any(layer["times_us"] for layer in file["layers"]), "what was timed stays in the report"
+    assert {layer["form"] for layer in file["layers"]} == {"dense" if kept == "dense" else "rows"}
+    assert file["speed"]["speedup"]["value"] == (dense if kept == "dense" else mix)
+    assert any("all layers are dense" in note for note in document["notes"]) is (kept == "dense")
+    assert all(layer["times_us"] for layer in file["layers"]), "what was timed stays in the report"
+    assert (file["bytes"] < 0.6 * file["bytes_dense"]) == (kept == "mix"), "and that is what was written"
 
 
 @pytest.mark.parametrize("form", ["dense", "rows", "chain", "batched"])
