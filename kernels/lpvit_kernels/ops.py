@@ -1,4 +1,4 @@
-"""The one public operation, as operators that torch knows: autograd, torch.compile, torch.export and flop counters see them."""
+"""The public operations, as operators that torch knows: autograd, torch.compile, torch.export and flop counters see them."""
 
 from __future__ import annotations
 
@@ -58,6 +58,30 @@ def linear(
     return made
 
 
+def kept_product(left: Tensor, right: Tensor, pattern: BlockSparseMatrix, backend: str = "auto") -> Tensor:
+    """The blocks of left @ right that `pattern` keeps, and no others: values [nnz, R, C], zero in the padding of ragged edges.
+
+    left [out, k], right [k, in], pattern [out, in]; of the pattern's values only their shape counts. Differentiable in both
+    factors. Autocast does not apply: it computes in the type of the factors. `backend` as in `linear`.
+
+    Raises ValueError when shapes, types, devices or the backend do not fit.
+    """
+    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+        raise ValueError(f"factors must be [out, k] and [k, in], got {list(left.shape)} and {list(right.shape)}")
+    if (left.shape[0], right.shape[1]) != pattern.shape:
+        raise ValueError(f"the product is {[left.shape[0], right.shape[1]]}, the pattern {list(pattern.shape)}")
+    if left.dtype != right.dtype or not left.device == right.device == pattern.cols.device:
+        kinds = ", ".join(f"{t.dtype} on {t.device}" for t in (left, right, pattern.values))
+        raise ValueError(f"factors must be of one type, and on the device of the pattern, got {kinds}")
+    if backend not in backends.NAMES or (reason := backends.refusal(backend, left.device.type)):
+        raise ValueError(reason if backend in backends.NAMES else f"unknown backend {backend!r}: use one of {backends.NAMES}")
+    if backend == "reference":
+        return BlockSparseMatrix.from_dense(left @ right, pattern.block, pattern.block_mask).values
+    like = pattern.values.detach()
+    values: Tensor = torch.ops.lpvit.block_sparse_kept_product(left.T, right, like, pattern.row_ptr, pattern.cols, backend)
+    return values
+
+
 def _autocast(
     x: Tensor, weight: BlockSparseMatrix, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor, BlockSparseMatrix, Tensor | None, Tensor | None, Tensor | None]:
@@ -108,7 +132,7 @@ def _check(
         raise ValueError(f"x is {x.dtype}, but {', '.join(other)}: convert to one type, or use autocast")
 
 
-# the operators: the product with its epilogue, and the two products of its backward pass
+# the operators: the product with its epilogue, the two products of its backward pass, and the product of two dense factors
 
 _LIBRARY = torch.library.Library("lpvit", "DEF")
 _LIBRARY.define(
@@ -125,6 +149,9 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "block_sparse_weight_gradient(Tensor dz, Tensor x, Tensor values, Tensor row_ptr, Tensor cols, str backend) -> Tensor"
+)
+_LIBRARY.define(
+    "block_sparse_kept_product(Tensor left_t, Tensor right, Tensor values, Tensor row_ptr, Tensor cols, str backend) -> Tensor"
 )
 
 
@@ -176,10 +203,17 @@ def _weight_gradient(dz: Tensor, x: Tensor, values: Tensor, row_ptr: Tensor, col
     return gradient
 
 
+def _kept_product(left_t: Tensor, right: Tensor, values: Tensor, row_ptr: Tensor, cols: Tensor, backend: str) -> Tensor:
+    """The same product as the gradient of the weight, with k in the place of the tokens: left_t [k, out], right [k, in]."""
+    pattern = _matrix(values, row_ptr, cols, (left_t.shape[1], right.shape[1]))
+    return backends.weight_gradient(left_t, right, pattern, backend)
+
+
 _LIBRARY.impl("block_sparse_linear", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("block_sparse_epilogue_gradient", _epilogue_gradient, "CompositeExplicitAutograd")
 _LIBRARY.impl("block_sparse_input_gradient", _input_gradient, "CompositeExplicitAutograd")
 _LIBRARY.impl("block_sparse_weight_gradient", _weight_gradient, "CompositeExplicitAutograd")
+_LIBRARY.impl("block_sparse_kept_product", _kept_product, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("lpvit::block_sparse_linear", lib=_LIBRARY)
@@ -202,6 +236,11 @@ def _(dz, values, row_ptr, cols, in_features, backend):  # type: ignore[no-untyp
 @torch.library.register_fake("lpvit::block_sparse_weight_gradient", lib=_LIBRARY)
 def _(dz, x, values, row_ptr, cols, backend):  # type: ignore[no-untyped-def]
     return torch.empty_like(values)
+
+
+@torch.library.register_fake("lpvit::block_sparse_kept_product", lib=_LIBRARY)
+def _(left_t, right, values, row_ptr, cols, backend):  # type: ignore[no-untyped-def]
+    return right.new_empty(values.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -236,6 +275,32 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Any, ...]:
 torch.library.register_autograd("lpvit::block_sparse_linear", _backward, setup_context=_save, lib=_LIBRARY)
 
 
+def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    left_t, right, _, row_ptr, cols, ctx.backend = inputs
+    ctx.save_for_backward(left_t, right, row_ptr, cols)
+
+
+def _backward_of_factors(ctx: Any, dvalues: Tensor) -> tuple[Any, ...]:
+    """With dW the block-sparse gradient of the product: d left_t = right dW^T, d right = left_t dW."""
+    left_t, right, row_ptr, cols = ctx.saved_tensors
+    gradient = _matrix(dvalues.contiguous(), row_ptr, cols, (left_t.shape[1], right.shape[1]))
+    dleft_t = dright = None
+    if ctx.needs_input_grad[0]:
+        dleft_t, _ = torch.ops.lpvit.block_sparse_linear(
+            right, gradient.values, None, None, None, row_ptr, cols, gradient.shape[0], None, False, ctx.backend
+        )
+    if ctx.needs_input_grad[1]:
+        dright = torch.ops.lpvit.block_sparse_input_gradient(
+            left_t.contiguous(), gradient.values, row_ptr, cols, gradient.shape[1], ctx.backend
+        )
+    return dleft_t, dright, None, None, None, None
+
+
+torch.library.register_autograd(
+    "lpvit::block_sparse_kept_product", _backward_of_factors, setup_context=_save_factors, lib=_LIBRARY
+)
+
+
 def _no_second_derivative(ctx: Any, *gradients: Tensor) -> None:
     raise RuntimeError("block-sparse linear layers have no second derivative (once_differentiable)")
 
@@ -256,6 +321,6 @@ def _product_flops(x_shape, values_shape, *args, out_shape=None, **kwargs) -> in
     return 2 * int(x_shape[0]) * nnz * height * width
 
 
-@register_flop_formula(torch.ops.lpvit.block_sparse_weight_gradient)
+@register_flop_formula([torch.ops.lpvit.block_sparse_weight_gradient, torch.ops.lpvit.block_sparse_kept_product])
 def _gradient_flops(dz_shape, x_shape, values_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
     return _product_flops(x_shape, values_shape)

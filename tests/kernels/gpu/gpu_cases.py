@@ -7,7 +7,7 @@ from itertools import product
 
 import torch
 from helpers import relative
-from lpvit_kernels import BlockSparseMatrix, random_block_sparse
+from lpvit_kernels import BlockSparseMatrix, kept_product, random_block_sparse
 from lpvit_kernels.gpu import Config, epilogue_gradient, forward, input_gradient, weight_gradient
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,6 +51,22 @@ def check_products(case: Case, dtype: torch.dtype, device: str, tolerance: float
     dw = BlockSparseMatrix.from_dense(dy.double().T @ x.double(), case.block, weight.block_mask).values
     # Rounding errors of float32 sums grow like the square root of their length. The padding of ragged blocks must be zero.
     close(weight_gradient(dy, x, weight, case.weight_gradient), dw, tolerance * max(1, case.tokens / 1000) ** 0.5)
+
+
+def check_kept_product(case: Case, rank: int, dtype: torch.dtype, device: str, tolerance: float) -> None:
+    """The product of two factors on kept blocks and its gradients, as the public operation, against the dense one in float64."""
+    pattern = matrix(case, dtype, device)
+    left = torch.randn(case.shape[0], rank).to(device, dtype).requires_grad_()
+    right = torch.randn(rank, case.shape[1]).to(device, dtype).requires_grad_()
+    values = kept_product(left, right, pattern, "triton")
+    upstream = torch.randn(values.shape).to(device, dtype)
+    exact = [t.detach().double().requires_grad_() for t in (left, right)]
+    expected = BlockSparseMatrix.from_dense(exact[0] @ exact[1], case.block, pattern.block_mask).values
+    close(values, expected, tolerance)
+    inside = BlockSparseMatrix.from_dense(torch.ones(case.shape, device=device), case.block, pattern.block_mask).values
+    found = torch.autograd.grad((values * inside * upstream).sum(), (left, right))
+    for gradient, true in zip(found, torch.autograd.grad((expected * inside * upstream).sum(), exact), strict=True):
+        close(gradient, true, tolerance)
 
 
 def check_epilogue(

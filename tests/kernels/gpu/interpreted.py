@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from gpu_cases import BLOCKS, TOLERANCE, Case, check_epilogue, check_products, close, matrix
+from gpu_cases import BLOCKS, TOLERANCE, Case, check_epilogue, check_kept_product, check_products, close, matrix
 from lpvit_kernels import BlockSparseMatrix, linear
 from lpvit_kernels.gpu import Config, epilogue_gradient, forward, input_gradient, weight_gradient
 from lpvit_kernels.gpu.epilogue import gelu, gelu_gradient
@@ -173,3 +173,9 @@ def test_the_public_operation_runs_these_kernels_forward_and_backward() -> None:
 
     for found, expected in zip(run(torch.float32, "triton"), run(torch.float64, "reference"), strict=True):
         close(found, expected, 4e-6)
+
+
+@pytest.mark.parametrize("rank", [4, 16, 40])
+def test_the_product_of_two_factors_on_kept_blocks(rank: int) -> None:
+    for shape in ((96, 128), (100, 90)):
+        check_kept_product(Case(shape, (32, 64), 0, 0.5, empty=1), rank, torch.float32, "cpu", 4e-6)

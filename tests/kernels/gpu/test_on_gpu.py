@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
-from gpu_cases import BLOCKS, TOLERANCE, Case, check_epilogue, check_products, close, matrix
+from gpu_cases import BLOCKS, TOLERANCE, Case, check_epilogue, check_kept_product, check_products, close, matrix
 from lpvit_kernels import linear
 from lpvit_kernels.gpu import candidates, weight_gradient
 from lpvit_kernels.gpu.configs import Kind, Precision
@@ -68,6 +68,12 @@ def test_every_candidate(block: tuple[int, int], kind: Kind, number: tuple[torch
         for config in candidates(kind, number[0], block, tokens, capability, precision):
             case = replace(Case((768, 384), block, tokens, 0.3), **{kind: config})
             check_products(case, number[0], "cuda", number[1])
+
+
+@pytest.mark.parametrize("block", [(16, 16), (64, 32), (128, 128)])
+def test_the_product_of_two_factors_on_kept_blocks(block: tuple[int, int], number: tuple[torch.dtype, float]) -> None:
+    for shape in ((768, 3072), (300, 500)):
+        check_kept_product(Case(shape, block, 0, 0.3, empty=1), 16, number[0], "cuda", number[1])
 
 
 def test_the_gradient_of_the_values_does_not_depend_on_timing() -> None:
