@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lpvit_cli import __version__
+from lpvit_cli import __version__, distributed
 from lpvit_cli.console import Console
 from lpvit_cli.errors import UsageError
 from lpvit_cli.stages import BENCH, CALIBRATE, EXPORT, FINETUNE, PROFILE, PRUNE, STAGES, SWEEP, Stage
@@ -176,11 +176,12 @@ def _run_stages(
             console.document["prediction"] = prediction.model_dump(mode="json")
             console.human("", *render(prediction, run.folder))
         return
+    _require_together(stages)
     reports = {}
-    with run.open(overwrite):
+    with distributed.joined(on_gpus=_on_gpus(recipe)), run.open(overwrite):
         for number, stage in enumerate(stages, start=1):
             position = f"[{number}/{len(stages)}] " if len(stages) > 1 else ""
-            changes = run.changes(stage)
+            changes = distributed.from_main(run.changes(stage))
             if resume and changes == []:
                 from lpvit_cli.report.schema import REPORTS
 
@@ -201,6 +202,30 @@ def _run_stages(
         console.document = documents
     else:
         console.document = documents[stages[0].command] | ({"pushed": address} if address else {})
+
+
+def _require_together(stages: tuple[Stage, ...]) -> None:
+    together = (CALIBRATE, FINETUNE)
+    if distributed.world() > 1 and not set(stages) <= set(together):
+        alone = next(stage for stage in stages if stage not in together)
+        raise UsageError(
+            f"{alone.command} runs in one process, not under torchrun",
+            f"torchrun takes {' and '.join(stage.command for stage in together)}; run the others without it",
+        )
+
+
+def _on_gpus(recipe: Any) -> bool:
+    """Whether the processes of this job, if there are several, work on GPUs, each on its own."""
+    if distributed.world() == 1:
+        return False
+    import torch
+
+    from lpvit_cli.models import device_of
+
+    device = device_of(recipe)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device.type == "cuda"
 
 
 def _with_hub(recipe: Any, repository: str) -> Any:

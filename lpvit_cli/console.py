@@ -13,18 +13,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lpvit_cli.errors import LpvitError
+from lpvit_cli import distributed
+from lpvit_cli.errors import LpvitError, UsageError
 
 INTERRUPTED = 130
 
 
 class Console:
-    """`human` prints results, `note` and `progress` go to stderr, `document` collects what --json will print."""
+    """`human` prints results, `note` and `progress` go to stderr, `document` collects what --json will print.
+
+    Of several processes only the main one prints, but for errors that are another one's own.
+    """
 
     def __init__(self, json_mode: bool = False, quiet: bool = False, verbose: bool = False):
         from rich.console import Console as Rich
 
-        self.json_mode, self.quiet, self.verbose = json_mode, quiet, verbose
+        main = distributed.is_main()
+        self.json_mode, self.quiet, self.verbose = json_mode and main, quiet or not main, verbose
         self.out = Rich(stderr=json_mode, highlight=False, markup=False, emoji=False)
         self.err = Rich(stderr=True, highlight=False, markup=False, emoji=False)
         self.document: Any = None
@@ -91,7 +96,8 @@ class Console:
             yield
         except LpvitError as error:
             code = error.exit_code
-            self._fail(type(error).__name__, error.message, error.hint, code)
+            if distributed.is_main() or not isinstance(error, UsageError | distributed.PeerLost):
+                self._fail(type(error).__name__, error.message, error.hint, code)
             if self.verbose and error.__cause__:
                 traceback.print_exception(error.__cause__, file=sys.stderr)
         except KeyboardInterrupt:

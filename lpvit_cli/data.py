@@ -20,9 +20,11 @@ from timm.data.readers import create_reader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lpvit_cli import distributed
 from lpvit_cli.errors import EnvironmentFault, UsageError, require
 from lpvit_cli.models import VisionModel
-from lpvit_cli.recipe import DataSection
+from lpvit_cli.randomness import seeded
+from lpvit_cli.recipe import Augment, DataSection
 
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "test")}
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for damaged images
@@ -174,29 +176,41 @@ def _read_remote(data: DataSection, split: str) -> Any:
         ) from error
 
 
-def transform_for(model: nn.Module, augment: bool = False) -> Any:
-    """The model's own preprocessing: PIL image -> [3, H, W] float32, normalised."""
-    auto_augment = "rand-m9-mstd0.5-mmax9-inc1" if augment else None  # at 10, posterize would be to 0 bits: refused by Pillow
-    return create_transform(**resolve_model_data_config(model), is_training=augment, auto_augment=auto_augment)
+def transform_for(model: nn.Module, augment: Augment | None = None) -> Any:
+    """The model's own preprocessing, or timm's augmentation: PIL image -> [3, H, W] float32, normalised."""
+    config = resolve_model_data_config(model)
+    if augment is None:
+        return create_transform(**config, is_training=False)
+    return create_transform(
+        **config,
+        is_training=True,
+        auto_augment=augment.rand_augment,
+        hflip=augment.flip,
+        re_prob=augment.erasing,
+        re_mode="pixel",
+    )
 
 
 class _Guarded(Dataset):
-    """Transformed images; an unreadable one becomes its file name instead of an exception in a worker."""
+    """Transformed images; an unreadable one becomes its file name instead of an exception in a worker.
 
-    def __init__(self, reader: Reader, transform: Any, indices: list[int]):
-        self.reader, self.transform, self.indices = reader, transform, indices
+    With a `seed`, what the transform draws depends on it and the image only.
+    """
 
-    def __len__(self) -> int:
-        return len(self.indices)
+    def __init__(self, reader: Reader, transform: Any, seed: tuple[int, ...] | None):
+        self.reader, self.transform, self.seed = reader, transform, seed
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int] | str:
-        index = self.indices[position]
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
         try:
             image, label = self.reader[index]
             if not isinstance(image, Image.Image):
                 with image:
                     image = Image.open(image).convert("RGB")
-            return self.transform(image.convert("RGB")), label
+            image = image.convert("RGB")
+            if self.seed is None:
+                return self.transform(image), label
+            with seeded(*self.seed, index):
+                return self.transform(image), label
         except UNREADABLE:
             return self.reader.filename(index)
 
@@ -204,21 +218,25 @@ class _Guarded(Dataset):
 def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
     good = [item for item in items if not isinstance(item, str)]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
-    return images, torch.tensor([label for _, label in good]), [item for item in items if isinstance(item, str)]
+    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
+    return images, labels, [item for item in items if isinstance(item, str)]
 
 
 @dataclass
 class Batches:
     """Iterable over (images, labels). Unreadable images are skipped and listed in `skipped`; too many are an error.
 
-    `limit` takes that many images: a random choice fixed by `seed` when shuffling, else the first ones.
+    `limit` takes that many images: a random choice fixed by `seed` when shuffling, else the first ones. With several processes
+    each gets its share of every batch. `augmented`: the transform draws random numbers.
     """
 
     source: Reader | IterableDataset
     transform: Any
-    batch_size: int
+    batch_size: int  # of all processes together
+    num_classes: int | None = None  # labels must be below; None: any
     workers: int = 0
     shuffle: bool = False
+    augmented: bool = False
     seed: int = 0
     limit: int | None = None
     max_corrupt: float = 0.01
@@ -226,24 +244,31 @@ class Batches:
 
     @property
     def images(self) -> int | None:
-        """How many images one pass asks for; None where the source does not know."""
+        """How many images one pass of all processes asks for; None where the source does not know."""
         try:
             available = len(self.source)  # type: ignore[arg-type]
         except TypeError:
             return self.limit
         return min(available, self.limit or available)
 
+    @property
+    def share(self) -> int:
+        """About how many images one pass of this process asks for; 0 where the source does not know."""
+        return -(-(self.images or 0) // distributed.world())
+
     def __len__(self) -> int:
         return -(-(self.images or 0) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.epoch(0)
+        batches = self._stream() if isinstance(self.source, IterableDataset) else self.epoch(0)
+        return (batch for batch in batches if len(batch[0]))
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """One pass; its order depends on seed and number only."""
-        if isinstance(self.source, IterableDataset):
-            yield from self._stream()
-            return
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """One pass, from batch `start` on; its order and images depend on seed and number only.
+
+        Every process gets as many batches as the others. One is empty where a process has no readable image in it.
+        """
+        assert not isinstance(self.source, IterableDataset)
         generator = np.random.RandomState((self.seed * 100_003 + number) % 2**32)
         indices = np.arange(len(self.source))
         if self.limit and self.shuffle:
@@ -251,14 +276,17 @@ class Batches:
         indices = indices[: self.limit]
         if self.shuffle:
             indices = generator.permutation(indices)
-        dataset = _Guarded(self.source, self.transform, indices.tolist())
-        loader = DataLoader(dataset, self.batch_size, num_workers=self.workers, collate_fn=_collate)
-        empty = True
+        rank, world = distributed.rank(), distributed.world()
+        whole = [indices[at : at + self.batch_size] for at in range(0, len(indices), self.batch_size)][start:]
+        dataset = _Guarded(self.source, self.transform, (self.seed, number) if self.augmented else None)
+        shares = [batch[rank::world].tolist() for batch in whole]
+        loader = DataLoader(dataset, batch_sampler=shares, num_workers=self.workers, collate_fn=_collate)
+        empty = start == 0
         for images, labels, unreadable in loader:
-            self._count(unreadable, len(indices))
-            if len(images):
-                empty = False
-                yield images, labels
+            self._count(unreadable, -(-len(indices) // world))
+            self._require_known(labels)
+            empty = empty and not len(images)
+            yield images, labels
         if empty:
             raise EnvironmentFault("data: not one image could be read", "check data.root and the split")
 
@@ -271,22 +299,33 @@ class Batches:
                 "repair or remove them, or raise data.max_corrupt",
             )
 
+    def _require_known(self, labels: Tensor) -> None:
+        strange = [label for label in labels.tolist() if self.num_classes is not None and not 0 <= label < self.num_classes]
+        if strange and self.num_classes:
+            raise UsageError(
+                f"data: an image has label {strange[0]}, but the model has classes 0 to {self.num_classes - 1}",
+                "use the data set the model was trained on, or a model with a head for these classes",
+            )
+
     def _stream(self) -> Iterator[Batch]:
         self.source.transform = self.transform  # type: ignore[union-attr]
+        rank, world = distributed.rank(), distributed.world()
         seen = 0
         for images, labels in DataLoader(self.source, self.batch_size, num_workers=min(self.workers, 1)):  # type: ignore[arg-type]
             images = images[: self.limit - seen] if self.limit else images
+            labels = labels[: len(images)]
+            self._require_known(labels)
             seen += len(images)
-            yield images, labels[: len(images)]
+            yield images[rank::world], labels[rank::world]
             if self.limit and seen >= self.limit:
                 return
 
 
-def batches(model: nn.Module, source: Reader | IterableDataset, data: DataSection, **options: Any) -> Batches:
+def batches(model: VisionModel, source: Reader | IterableDataset, data: DataSection, **options: Any) -> Batches:
     """Batches of `source` as `model` wants them, with the recipe's batch size, workers and patience."""
     options.setdefault("transform", transform_for(model))
     options.setdefault("batch_size", data.batch_size)
-    return Batches(source, workers=data.workers, max_corrupt=data.max_corrupt, **options)
+    return Batches(source, num_classes=model.num_classes, workers=data.workers, max_corrupt=data.max_corrupt, **options)
 
 
 def read_image(path: Path) -> Image.Image:

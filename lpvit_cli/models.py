@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lpvit_cli import distributed
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.recipe import Layers, ModelSection, Recipe
 from lpvit_cli.sparse import BlockSparseLinear, narrow, sparse_layers, width
@@ -87,8 +88,11 @@ def device_of(recipe: Recipe) -> torch.device:
 
 
 def pick_device(name: str) -> torch.device:
+    """The device of that name; with several processes on a machine, `auto` and `cuda` are the GPU of this one."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.world() > 1:
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -31,7 +31,12 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ExportFormat = Literal["onnx", "torch", "pt2", "aoti", "openvino", "triton-server", "hub"]
 
 
-PATHS = {("model", "weights"), ("data", "root"), ("prune", "profile")}
+PATHS = {
+    ("model", "weights"),
+    ("data", "root"),
+    ("prune", "profile"),
+    ("finetune", "distill", "teacher", "weights"),
+}
 
 
 class Section(BaseModel):
@@ -197,11 +202,26 @@ class PruneSection(Section):
         return tuple(dict.fromkeys((self.block,) if isinstance(self.block[0], int) else self.block))
 
 
-class Distill(Section):
-    """Soft distillation from the dense parent: (1 - weight) * cross-entropy + weight * T^2 * KL."""
+class Augment(Section):
+    """timm's training augmentation. `mixup` and `cutmix` are the alpha of their Beta distribution, `erasing` and `flip`
+    probabilities; 0: not at all."""
 
+    rand_augment: str | None = "rand-m9-mstd0.5-mmax9-inc1"  # at 10, posterize would be to 0 bits: refused by Pillow
+    mixup: float = Field(default=0.0, ge=0)
+    cutmix: float = Field(default=0.0, ge=0)
+    erasing: Fraction = 0.0
+    flip: Fraction = 0.5
+
+
+class Distill(Section):
+    """Distillation: (1 - weight) * cross-entropy + weight * T^2 * KL from the teacher (`soft`), or cross-entropy with the class
+    the teacher decides for (`hard`, as in DeiT, without its token). `teacher`: any timm model of the same classes; None: the
+    dense parent."""
+
+    kind: Literal["soft", "hard"] = "soft"
     weight: Fraction = 0.5
     temperature: float = Field(default=2.0, gt=0)
+    teacher: ModelSection | None = None
 
 
 class Mfac(Section):
@@ -214,21 +234,30 @@ class Mfac(Section):
 
 
 class FinetuneSection(Section):
-    """Masked LoRA-GA on the pruned layers, biases and norms trained along. `alpha`, `gamma`: the scales of the paper."""
+    """Recovery on kept blocks. `lora_ga` starts low-rank adapters from the gradient, `lora` at random, `full` trains all kept
+    weights. `alpha`, `gamma`: the scales of the paper. Validated after every epoch, the best model is kept, the pruned one if
+    none is better."""
 
+    method: Literal["lora_ga", "lora", "full"] = "lora_ga"
     epochs: PositiveInt = 10
-    rank: PositiveInt = 16
+    rank: PositiveInt | dict[str, PositiveInt] = 16  # for all pruned layers, or by glob: the first that matches a layer counts,
+    # a layer that none matches stays as it is
     alpha: float = Field(default=16.0, gt=0)
     gamma: float = Field(default=16.0, gt=0)
     init_batches: PositiveInt = 8
+    also_train: tuple[Literal["norms", "biases", "head"], ...] = ("norms", "biases")
     optimizer: Literal["adamw", "mfac"] = "adamw"
     mfac: Mfac = Mfac()  # with optimizer: mfac
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     warmup_epochs: float = Field(default=1.0, ge=0)
+    accumulate: PositiveInt = 1  # batches of data.batch_size images a step
+    clip_norm: float = Field(default=1.0, gt=0)
+    ema: float | None = Field(default=None, gt=0, lt=1)  # decay of a moving average of what is trained, which is then kept
     label_smoothing: Fraction = 0.0
-    augment: bool = False  # timm's training augmentation (crop, flip, RandAugment)
+    augment: Augment | None = None
     distill: Distill | None = Distill()
+    target_top1: float | None = Field(default=None, gt=0, le=100)  # stop as soon as the validation accuracy is that good
 
 
 class EnergySection(Section):
@@ -348,7 +377,7 @@ class Recipe(Section):
             small["finetune"] |= {
                 "epochs": 1,
                 "init_batches": 1,
-                "rank": min(4, self.finetune.rank),
+                "rank": 4,
                 "warmup_epochs": 0,
             }
         return Recipe.model_validate(small)

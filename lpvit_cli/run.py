@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,11 +25,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lpvit_cli import __version__
+from lpvit_cli import __version__, distributed
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.measure.machine import installed
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.stages import ALL_STAGES, BENCH, CALIBRATE, EXPORT, FINETUNE, PROFILE, PRUNE, STAGES, SWEEP, Stage
+
+INPUTS = "inputs.json"  # in a progress folder: what it depends on
 
 Progress = Callable[[str, int, int, str], None]  # what is being done, steps done, steps in all, detail
 
@@ -42,7 +45,14 @@ class Run:
 
     @contextmanager
     def open(self, overwrite: bool = False) -> Iterator[None]:
-        """Claim the folder for this recipe and process; refuse one that belongs to something else."""
+        """Claim the folder for this recipe and process; refuse one that belongs to something else.
+
+        Of several processes the main one claims it, and only that one writes.
+        """
+        if not distributed.is_main():
+            distributed.from_main(None)
+            yield
+            return
         foreign = self._foreign()
         if foreign and not overwrite:
             raise UsageError(f"{self.folder}: {foreign}", "choose another --output, or pass --overwrite to take it over")
@@ -59,6 +69,7 @@ class Run:
                 ) from error
             self._tidy(take_over=bool(foreign))
             replace_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
+            distributed.from_main(None)
             yield
 
     def _foreign(self) -> str:
@@ -194,15 +205,46 @@ class Run:
 
     def progress_folder(self, stage: Stage) -> Path:
         """Where a long stage may keep restartable progress; it goes when the artefact is published or its inputs change."""
+        folder = self._progress_path(stage)
+        if distributed.is_main():
+            folder.mkdir(exist_ok=True)
+            replace_text(folder / INPUTS, json.dumps(self.inputs(stage), indent=1))
+        return folder
+
+    def _progress_path(self, stage: Stage) -> Path:
         return self.folder / f".{stage.folder}.progress-{digest(self.inputs(stage))}"
+
+    def _require_same_settings(self, stage: Stage) -> None:
+        """Progress of other settings would be lost: say which, unless what the stage reads was made again, which spoils it."""
+        artefacts = {other.folder for other in ALL_STAGES}
+        for folder in self.folder.glob(f".{stage.folder}.progress-*"):
+            if folder == self._progress_path(stage) or not (folder / INPUTS).is_file() or len(list(folder.iterdir())) < 2:
+                continue
+            old, new = json.loads((folder / INPUTS).read_text()), self.inputs(stage)
+            changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+            if changed and not artefacts & set(changed):
+                key = changed[0]
+                more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+                raise UsageError(
+                    f"{self.folder}: an interrupted {stage.command} was begun with other settings: {key} was "
+                    f"{old.get(key, 'none')}, is {new.get(key, 'none')}{more}",
+                    "go on with the old settings, or start anew with --no-resume",
+                )
 
     def execute(self, stage: Stage, progress: Progress, resume: bool = True) -> Any:
         """Run one stage and publish what it made; returns its report."""
         for before in self.sources(stage):
             self.artefact(before)
+        if not distributed.is_main():
+            distributed.from_main(None)  # leftovers of other settings are gone
+            with tempfile.TemporaryDirectory() as scratch:
+                return stage.function(self.recipe, self, Path(scratch), progress)
+        if resume:
+            self._require_same_settings(stage)
         inputs = self.inputs(stage)
-        kept = self.progress_folder(stage) if resume else None
+        kept = self._progress_path(stage) if resume else None
         self._clear(f".{stage.folder}.*", keep=kept)
+        distributed.from_main(None)
         work = self.folder / f".{stage.folder}.partial"
         started = time.monotonic()
         with writing(self.folder / stage.folder):

@@ -95,8 +95,16 @@ def gathered_gradient(dy: Tensor, x: Tensor, weight: BlockSparseMatrix) -> Tenso
     return gradient.to(x.dtype)
 
 
+def batched_gradient(dy: Tensor, x: Tensor, weight: BlockSparseMatrix) -> Tensor:
+    """As `strided_gradient`."""
+    (rows, columns), (height, width) = weight.grid, weight.block
+    dy = F.pad(dy, (0, rows * height - weight.shape[0])).unflatten(1, (rows, height)).permute(1, 2, 0)  # [rows, R, tokens]
+    x = F.pad(x, (0, columns * width - weight.shape[1])).unflatten(1, (columns, width)).transpose(0, 1)
+    return torch.bmm(dy[weight.block_rows], x[weight.cols.long()])
+
+
 FORMS: dict[str, Form] = {"strided": strided, "gathered": gathered, "batched": batched}
-GRADIENTS = {"strided": strided_gradient, "gathered": gathered_gradient}
+GRADIENTS = {"strided": strided_gradient, "gathered": gathered_gradient, "batched": batched_gradient}
 
 
 def _sums(dtype: torch.dtype) -> torch.dtype:

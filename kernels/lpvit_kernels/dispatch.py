@@ -58,7 +58,7 @@ def choose(kind: Kind, backend: str | Choice, x: Tensor, weight: BlockSparseMatr
     """The choice for `backend`, which may be "auto" or "cpu", or chosen already."""
     if isinstance(backend, Choice):
         return backend
-    if kind == "weight_gradient" and backend in ("dense", "batched"):
+    if kind == "weight_gradient" and backend == "dense":
         backend = "auto"
     if backend not in ("auto", "cpu"):
         return Choice(backend)
@@ -83,7 +83,7 @@ def serves(backend: str, case: Case) -> bool:
     if backend == "triton":
         return triton_runs(case.device, case.dtype, case.block)
     if case.kind == "weight_gradient":
-        return backend in ("gathered", "strided")
+        return backend == "gathered" or (backend != "dense" and case.device.startswith("cpu"))
     if backend == "strided" and case.dtype in ("float16", "bfloat16"):  # it rounds after every block
         return False
     return backend == "dense" or case.device.startswith("cpu")
@@ -98,7 +98,7 @@ def by_rule(case: Case, sparse_only: bool = False) -> Choice:
             return Choice("triton")
         return Choice("gathered" if case.kind == "weight_gradient" else "dense")
     if case.kind == "weight_gradient":
-        return Choice("gathered")
+        return Choice("batched" if case.tokens <= FEW_TOKENS else "gathered")
     if not sparse_only and case.density > (0.7 if case.block[0] * case.block[1] >= 2048 else 0.5):
         return Choice("dense")
     return Choice("batched" if case.tokens <= FEW_TOKENS else "gathered")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from lpvit_cli import distributed
 from lpvit_cli.curvature.inputs import observe_inputs
 from lpvit_cli.curvature.loss import Gradient, calibration_loss
 from lpvit_cli.curvature.outputs import observe_outputs
@@ -29,6 +30,8 @@ def collect(
 ) -> dict[str, LayerStatistics]:
     """Statistics of `layers` over `batches` (images [n, 3, H, W], labels [n]). `on_batch` is told the images done.
 
+    With several processes, each with batches of its own, those of all images together.
+
     Raises UsageError when a layer is never called as a module, so that replacing it would change nothing, and CheckFailed when
     statistics are not finite.
     """
@@ -42,7 +45,7 @@ def collect(
         )
         handles += [observe_inputs(layer, sums), observe_outputs(layer, sums.output_outer)]
         statistics[name] = sums
-    loss = calibration_loss(gradient, seed)
+    loss = calibration_loss(gradient, seed + distributed.rank())
     images = 0
     try:
         for x, labels in batches:
@@ -53,13 +56,15 @@ def collect(
         for handle in handles:
             handle.remove()
     for name, layer in layers.items():
-        if statistics[name].tokens == 0 or layer.weight.grad is None:
+        unseen = layer.weight.grad is None
+        statistics[name].gradient = torch.zeros_like(layer.weight) if layer.weight.grad is None else layer.weight.grad
+        statistics[name].images = images
+        statistics[name].sum_over_processes()
+        if statistics[name].tokens == 0 or (images and unseen):
             raise UsageError(
                 f"prune.layers: {name} is not called as a module in this architecture, so it cannot be made sparse",
                 f"leave it out: --set 'prune.layers.exclude=[{name}]'",
             )
-        statistics[name].gradient = layer.weight.grad
-        statistics[name].images = images
         layer.weight.grad = None
         _require_finite(name, statistics[name])
     return statistics

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lpvit_cli import distributed
 from lpvit_cli.errors import EnvironmentFault
 from lpvit_cli.models import write_tensors
 
@@ -32,6 +33,12 @@ class LayerStatistics:
         """Statistics of both sets of images together, as if one process had seen them."""
         sums = {field: getattr(self, field) + getattr(other, field) for field in FIELDS}
         return LayerStatistics(**sums, tokens=self.tokens + other.tokens, images=self.images + other.images)
+
+    def sum_over_processes(self) -> None:
+        """Statistics of all processes together, in place."""
+        counts = torch.tensor([self.tokens, self.images])
+        distributed.sum_(self.input_outer, self.output_outer, self.gradient, counts)
+        self.tokens, self.images = counts.tolist()
 
     @property
     def hessian(self) -> Tensor:

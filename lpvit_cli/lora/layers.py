@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 
 import torch
-from lpvit_kernels import BlockSparseMatrix, linear
+from lpvit_kernels import BlockSparseMatrix, kept_product, linear
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lpvit_cli.sparse import BlockSparseLinear, sparse_layers
+from lpvit_cli.sparse import BlockSparseLinear
 
 
 class MaskedLoraLinear(nn.Module):
@@ -17,8 +17,11 @@ class MaskedLoraLinear(nn.Module):
 
     W0 [out, in] with blocks R x C, A [r, in], B [out, r], eta = alpha / sqrt(r) (rank-stabilised, arXiv 2312.03732). Kept
     block (i, j) is W0_ij + eta B_i A_j; M o (B A) itself is not low-rank and is never formed as a dense matrix. Starts as
-    plain LoRA (A Gaussian, B zero); see `lora_ga_init` for the start from the gradient.
+    plain LoRA (A Gaussian, B zero); see `start` for the start from the gradient.
     """
+
+    start_a: Tensor
+    start_b: Tensor
 
     def __init__(self, base: BlockSparseLinear, rank: int, alpha: float = 16.0):
         super().__init__()
@@ -29,23 +32,57 @@ class MaskedLoraLinear(nn.Module):
         like = base.values
         self.lora_a = nn.Parameter(torch.randn(rank, base.in_features, dtype=like.dtype, device=like.device) / rank)
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, dtype=like.dtype, device=like.device))
+        self.register_buffer("start_a", torch.zeros_like(self.lora_a))
+        self.register_buffer("start_b", torch.zeros_like(self.lora_b))
+
+    @torch.no_grad()
+    def start(self, a: Tensor, b: Tensor) -> None:
+        """Start from these factors, A [r, in] and B [out, r]; W0 absorbs their product, so that the output is unchanged."""
+        for factor, given in ((self.lora_a, a), (self.lora_b, b), (self.start_a, a), (self.start_b, b)):
+            factor.copy_(given)
+        self.base.values.sub_(self.delta_values())
+
+    @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A' [r', in] and B' [out, r'] whose product is all that was added to the weight as it was before `start`."""
+        if not self.start_b.any():
+            return self.lora_a, self.eta * self.lora_b
+        return torch.cat([self.lora_a, self.start_a]), self.eta * torch.cat([self.lora_b, -self.start_b], dim=1)
 
     def delta_values(self) -> Tensor:
-        """eta B_i A_j on the kept blocks, packed [nnz, R, C]; differentiable in A and B."""
-        weight = self.base.weight
-        _, block_rows, block_cols = weight.values.shape
-        a = _pad_to_multiple(self.lora_a.T, block_cols).unflatten(0, (-1, block_cols))  # [in/C, C, r]
-        b = _pad_to_multiple(self.lora_b, block_rows).unflatten(0, (-1, block_rows))  # [out/R, R, r]
-        with torch.autocast(a.device.type, enabled=False):  # W0 nearly cancels it: rounding it first would show
-            return self.eta * torch.bmm(b[weight.block_rows], a[weight.cols.long()].transpose(1, 2))
+        """eta B_i A_j on the kept blocks, packed [nnz, R, C]; differentiable in A and B.
+
+        In their own type also under autocast: W0 nearly cancels it at first, and rounding it before the sum would show.
+        """
+        return self.eta * kept_product(self.lora_b, self.lora_a, self.base.weight)
 
     def delta_weight(self) -> BlockSparseMatrix:
         """M o (eta B A) as a block-sparse matrix [out, in]."""
         return self.base.weight.with_values(self.delta_values())
 
+    def effective_weight(self) -> BlockSparseMatrix:
+        """M o (W0 + eta B A) as a block-sparse matrix [out, in]."""
+        return self.base.weight.with_values(self.base.values + self.delta_values())
+
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        weight = self.base.weight.with_values(self.base.values + self.delta_values())
-        return linear(x, weight, self.base.bias)
+        weight = self.effective_weight()
+        with self._weight_made_again():
+            return linear(x, weight, self.base.bias)
+
+    def _weight_made_again(self) -> AbstractContextManager[None]:
+        """The backward pass forms W_eff anew: kept until then, those of all layers would take as much memory as the model."""
+        shape = self.base.values.shape
+
+        def pack(saved: Tensor) -> Tensor | torch.dtype:
+            return saved.dtype if saved.shape == shape else saved  # under autocast it was converted
+
+        def unpack(packed: Tensor | torch.dtype) -> Tensor:
+            if isinstance(packed, Tensor):
+                return packed
+            with torch.no_grad():
+                return self.effective_weight().values.to(packed)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     @torch.no_grad()
     def merge(self) -> BlockSparseLinear:
@@ -55,22 +92,22 @@ class MaskedLoraLinear(nn.Module):
         return self.base
 
 
-def adapt(model: nn.Module, rank: int, alpha: float) -> dict[str, MaskedLoraLinear]:
-    """Put an adapter on every block-sparse layer, in place. Adapters, biases and norms train; all else is frozen."""
-    adapters = {name: MaskedLoraLinear(layer, rank, alpha) for name, layer in sparse_layers(model).items()}
-    for name, adapter in adapters.items():
-        model.set_submodule(name, adapter)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.ndim == 1 or name.endswith((".lora_a", ".lora_b")))
+def adapt(model: nn.Module, ranks: dict[str, int], alpha: float) -> dict[str, MaskedLoraLinear]:
+    """Put an adapter of its rank on each named block-sparse layer, in place."""
+    adapters = {}
+    for name, rank in ranks.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, BlockSparseLinear)
+        adapters[name] = MaskedLoraLinear(layer, rank, alpha)
+        model.set_submodule(name, adapters[name])
     return adapters
+
+
+def adapters_of(model: nn.Module) -> dict[str, MaskedLoraLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLoraLinear)}
 
 
 def merge(model: nn.Module) -> None:
     """Replace every adapter by its merged block-sparse layer, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, MaskedLoraLinear):
-            model.set_submodule(name, module.merge())
-
-
-def _pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    return F.pad(x, (0, 0, 0, -len(x) % multiple))
+    for name, adapter in adapters_of(model).items():
+        model.set_submodule(name, adapter.merge())

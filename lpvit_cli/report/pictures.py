@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from lpvit_cli.report.schema import BatchBench, LayerReport, SweepReport
+from lpvit_cli.report.schema import BatchBench, FinetuneReport, LayerReport, SweepReport
 
 COLORS = {"dense": "#6b7280", "masked-dense": "#d97706", "sparse": "#2563eb"}
 
@@ -72,6 +72,27 @@ def sweep_picture(report: SweepReport) -> str:
     if len(predicted) == len(x):
         right.plot(x, predicted, "s--", color=COLORS["masked-dense"], label="predicted from the device profile")
     right.set(xlabel="FLOPs, fraction of dense", ylabel="speed-up", xlim=(0, 1.02), ylim=(0, None))
+    for axes in (left, right):
+        axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def recovery_picture(report: FinetuneReport, losses: list[float]) -> str:
+    """Training loss by step, with its running mean, and validation accuracy by epoch; epoch 0 is the pruned model."""
+    figure, (left, right) = _figure(11, 4, 1, 2)
+    window = max(1, len(losses) // 50)
+    means = [sum(losses[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(losses))]
+    steps = range(1, len(losses) + 1)
+    left.plot(steps, losses, color=COLORS["sparse"], alpha=0.25, linewidth=0.8)
+    left.plot(steps, means, color=COLORS["sparse"], linewidth=2, label=f"mean of {window} steps")
+    left.set(xlabel="step", ylabel="training loss", ylim=(0, None))
+    top1 = [report.accuracy_pruned.top1, *(epoch.validation_top1 for epoch in report.history)]
+    dense = report.accuracy_dense.top1
+    right.axhline(dense, color=COLORS["dense"], linestyle=":", label=f"dense, {dense:.2f} %")
+    right.plot(range(len(top1)), top1, "o-", color=COLORS["sparse"], label="validation")
+    best = f"best, {top1[report.best_epoch]:.2f} %"
+    right.plot(report.best_epoch, top1[report.best_epoch], "o", color=COLORS["masked-dense"], markersize=9, label=best)
+    right.set(xlabel="epoch (0: pruned)", ylabel="top-1 (%)")
     for axes in (left, right):
         axes.legend(frameon=False)
     return _svg(figure)

@@ -109,19 +109,28 @@ class PredictionReport(Report):
 
 
 class Epoch(BaseModel):
+    """Loss and accuracy while training, and the accuracy on the validation images after it."""
+
     epoch: int
     loss: float
     top1: float
+    validation_top1: float
     images_per_second: float
 
 
 class FinetuneReport(Report):
-    rank: int
+    """`accuracy` is that of the best epoch, chosen on the validation images themselves; epoch 0 is the pruned model."""
+
+    method: str
+    rank: int | dict[str, int] | None  # None: no adapters
     trainable_parameters: int
     all_parameters: int
+    optimizer_bytes: int
+    processes: int
     accuracy_dense: Accuracy
     accuracy_pruned: Accuracy
     accuracy: Accuracy
+    best_epoch: int
     history: list[Epoch]
     skipped_images: int
 

@@ -173,13 +173,16 @@ def _prediction(report: PredictionReport, folder: Path) -> list[Any]:
 
 
 def _finetune(report: FinetuneReport, folder: Path) -> list[Any]:
-    rows = table("recovered by masked LoRA-GA", "", "dense", "pruned", "recovered", "recovered - dense")
+    how = {"lora_ga": "masked LoRA-GA", "lora": "masked LoRA", "full": "training all kept blocks"}[report.method]
+    rows = table(f"recovered by {how}", "", "dense", "pruned", "recovered", "recovered - dense")
     for name in ("top1", "top5"):
         dense, pruned, recovered = (getattr(a, name) for a in (report.accuracy_dense, report.accuracy_pruned, report.accuracy))
         label = "top-1" if name == "top1" else "top-5"
         rows.add_row(label, f"{dense:.2f} %", f"{pruned:.2f} %", f"{recovered:.2f} %", f"{recovered - dense:+.2f}")
-    trained = f"{report.trainable_parameters:,} parameters trained (rank {report.rank}), {report.all_parameters:,} in the model"
-    return [rows, f"{len(report.history)} epochs, {trained}; zero blocks checked; model folder: {folder}"]
+    rank = "" if report.rank is None else f" (rank {report.rank})"
+    trained = f"{report.trainable_parameters:,} parameters trained{rank}, {report.all_parameters:,} in the model"
+    epochs = f"{len(report.history)} epochs, the best is {report.best_epoch}"
+    return [rows, f"{epochs}; {trained}; zero blocks checked", f"model folder: {folder}"]
 
 
 def _bench(report: BenchReport, folder: Path) -> list[Any]:

@@ -31,7 +31,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Calib
     model = build_model(recipe.model)
     layers = prunable_layers(model, recipe.prune.layers)
     images = calibration_batches(recipe, model)
-    total = images.images or 0
+    total = images.share
     statistics = collect(
         model,
         layers,

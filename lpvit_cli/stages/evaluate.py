@@ -123,7 +123,7 @@ def measure_accuracy(
     model: nn.Module, validation: Batches, device: torch.device, dtype: torch.dtype, progress: Progress, what: str
 ) -> Accuracy:
     model.eval().to(device)
-    total = validation.images or 0
+    total = validation.share
     with torch.inference_mode(), autocast(device, dtype):
         return accuracy(
             lambda x: model(x.to(device)), validation, lambda done: progress(what, done, total, f"{done}/{total} images")

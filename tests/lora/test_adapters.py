@@ -99,18 +99,13 @@ def test_a_layer_that_lost_all_its_blocks_still_gives_its_bias() -> None:
     assert not adapter.merge().weight.to_dense().any()
 
 
-def test_only_adapters_biases_and_norms_train_and_merging_restores_the_layers(tiny_vit: nn.Module) -> None:
+def test_merging_restores_the_layers(tiny_vit: nn.Module) -> None:
     masks = {f"blocks.{i}.mlp.fc1": torch.rand(16, 2) < 0.6 for i in range(2)}
     sparsify(tiny_vit, masks, (8, 16))
     names = set(sparse_layers(tiny_vit))
     x = torch.randn(2, 3, 32, 32)
     before = tiny_vit(x)
-    adapters = adapt(tiny_vit, rank=4, alpha=8.0)
-    assert set(adapters) == names
-    trainable = {name for name, p in tiny_vit.named_parameters() if p.requires_grad}
-    assert {f"{name}.lora_a" for name in names} | {"blocks.0.norm1.weight", "blocks.0.attn.qkv.bias", "head.bias"} <= trainable
-    assert not {f"{name}.base.values" for name in names} & trainable
-    assert "blocks.0.attn.qkv.weight" not in trainable
+    assert set(adapt(tiny_vit, dict.fromkeys(names, 4), alpha=8.0)) == names
     merge(tiny_vit)
     assert set(sparse_layers(tiny_vit)) == names
     assert relative(tiny_vit(x), before) < 1e-6

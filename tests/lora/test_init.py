@@ -9,15 +9,14 @@ from lpvit_kernels import BlockSparseMatrix
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lpvit_cli.lora import MaskedLoraLinear
-from lpvit_cli.lora.init import kept_gradients, lora_ga_init
+from lpvit_cli.lora import MaskedLoraLinear, kept_gradients, lora_ga_factors
 from lpvit_cli.sparse import BlockSparseLinear, densify, sparsify
 
 SHAPE, BLOCK, RANK = (48, 64), (8, 16), 6
 
 
 def started(density: float, dtype: torch.dtype = torch.float64) -> tuple[MaskedLoraLinear, Tensor, Tensor]:
-    """An adapter after lora_ga_init, its masked gradient, and the weight before."""
+    """An adapter started from a gradient, its masked gradient, and the weight before."""
     weight, mask = masked(SHAPE, BLOCK, density)
     dense = nn.Linear(SHAPE[1], SHAPE[0], dtype=dtype)
     dense.weight.data = weight.to(dtype)
@@ -25,7 +24,7 @@ def started(density: float, dtype: torch.dtype = torch.float64) -> tuple[MaskedL
     before = adapter.base.weight.to_dense().detach().clone()
     generator = torch.Generator().manual_seed(5)
     gradient = torch.randn(SHAPE, generator=generator, dtype=dtype) * expanded(mask, SHAPE, BLOCK)
-    lora_ga_init(adapter, BlockSparseMatrix.from_dense(gradient, BLOCK, mask), gamma=16.0)
+    adapter.start(*lora_ga_factors(BlockSparseMatrix.from_dense(gradient, BLOCK, mask), RANK, gamma=16.0))
     return adapter, gradient, before
 
 
@@ -81,22 +80,54 @@ def test_first_step_is_the_best_of_rank_2r() -> None:
 
 def test_rank_beyond_half_of_the_layer_is_refused() -> None:
     weight, mask = masked(SHAPE, BLOCK, 1.0)
-    dense = nn.Linear(SHAPE[1], SHAPE[0])
-    dense.weight.data = weight
-    adapter = MaskedLoraLinear(BlockSparseLinear.from_linear(dense, BLOCK, mask), rank=25)
     with pytest.raises(ValueError, match="2 x rank <= min"):
-        lora_ga_init(adapter, adapter.base.weight)
+        lora_ga_factors(BlockSparseMatrix.from_dense(weight, BLOCK, mask), rank=25)
 
 
 def test_gradients_are_averaged_over_batches_and_masked(tiny_vit: nn.Module) -> None:
-    mask = torch.rand(16, 2, generator=torch.Generator().manual_seed(0)) < 0.5
-    sparsify(tiny_vit, {"blocks.1.mlp.fc1": mask}, (8, 16))
+    names, generator = ["blocks.1.mlp.fc1", "blocks.0.mlp.fc1"], torch.Generator().manual_seed(0)
+    masks = {name: torch.rand(16, 2, generator=generator) < 0.5 for name in names}
+    sparsify(tiny_vit, masks, (8, 16))
     dense = densify(tiny_vit).double()
-    batches = [(torch.randn(4, 3, 32, 32), torch.randint(5, (4,))) for _ in range(3)]
-    found = kept_gradients(tiny_vit, batches, lambda x, y: F.cross_entropy(tiny_vit(x), y))["blocks.1.mlp.fc1"]
-    weight = dense.get_submodule("blocks.1.mlp.fc1").weight.requires_grad_()
-    for x, y in batches:
-        (F.cross_entropy(dense(x.double()), y) / 3).backward()
-    expected = weight.grad * expanded(mask, tuple(weight.shape), (8, 16))
-    assert relative(found.to_dense(), expected) < 1e-4
-    assert tiny_vit.get_submodule("blocks.1.mlp.fc1").values.grad is None
+    images, labels = torch.randn(9, 3, 32, 32), torch.randint(5, (9,))
+    passes: list[int] = []
+
+    def batches() -> list[tuple[Tensor, Tensor]]:
+        passes.append(1)
+        return list(zip(images.split(4), labels.split(4), strict=True))
+
+    weights = {name: dense.get_submodule(name).weight.requires_grad_() for name in names}
+    F.cross_entropy(dense(images.double()), labels).backward()
+    for memory_bytes in (2**20, 1):
+        passes.clear()
+        found = kept_gradients(tiny_vit, names, batches, lambda x, y: F.cross_entropy(tiny_vit(x), y), memory_bytes)
+        for name, gradient in found:
+            expected = weights[name].grad * expanded(masks[name], tuple(weights[name].shape), (8, 16))
+            assert relative(gradient.to_dense(), expected) < 1e-4
+        assert len(passes) == (1 if memory_bytes > 1 else len(names)), "one pass, or one for each layer"
+    assert not any(parameter.requires_grad for parameter in tiny_vit.parameters())
+
+
+def test_the_randomized_start_spans_what_the_exact_one_does() -> None:
+    """A gradient with a falling spectrum, large enough for the randomized SVD: its subspaces agree with LAPACK's."""
+    generator = torch.Generator().manual_seed(2)
+    u, v = (torch.linalg.qr(torch.randn(256, 256, generator=generator, dtype=torch.float64)).Q for _ in range(2))
+    gradient = u @ torch.diag(0.7 ** torch.arange(256, dtype=torch.float64)) @ v.T
+    torch.manual_seed(0)
+    a, b = lora_ga_factors(BlockSparseMatrix.from_dense(gradient, (64, 64)), rank=8)
+    scale = 256**0.25 / 4
+    assert relative(a.T @ a / scale**2, v[:, :8] @ v[:, :8].T) < 1e-8
+    assert relative(b @ b.T / scale**2, u[:, 8:16] @ u[:, 8:16].T) < 1e-8
+    assert (a @ v[:, :8]).diagonal().abs().min() > 0.99 * scale, "one vector each, not a rotation of them"
+
+
+def test_the_free_signs_are_chosen() -> None:
+    """The same gradient, computed with other rounding, starts alike."""
+    weight, mask = masked(SHAPE, BLOCK, 0.5)
+    gradient = BlockSparseMatrix.from_dense(weight.double(), BLOCK, mask)
+    a, b = lora_ga_factors(gradient, RANK)
+    noisy = gradient.with_values(gradient.values * (1 + 1e-9 * torch.randn_like(gradient.values)))
+    for found, expected in zip(lora_ga_factors(noisy, RANK), (a, b), strict=True):
+        assert relative(found, expected) < 1e-6
+    left = torch.linalg.svd(gradient.to_dense()).U[:, RANK : 2 * RANK]
+    assert relative(b, left * left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign() * SHAPE[0] ** 0.25 / 4) < 1e-8

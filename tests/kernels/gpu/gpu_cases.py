@@ -54,7 +54,7 @@ def check_products(case: Case, dtype: torch.dtype, device: str, tolerance: float
 
 
 def check_kept_product(case: Case, rank: int, dtype: torch.dtype, device: str, tolerance: float) -> None:
-    """The product of two factors on kept blocks and its gradients, as the public operation, against the dense one in float64."""
+    """The product of two factors on kept blocks and its gradients, against the dense one in float64."""
     pattern = matrix(case, dtype, device)
     left = torch.randn(case.shape[0], rank).to(device, dtype).requires_grad_()
     right = torch.randn(rank, case.shape[1]).to(device, dtype).requires_grad_()
