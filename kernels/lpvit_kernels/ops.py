@@ -78,7 +78,8 @@ def kept_product(left: Tensor, right: Tensor, pattern: BlockSparseMatrix, backen
     if backend == "reference":
         return BlockSparseMatrix.from_dense(left @ right, pattern.block, pattern.block_mask).values
     like = pattern.values.detach()
-    values: Tensor = torch.ops.lpvit.block_sparse_kept_product(left.T, right, like, pattern.row_ptr, pattern.cols, backend)
+    with torch.autocast(left.device.type, enabled=False):
+        values: Tensor = torch.ops.lpvit.block_sparse_kept_product(left.T, right, like, pattern.row_ptr, pattern.cols, backend)
     return values
 
 

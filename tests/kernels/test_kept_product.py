@@ -52,6 +52,14 @@ def test_each_type_is_accurate_to_its_rounding(dtype: torch.dtype) -> None:
     assert relative(made, mask * (left.double() @ right.double())) < bound
 
 
+def test_autocast_leaves_it_alone() -> None:
+    pattern, mask = pattern_of((48, 64), (8, 16), 0.5)
+    left, right = factors((48, 64), 16, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = kept_product(left, right, pattern)
+    assert relative(pattern.with_values(values).to_dense(), mask * (left.double() @ right.double())) < 1e-6
+
+
 def test_no_block_kept_gives_no_values_and_zero_gradients() -> None:
     pattern, _ = pattern_of((48, 64), (8, 16), 0.0)
     left, right = factors((48, 64), 4)
