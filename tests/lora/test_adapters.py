@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers import expanded, masked, relative
+from lpvit_kernels import BlockSparseMatrix
 from torch import nn
 from torch.nn import functional as F
 
@@ -124,3 +129,25 @@ def test_peft_agrees_when_every_block_is_kept() -> None:
     ours.lora_a.data, ours.lora_b.data = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
     x = torch.randn(7, 64)
     assert relative(ours(x), theirs(x)) < 1e-5
+
+
+def test_the_weight_in_use_is_not_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made again there: kept, the weights of all layers would take as much memory as the model."""
+    adapter = adapter_of((48, 64), (8, 16))
+    made = []
+    effective_weight = MaskedLoraLinear.effective_weight
+
+    def recorded(self: MaskedLoraLinear) -> BlockSparseMatrix:
+        weight = effective_weight(self)
+        made.append(weakref.ref(weight.values))
+        return weight
+
+    monkeypatch.setattr(MaskedLoraLinear, "effective_weight", recorded)
+    for precision in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        made.clear()
+        with precision:
+            y = adapter(torch.randn(70, 64))
+        gc.collect()
+        assert [values() for values in made] == [None]
+        y.sum().backward()
+        assert len(made) == 2

@@ -131,3 +131,39 @@ def test_the_free_signs_are_chosen() -> None:
         assert relative(found, expected) < 1e-6
     left = torch.linalg.svd(gradient.to_dense()).U[:, RANK : 2 * RANK]
     assert relative(b, left * left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign() * SHAPE[0] ** 0.25 / 4) < 1e-8
+
+
+def test_peft_starts_alike_when_every_block_is_kept() -> None:
+    """Up to sign, and to the singular values and the scale that peft multiplies B by and the paper does not."""
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+    from peft.tuners.lora import LoraGAConfig, preprocess_loraga
+
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(SHAPE[1], SHAPE[0]))
+    x, target = torch.randn(200, SHAPE[1]), torch.randn(200, SHAPE[0])
+    layer = BlockSparseLinear.from_linear(dense[0], BLOCK, torch.ones(6, 4, dtype=torch.bool))
+    ours = nn.Sequential(layer)
+    before = dense[0].weight.detach().clone()
+    found = kept_gradients(ours, ["0"], lambda: [(x, target)], lambda a, b: F.mse_loss(ours(a), b))
+    adapter = MaskedLoraLinear(layer, RANK, alpha=16.0)
+    for _, gradient in found:
+        s = torch.linalg.svdvals(gradient.to_dense().double())
+        adapter.start(*lora_ga_factors(gradient, RANK))
+
+    config = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=16,
+        use_rslora=True,
+        target_modules=["0"],
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(direction="ArB2r", scale="unit"),
+    )
+    preprocess_loraga(dense, config, lambda: F.mse_loss(dense(x), target).backward())
+    theirs = peft.get_peft_model(dense, config).base_model.model[0]
+    scale = SHAPE[0] ** 0.25 / 4.0
+    for a, their_a in zip(adapter.lora_a / scale, theirs.lora_A["default"].weight, strict=True):
+        assert min(relative(a, their_a), relative(-a, their_a)) < 1e-2  # their SVD is randomized
+    for b, their_b, size in zip(adapter.lora_b.T / scale, theirs.lora_B["default"].weight.T, s[RANK:], strict=False):
+        assert min(relative(b * size, their_b), relative(-b * size, their_b)) < 1e-2
+    assert adapter.eta == pytest.approx(theirs.scaling["default"])
+    assert relative(adapter.effective_weight().to_dense(), before) < 1e-6
