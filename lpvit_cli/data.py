@@ -260,15 +260,16 @@ class Batches:
         return -(-(self.images or 0) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = self._stream() if isinstance(self.source, IterableDataset) else self.epoch(0)
-        return (batch for batch in batches if len(batch[0]))
+        return (batch for batch in self.epoch(0) if len(batch[0]))
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """One pass, from batch `start` on; its order and images depend on seed and number only.
 
         Every process gets as many batches as the others. One is empty where a process has no readable image in it.
         """
-        assert not isinstance(self.source, IterableDataset)
+        if isinstance(self.source, IterableDataset):
+            yield from self._stream()
+            return
         generator = np.random.RandomState((self.seed * 100_003 + number) % 2**32)
         indices = np.arange(len(self.source))
         if self.limit and self.shuffle:

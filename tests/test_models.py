@@ -731,8 +731,12 @@ def test_no_machine_has_a_hundred_gpus() -> None:
 @pytest.mark.parametrize(("available", "expected"), [(True, "cuda"), (False, "cpu")])
 def test_auto_is_the_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch, available: bool, expected: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert pick_device("auto") == torch.device(expected)
     assert pick_device("cpu") == torch.device("cpu")
+    for name, value in {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "MASTER_ADDR": "here"}.items():
+        monkeypatch.setenv(name, value)
+    assert pick_device("auto") == torch.device("cuda:2" if available else "cpu"), "each process has a GPU of its own"
 
 
 @pytest.mark.parametrize(

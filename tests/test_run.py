@@ -161,7 +161,7 @@ def test_progress_survives_only_for_the_same_inputs(tmp_path: Path, work_of: Cal
         seen = []
         work_of(lambda work: seen.extend(p.name for p in run.folder.glob(".pruned.progress-*")))
         for resume in (True, False):
-            kept.mkdir()
+            kept.mkdir(exist_ok=True)
             stale.mkdir()
             run.execute(PRUNE, quiet, resume=resume)
     assert seen == [kept.name]

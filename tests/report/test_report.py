@@ -156,13 +156,19 @@ def prune(**changes: Any) -> PruneReport:
 def finetune(**changes: Any) -> FinetuneReport:
     facts: dict[str, Any] = {
         "device": CPU,
+        "method": "lora_ga",
         "rank": 16,
+        "optimizer_bytes": 21_233_664,
+        "processes": 1,
+        "best_epoch": 2,
         "trainable_parameters": 2_654_208,
         "all_parameters": 86_567_656,
         "accuracy_dense": Accuracy(81.83, 95.61, 50_000),
         "accuracy_pruned": Accuracy(74.29, 91.52, 50_000),
         "accuracy": Accuracy(80.47, 94.98, 50_000),
-        "history": [Epoch(epoch=k, loss=1.0 / k, top1=70.0 + k, images_per_second=812.5) for k in (1, 2, 3)],
+        "history": [
+            Epoch(epoch=k, loss=1.0 / k, top1=70.0 + k, validation_top1=71.0 + k, images_per_second=812.5) for k in (1, 2, 3)
+        ],
         "skipped_images": 0,
     }
     return FinetuneReport(**facts | changes)
@@ -453,7 +459,9 @@ def test_recovery_shows_both_accuracies_and_what_was_trained() -> None:
     lines = [words(line) for line in text.splitlines()]
     assert "top-1 81.83 % 74.29 % 80.47 % -1.36" in lines
     assert "top-5 95.61 % 91.52 % 94.98 % -0.63" in lines
-    assert "3 epochs, 2,654,208 parameters trained (rank 16), 86,567,656 in the model; zero blocks checked" in words(text)
+    trained = "2,654,208 parameters trained (rank 16), 86,567,656 in the model; zero blocks checked"
+    assert f"3 epochs, the best is 2; {trained}" in words(text)
+    assert "parameters trained, 86,567,656" in words(shown(finetune(method="full", rank=None)))
 
 
 def test_bench_shows_verdicts_first_then_every_subject_of_every_batch() -> None:

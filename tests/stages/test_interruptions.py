@@ -67,7 +67,7 @@ def test_interrupt_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     result = run_cli(stage.command, "digits_vit", "-o", folder, *OPTIONS)
     assert result.code == 0, result.err
     assert left_over(folder) == sorted([*earlier, stage.folder])
-    assert ("resumed after epoch 1" in result.out) is (stage.command == "finetune-lora-ga")
+    assert ("resumed after step 8" in result.out) is (stage.command == "finetune-lora-ga")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "mfac"])
@@ -92,7 +92,7 @@ def test_resumed_recovery_ends_where_an_uninterrupted_one_does(
         assert run_cli("finetune-lora-ga", "digits_vit", "-o", folder, *options).code == 0
     a, b = (json.loads((folder / "finetuned" / "report.json").read_text()) for folder in (once, twice))
     assert [epoch["loss"] for epoch in a["history"]] == [epoch["loss"] for epoch in b["history"]]
-    assert b["notes"] == ["resumed after epoch 2"]
+    assert b["notes"] == ["resumed after step 16"]
     weights = [(folder / "finetuned" / "model.safetensors").read_bytes() for folder in (once, twice)]
     assert weights[0] == weights[1]
 
