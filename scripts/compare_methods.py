@@ -10,7 +10,6 @@ is the result as JSON.
 
 import argparse
 import copy
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,94 +17,22 @@ from pathlib import Path
 
 import torch
 from results import publish
+from tasks import CPU, Task, recover, swin_task, vit_task
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lpvit_cli.curvature import LayerStatistics, collect
-from lpvit_cli.data import DigitsReader
-from lpvit_cli.lora import adapt, merge
-from lpvit_cli.lora.init import kept_gradients, lora_ga_init
-from lpvit_cli.lora.train import Trainer, distilled_loss
-from lpvit_cli.measure.accuracy import accuracy
-from lpvit_cli.models import build_model, prunable_layers, write_tensors
+from lpvit_cli.models import prunable_layers
 from lpvit_cli.pruning.allocate import Curve, allocate
 from lpvit_cli.pruning.blocks import Block, block_elements
 from lpvit_cli.pruning.saliency import METHODS, Removal
 from lpvit_cli.pruning.surgeon import compensated
-from lpvit_cli.recipe import Budget, FinetuneSection, Layers, ModelSection, Recipe
+from lpvit_cli.recipe import Budget, FinetuneSection, Layers, Recipe
 from lpvit_cli.sparse import sparsify
 from lpvit_cli.stages.plan import Plan, build_plan
 from lpvit_cli.stages.pruned_model import prune_model
 
-CPU = torch.device("cpu")
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 RECOVERED = ("magnitude, global", "wanda, uniform", "taylor", "lpvit", "block Fisher", "M-FAC", "obs")  # the rest: ablations
-Batches = list[tuple[Tensor, Tensor]]
-SWIN = ModelSection(
-    name="swin_tiny_patch4_window7_224",
-    kwargs={"img_size": (32, 64), "window_size": 4, "embed_dim": 64, "depths": (2, 4), "num_heads": (2, 4), "num_classes": 10},
-)
-
-
-@dataclass
-class Task:
-    """A trained model and its images."""
-
-    name: str
-    model: nn.Module
-    train: tuple[Tensor, Tensor]
-    val: Batches
-
-    def calibration(self, seed: int, images: int = 512) -> Batches:
-        chosen = torch.randperm(len(self.train[0]), generator=torch.Generator().manual_seed(seed))[:images]
-        return split(self.train[0][chosen], self.train[1][chosen])
-
-    def top1(self, model: nn.Module) -> float:
-        with torch.inference_mode():
-            return accuracy(model.eval(), self.val).top1
-
-
-def split(images: Tensor, labels: Tensor, size: int = 64) -> Batches:
-    return list(zip(images.split(size), labels.split(size), strict=True))
-
-
-def digits(which: str, width: int) -> tuple[Tensor, Tensor]:
-    """Digits as normalised images [n, 3, 32, width]; on a canvas wider than 32 each at a random place."""
-    reader = DigitsReader(which)
-    images = F.interpolate(torch.from_numpy(reader.images)[:, None].float() / 255, (32, 32), mode="bilinear", antialias=True)
-    places = torch.randint(0, width - 31, (len(images),), generator=torch.Generator().manual_seed(len(images))).tolist()
-    canvas = torch.stack([F.pad(image, (x, width - 32 - x, 0, 0)) for image, x in zip(images, places, strict=True)])
-    return (canvas.expand(-1, 3, -1, -1) - 0.5) / 0.5, torch.from_numpy(reader.labels).long()
-
-
-def vit_task() -> Task:
-    model = build_model(Recipe.load("digits_vit").model)
-    return Task("digits_vit", model, digits("train", 32), split(*digits("validation", 32)))
-
-
-def swin_task(cache: Path, epochs: int = 40) -> Task:
-    torch.manual_seed(0)
-    model: nn.Module = build_model(SWIN)
-    train, val = digits("train", 64), split(*digits("validation", 64))
-    if cache.is_file():
-        model = build_model(SWIN.model_copy(update={"weights": cache}))
-        return Task("digits_swin", model, train, val)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    steps = epochs * (len(train[0]) // 64 + 1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
-    model.train()
-    for _ in range(epochs):
-        order = torch.randperm(len(train[0]))
-        for images, labels in split(train[0][order], train[1][order]):
-            images = torch.roll(images, int(torch.randint(-16, 17, ())), dims=3)
-            loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(cache, {name: tensor.contiguous() for name, tensor in model.eval().state_dict().items()})
-    return Task("digits_swin", model, train, val)
 
 
 # methods: each gives removal orders, and weights for a mask
@@ -193,29 +120,6 @@ def prune(task: Task, layers: dict[str, nn.Linear], method: Method, sparsity: fl
     return model
 
 
-def recover(task: Task, model: nn.Module, seed: int, epochs: int) -> nn.Module:
-    """Masked LoRA-GA, distilled from the dense model: the same for every method."""
-    settings = FinetuneSection(epochs=epochs, rank=8, warmup_epochs=0.2)
-    loss_of = distilled_loss(model, task.model.eval(), settings.distill, 0.0, CPU)
-
-    def shuffled(epoch: int) -> Batches:
-        order = torch.randperm(len(task.train[0]), generator=torch.Generator().manual_seed(100 * seed + epoch))
-        return split(task.train[0][order], task.train[1][order])
-
-    gradients = kept_gradients(model, shuffled(99)[:4], lambda x, y: loss_of(x, y)[0])
-    adapters = adapt(model, settings.rank, settings.alpha)
-    for name, gradient in gradients.items():
-        if len(gradient.cols):
-            lora_ga_init(adapters[name], gradient)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(model, settings, len(shuffled(0)), Path(folder) / "c", seed)
-        for epoch in range(epochs):
-            off = torch.amp.GradScaler("cpu", enabled=False)
-            trainer.epoch(shuffled(epoch), loss_of, lambda: torch.autocast("cpu", enabled=False), off, lambda *_: None)
-    merge(model)
-    return model
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default="digits_vit,digits_swin")
@@ -246,8 +150,8 @@ def main() -> None:
                     model = prune(task, layers, method, sparsity, block)
                     before, after = task.top1(model), None
                     if args.recovery_epochs and name in RECOVERED:
-                        torch.manual_seed(seed)
-                        after = task.top1(recover(task, model, seed, args.recovery_epochs))
+                        recover(task, model, seed, FinetuneSection(epochs=args.recovery_epochs, rank=8, warmup_epochs=0.2))
+                        after = task.top1(model)
                     results.setdefault((name, sparsity), []).append((before, after))
                 print(f"  seed {seed}, {name}: {time.monotonic() - started:.0f} s", flush=True)
         for (name, sparsity), found in results.items():

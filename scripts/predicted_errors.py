@@ -12,8 +12,8 @@ import copy
 from pathlib import Path
 
 import torch
-from compare_methods import CPU, Task, swin_task, vit_task
 from results import publish
+from tasks import CPU, Task, swin_task, vit_task
 from torch import Tensor
 
 from lpvit_cli.curvature import class_probabilities, collect, divergence

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from fnmatch import fnmatch
 from functools import partial
 from importlib.util import find_spec
@@ -171,7 +172,7 @@ def start_from_gradient(
     settings: FinetuneSection,
     images: Batches,
     objective: Objective,
-    precision: partial[torch.autocast],
+    precision: Callable[[], AbstractContextManager[object]],
     device: torch.device,
     progress: Progress,
 ) -> None:
