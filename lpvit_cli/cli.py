@@ -12,7 +12,7 @@ import typer
 from lpvit_cli import __version__, distributed
 from lpvit_cli.console import Console
 from lpvit_cli.errors import UsageError
-from lpvit_cli.stages import BENCH, CALIBRATE, EXPORT, FINETUNE, PROFILE, PRUNE, STAGES, SWEEP, Stage
+from lpvit_cli.stages import BENCH, CALIBRATE, EXPORT, FINETUNE, GRADUAL, PROFILE, PRUNE, STAGES, SWEEP, Stage
 
 app = typer.Typer(
     name="lpvit",
@@ -162,6 +162,8 @@ def _run_stages(
     run = Run(recipe, output or Path("runs") / recipe.name)
     if len(stages) > 1 and recipe.finetune is None:
         stages = tuple(stage for stage in stages if stage is not FINETUNE)
+    if len(stages) > 1 and recipe.schedule:
+        stages = (GRADUAL, *(stage for stage in stages if stage not in (CALIBRATE, PRUNE, FINETUNE)))
     if len(stages) > 1 and recipe.prune.profile is None and recipe.prune.budget.needs_profile:
         stages = (PROFILE, *stages)
     if dry_run:
@@ -254,7 +256,7 @@ def _plan(changes: list[str] | None, resume: bool) -> str:
     return "up to date" if resume else "runs again (--no-resume)"
 
 
-for _stage in (*STAGES, PROFILE):
+for _stage in (*STAGES, GRADUAL, PROFILE):
     _add_recipe_command(_stage.command, (_stage,), _stage.summary)
 _add_recipe_command("run", STAGES, "All stages in order, skipping what is up to date.")
 

@@ -311,18 +311,32 @@ class Recipe(Section):
     calibrate: CalibrateSection = CalibrateSection()
     prune: PruneSection = PruneSection()
     sweep: tuple[float, ...] = ()  # budgets of `lpvit prune --sweep`, of the same kind as prune.budget
+    schedule: tuple[float, ...] = ()  # budgets of `lpvit gradual`, of the same kind, each below the one before
     finetune: FinetuneSection | None = FinetuneSection()
     bench: BenchSection = BenchSection()
     profile: ProfileSection = ProfileSection()
     export: ExportSection = ExportSection()
 
-    @field_validator("sweep")
+    @field_validator("sweep", "schedule")
     @classmethod
-    def _sweep_holds_budgets(cls, sweep: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+    def _holds_budgets(cls, budgets: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
         if "prune" in info.data:  # absent when it is invalid itself
-            for value in sweep:
+            for value in budgets:
                 Budget.model_validate({info.data["prune"].budget.kind: value})
-        return sweep
+        return budgets
+
+    @field_validator("schedule")
+    @classmethod
+    def _prunes_more_and_more(cls, schedule: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        if not schedule or "prune" not in info.data:
+            return schedule
+        prune: PruneSection = info.data["prune"]
+        if prune.budget.max_drop is not None or set(prune.patterns) & {"neurons", "heads"}:
+            raise ValueError("a schedule needs a budget other than max_drop, and no neurons or heads cut out between its steps")
+        downwards = tuple(sorted(set(schedule), reverse=prune.budget.sparsity is None))
+        if schedule != downwards:
+            raise ValueError(f"each {prune.budget.kind} must leave less than the one before: {list(downwards)}")
+        return schedule
 
     @classmethod
     def load(cls, path_or_name: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
@@ -373,6 +387,7 @@ class Recipe(Section):
         small["bench"] |= {"batch_sizes": (2,), "rounds": 6, "warmup_seconds": 0.2}
         small["bench"]["energy"] = {"window_seconds": 2.0, "trials": 6}
         small["profile"] = {"batch_size": 2, "rounds": 6}
+        small["schedule"] = self.schedule[-2:]
         if self.finetune:
             small["finetune"] |= {
                 "epochs": 1,

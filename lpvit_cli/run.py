@@ -29,7 +29,7 @@ from lpvit_cli import __version__, distributed
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.measure.machine import installed
 from lpvit_cli.recipe import Recipe
-from lpvit_cli.stages import ALL_STAGES, BENCH, CALIBRATE, EXPORT, FINETUNE, PROFILE, PRUNE, STAGES, SWEEP, Stage
+from lpvit_cli.stages import ALL_STAGES, BENCH, CALIBRATE, EXPORT, FINETUNE, GRADUAL, PROFILE, PRUNE, SWEEP, Stage
 
 INPUTS = "inputs.json"  # in a progress folder: what it depends on
 
@@ -102,20 +102,22 @@ class Run:
 
     def upstream(self, stage: Stage) -> Stage | None:
         """The stage whose artefact this one reads. Bench and export take the recovered model when there is one."""
-        if stage in (CALIBRATE, PROFILE):
+        if stage in (CALIBRATE, PROFILE, GRADUAL):
             return None
         if stage in (PRUNE, SWEEP):
             return CALIBRATE
         if stage is FINETUNE:
             return PRUNE
+        if self.recipe.schedule:
+            return GRADUAL
         recovered = self.recipe.finetune is not None and (self.folder / FINETUNE.folder / "stage.json").is_file()
         return FINETUNE if recovered else PRUNE
 
     def sources(self, stage: Stage) -> list[Stage]:
         """The stages of this run whose artefacts this one reads."""
         before = self.upstream(stage)
-        measured = [PROFILE] if stage in (PRUNE, SWEEP) and self._needs_own_profile else []
-        return [before, *measured] if before else []
+        measured = [PROFILE] if stage in (PRUNE, SWEEP, GRADUAL) and self._needs_own_profile else []
+        return [*([before] if before else []), *measured]
 
     def inputs(self, stage: Stage) -> dict[str, Any]:
         """Everything the artefact's content depends on, as flat keys and JSON values."""
@@ -125,9 +127,9 @@ class Run:
         if before:
             record = self.record(before)
             inputs[before.folder] = record["fingerprint"] if record else None
-        if stage in (PRUNE, SWEEP) and (path := self.profile_path()):
+        if stage in (PRUNE, SWEEP, GRADUAL) and (path := self.profile_path()):
             inputs["prune.profile (content)"] = content_id(path)
-        if stage is CALIBRATE:
+        if stage in (CALIBRATE, GRADUAL):
             inputs |= self._contents
         if stage is EXPORT:
             inputs["versions.onnxruntime"] = installed("onnxruntime")
@@ -172,7 +174,7 @@ class Run:
                 return [f"{before.folder}: {earlier[0]}"]
         old, new = record["inputs"], self.inputs(stage)
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        artefacts = {stage.folder for stage in STAGES}
+        artefacts = {stage.folder for stage in ALL_STAGES}
         return [
             f"{key} was made again" if key in artefacts else f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}"
             for key in changed

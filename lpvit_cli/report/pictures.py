@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from lpvit_cli.report.schema import BatchBench, FinetuneReport, LayerReport, SweepReport
+from lpvit_cli.report.schema import BatchBench, FinetuneReport, GradualReport, LayerReport, SweepReport
 
 COLORS = {"dense": "#6b7280", "masked-dense": "#d97706", "sparse": "#2563eb"}
 
@@ -95,6 +95,22 @@ def recovery_picture(report: FinetuneReport, losses: list[float]) -> str:
     right.set(xlabel="epoch (0: pruned)", ylabel="top-1 (%)")
     for axes in (left, right):
         axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def gradual_picture(report: GradualReport) -> str:
+    """Accuracy against the FLOPs left, step by step: down by pruning, up by recovery."""
+    figure, axes = _figure(7, 4)
+    fractions = [step.pruned.flops / step.pruned.flops_dense for step in report.steps]
+    pruned, recovered = ([getattr(step, name).accuracy.top1 for step in report.steps] for name in ("pruned", "recovered"))
+    dense = report.steps[0].pruned.accuracy_dense.top1
+    path = [(1.0, dense), *(point for x, a, b in zip(fractions, pruned, recovered, strict=True) for point in ((x, a), (x, b)))]
+    axes.axhline(dense, color=COLORS["dense"], linestyle=":", label=f"dense, {dense:.2f} %")
+    axes.plot(*zip(*path, strict=True), color=COLORS["dense"], linewidth=0.8)
+    axes.plot(fractions, pruned, "o", color=COLORS["masked-dense"], label="pruned")
+    axes.plot(fractions, recovered, "o-", color=COLORS["sparse"], linewidth=2, label="recovered")
+    axes.set(xlabel="FLOPs, fraction of dense", ylabel="top-1 (%)", xlim=(0, 1.02))
+    axes.legend(frameon=False)
     return _svg(figure)
 
 

@@ -135,6 +135,20 @@ class FinetuneReport(Report):
     skipped_images: int
 
 
+class GradualStep(BaseModel):
+    budget: float
+    folder: str  # of its model, within RUN/gradual
+    pruned: PruneReport
+    recovered: FinetuneReport
+
+
+class GradualReport(Report):
+    """Accuracies called dense are those of the model that the first step began with."""
+
+    kind: str  # what the budgets count
+    steps: list[GradualStep]
+
+
 class BatchBench(BaseModel):
     """One batch size. Ratios are dense over subject: above 1 is faster (or thriftier)."""
 
@@ -262,6 +276,7 @@ REPORTS: dict[str, type[Report]] = {
     "prune": PruneReport,
     "sweep": SweepReport,
     "finetune-lora-ga": FinetuneReport,
+    "gradual": GradualReport,
     "bench": BenchReport,
     "profile": ProfileReport,
     "export": ExportReport,

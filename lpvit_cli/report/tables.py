@@ -19,6 +19,7 @@ from lpvit_cli.report.schema import (
     EvaluateReport,
     ExportReport,
     FinetuneReport,
+    GradualReport,
     PredictionReport,
     PredictReport,
     ProfileReport,
@@ -37,6 +38,7 @@ def render(report: Report, folder: Path) -> list[Any]:
         SweepReport: _sweep,
         PredictionReport: _prediction,
         FinetuneReport: _finetune,
+        GradualReport: _gradual,
         BenchReport: _bench,
         ProfileReport: _profile,
         ExportReport: _export,
@@ -50,8 +52,9 @@ def render(report: Report, folder: Path) -> list[Any]:
 
 def summary(recipe: str, reports: dict[str, Any], folder: Path) -> Text:
     """One paragraph on what a run came to; `reports` by command, as `lpvit run` collects them."""
-    pruned: PruneReport = reports["prune"]
-    last = reports.get("finetune-lora-ga", pruned)
+    gradual: GradualReport | None = reports.get("gradual")
+    pruned: PruneReport = gradual.steps[-1].pruned if gradual else reports["prune"]
+    last = gradual.steps[-1].recovered if gradual else reports.get("finetune-lora-ga", pruned)
     bench: BenchReport = reports["bench"]
     speed = ", ".join(f"{batch.speedup['sparse'].value:.2f}x at batch {batch.batch_size}" for batch in bench.batches)
     dense, now = pruned.accuracy_dense.top1, last.accuracy.top1
@@ -183,6 +186,24 @@ def _finetune(report: FinetuneReport, folder: Path) -> list[Any]:
     trained = f"{report.trainable_parameters:,} parameters trained{rank}, {report.all_parameters:,} in the model"
     epochs = f"{len(report.history)} epochs, the best is {report.best_epoch}"
     return [rows, f"{epochs}; {trained}; zero blocks checked", f"model folder: {folder}"]
+
+
+def _gradual(report: GradualReport, folder: Path) -> list[Any]:
+    rows = table("pruned and recovered in turns", report.kind, "weights", "FLOPs", "size", "pruned", "recovered", "- dense")
+    dense = report.steps[0].pruned.accuracy_dense.top1
+    rows.add_row("dense", "1.00", "1.00", "1.00", "", f"{dense:.2f} %", "")
+    for step in report.steps:
+        made = step.pruned
+        rows.add_row(
+            f"{step.budget:g}",
+            f"{made.linear_kept_fraction:.2f}",
+            f"{made.flops / made.flops_dense:.2f}",
+            f"{made.bytes / made.bytes_dense:.2f}",
+            f"{made.accuracy.top1:.2f} %",
+            f"{step.recovered.accuracy.top1:.2f} %",
+            f"{step.recovered.accuracy.top1 - dense:+.2f}",
+        )
+    return [rows, f"model folder, earlier ones and picture (gradual.svg): {folder}"]
 
 
 def _bench(report: BenchReport, folder: Path) -> list[Any]:

@@ -106,5 +106,12 @@ PROFILE = Stage(
     "Measure what each layer takes on this device, by the fraction of its blocks kept.",
     timed=True,
 )
+GRADUAL = Stage(
+    "gradual",
+    "gradual",
+    "gradual",
+    tuple(dict.fromkeys((*CALIBRATE.depends_on, "calibrate", *PRUNE.depends_on, *FINETUNE.depends_on, "schedule"))),
+    "Prune and recover in turns, over the budgets of the recipe's schedule.",
+)
 STAGES = (CALIBRATE, PRUNE, FINETUNE, BENCH, EXPORT)  # what `lpvit run` runs
-ALL_STAGES = (*STAGES, SWEEP, PROFILE)
+ALL_STAGES = (*STAGES, SWEEP, GRADUAL, PROFILE)

@@ -14,10 +14,11 @@ from lpvit_cli.measure.timing import cpu_threads, time_interleaved, verdict
 from lpvit_cli.models import VisionModel, build_model, describe_device, device_of, load_model, pick_dtype
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.report.html import write_html
-from lpvit_cli.report.schema import BASELINE, BatchBench, BenchReport, FinetuneReport, PruneReport
+from lpvit_cli.report.schema import BASELINE, BatchBench, BenchReport
 from lpvit_cli.run import Progress, Run
 from lpvit_cli.sparse import densify, fuse, sparse_layers, trim
-from lpvit_cli.stages import BENCH, FINETUNE, PRUNE
+from lpvit_cli.stages import BENCH
+from lpvit_cli.stages.lineage import made_by
 from lpvit_cli.stages.tune import run_dense, tune_model
 
 
@@ -36,7 +37,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
         }
         tune_model(sparse, settings.batch_sizes, ("forward",), progress, again=False)
         measured = [_bench_batch(models, size, recipe, device, dtype, progress) for size in settings.batch_sizes]
-        pruned = run.report(PRUNE, PruneReport)
+        pruned, finetuned = made_by(run, BENCH)
         report = BenchReport(
             device=describe_device(device),
             notes=[*advice(measured), *_layers_run_dense(sparse, settings.batch_sizes)],
@@ -49,7 +50,6 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
             flops=pruned.flops,
             batches=measured,
         )
-    finetuned = run.report(FINETUNE, FinetuneReport) if source.name == FINETUNE.folder else None
     write_html(work / "report.html", recipe.name, report, pruned, finetuned)
     return report
 

@@ -27,7 +27,7 @@ from lpvit_cli.models import (
 from lpvit_cli.recipe import DataSection, ModelSection, Recipe
 from lpvit_cli.report.schema import EvaluateReport
 from lpvit_cli.run import Progress
-from lpvit_cli.stages import FINETUNE, PRUNE
+from lpvit_cli.stages import FINETUNE, GRADUAL, PRUNE
 
 EXPORTED: dict[str, Callable[[Path], ExportedModel]] = {
     ".onnx": OnnxModel,
@@ -87,7 +87,7 @@ def open_model(name: str) -> tuple[VisionModel, dict[str, str]]:
         return exported, exported.config.get("data", {})
     if path.is_dir():
         if not (path / "config.json").is_file():
-            latest = (path / FINETUNE.folder, path / PRUNE.folder)
+            latest = (path / GRADUAL.folder, path / FINETUNE.folder, path / PRUNE.folder)
             path = next((folder for folder in latest if (folder / "config.json").is_file()), path)
         return load_model(path), read_config(path).get("data", {})
     if path.suffix in EXPORTED or (len(path.parts) > 1 and not name.startswith("hf-hub:")):

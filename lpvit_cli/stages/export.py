@@ -10,15 +10,16 @@ from lpvit_cli.errors import UsageError, require
 from lpvit_cli.measure.machine import cpu_name, installed
 from lpvit_cli.models import load_model, read_config
 from lpvit_cli.recipe import Recipe
-from lpvit_cli.report.schema import ExportedFile, ExportReport, FinetuneReport, PruneReport
+from lpvit_cli.report.schema import ExportedFile, ExportReport
 from lpvit_cli.run import Progress, Run
 from lpvit_cli.sparse import order_neurons, trim
-from lpvit_cli.stages import EXPORT, FINETUNE, PRUNE
+from lpvit_cli.stages import EXPORT
 from lpvit_cli.stages.evaluate import validation_batches
 from lpvit_cli.stages.export_hub import write_hub
 from lpvit_cli.stages.export_pt2 import require_compiler, write_aoti, write_pt2
 from lpvit_cli.stages.export_triton_server import write_triton_server
 from lpvit_cli.stages.exporting import DENSE_FOLDER, Source
+from lpvit_cli.stages.lineage import made_by
 
 FLOAT32_ONLY = {"pt2", "aoti", "openvino"}
 MADE_OF_ONNX = {"openvino", "triton-server"}
@@ -39,10 +40,9 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Expor
     original = load_model(folder)
     model = trim(original)
     order_neurons(model)
-    recovered = folder.name == FINETUNE.folder
-    before = run.report(FINETUNE, FinetuneReport) if recovered else run.report(PRUNE, PruneReport)
+    pruned, recovered = made_by(run, EXPORT)
     validation = validation_batches(recipe, original)
-    source = Source(recipe, run, folder, read_config(folder), original, model, validation, before.accuracy)
+    source = Source(recipe, run, folder, read_config(folder), original, model, validation, (recovered or pruned).accuracy)
     for format_, write in WRITERS.items():
         if format_ in formats:
             source.files.append(write(source, work, progress))
@@ -54,7 +54,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Expor
         notes=source.notes,
         model=folder.name,
         precision=settings.precision,
-        accuracy_model=before.accuracy,
+        accuracy_model=(recovered or pruned).accuracy,
         files=source.files,
         versions={package: installed(package) for package in ("lpvit", "torch", "timm", "onnx", "onnxruntime", "openvino")},
     )

@@ -9,10 +9,11 @@ from lpvit_cli.export.documents import preprocessing_steps
 from lpvit_cli.export.hub import model_card, public_config, public_recipe
 from lpvit_cli.export.runtime import METADATA_KEY
 from lpvit_cli.measure.machine import cpu_name, installed
-from lpvit_cli.report.schema import BenchReport, ExportedFile, FinetuneReport, PruneReport
+from lpvit_cli.report.schema import BenchReport, ExportedFile
 from lpvit_cli.run import Progress
-from lpvit_cli.stages import BENCH, FINETUNE, PRUNE
+from lpvit_cli.stages import BENCH, EXPORT
 from lpvit_cli.stages.exporting import Source, link
+from lpvit_cli.stages.lineage import made_by
 
 FOLDER = "hub"
 PACKAGES = ("lpvit", "torch", "timm", "onnx", "onnxruntime")
@@ -30,8 +31,7 @@ def write_hub(source: Source, work: Path, progress: Progress) -> ExportedFile:
         copy_onnx(work / onnx_file.file, folder / onnx_file.file)
     card = model_card(
         source.recipe,
-        run.report(PRUNE, PruneReport),
-        run.report(FINETUNE, FinetuneReport) if source.folder.name == FINETUNE.folder else None,
+        *made_by(run, EXPORT),
         bench_of_this_model(source),
         onnx_file,
         cpu_name(),

@@ -1,0 +1,113 @@
+"""gradual: prune a little, recover, prune more, over the budgets of `schedule` -> RUN/gradual/, the last model and its curve.
+
+Each step is a run of its own, of calibrate, prune and finetune-lora-ga, on the model that the step before has recovered, and is
+kept until all are done: what was interrupted goes on where it was. The teacher stays the dense model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import get_args
+
+from lpvit_cli.errors import UsageError
+from lpvit_cli.models import build_model, load_model, model_config, read_config, write_tensors
+from lpvit_cli.recipe import Budget, ModelSection, Preprocess, Recipe
+from lpvit_cli.report.pictures import gradual_picture
+from lpvit_cli.report.schema import FinetuneReport, GradualReport, GradualStep, PruneReport
+from lpvit_cli.run import Progress, Run, replace_text
+from lpvit_cli.sparse import densify
+from lpvit_cli.stages import CALIBRATE, FINETUNE, GRADUAL, PRUNE
+
+STEP_STAGES = (CALIBRATE, PRUNE, FINETUNE)
+
+
+def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> GradualReport:
+    if not recipe.schedule:
+        raise UsageError("schedule: no budgets given", "for example: --set schedule=[0.3,0.5,0.7], of the kind of prune.budget")
+    if recipe.finetune is None:
+        raise UsageError("schedule: pruning by steps needs recovery between them", "give the recipe a finetune section")
+    kept = run.progress_folder(GRADUAL)
+    made: list[Run] = []
+    for number, value in enumerate(recipe.schedule, start=1):
+        folder = kept / f"{number}"
+        model = recovered_model(recipe, made[-1].folder / FINETUNE.folder, folder) if made else recipe.model
+        made.append(Run(step_recipe(recipe, model, value, run.profile_path()), folder))
+        _execute(made[-1], partial(_step_progress, progress, f"[{number}/{len(recipe.schedule)}, {value:g}]"))
+
+    reports = [(step.report(PRUNE, PruneReport), step.report(FINETUNE, FinetuneReport)) for step in made]
+    dense = {"accuracy_dense": reports[0][0].accuracy_dense}  # to a later step, the model recovered before it was the dense one
+    steps = [
+        GradualStep(
+            budget=value,
+            folder="." if step is made[-1] else f"{value:g}",
+            pruned=pruned.model_copy(update=dense),
+            recovered=recovered.model_copy(update=dense),
+        )
+        for value, step, (pruned, recovered) in zip(recipe.schedule, made, reports, strict=True)
+    ]
+    original = build_model(recipe.model)
+    for step, ran in zip(steps, made, strict=True):
+        source, target = ran.folder / FINETUNE.folder, work / step.folder
+        target.mkdir(exist_ok=True)
+        shutil.copyfile(source / "model.safetensors", target / "model.safetensors")
+        described = model_config(recipe.model, original, parent=recipe.model.model_dump(mode="json"))
+        replace_text(target / "config.json", json.dumps({**read_config(source), **described}, indent=1))
+        load_model(target)
+    report = GradualReport(
+        device=steps[-1].recovered.device,
+        notes=list(dict.fromkeys(note for step in steps for note in (*step.pruned.notes, *step.recovered.notes))),
+        kind=recipe.prune.budget.kind,
+        steps=steps,
+    )
+    if find_spec("matplotlib"):
+        replace_text(work / "gradual.svg", gradual_picture(report))
+    return report
+
+
+def step_recipe(recipe: Recipe, model: ModelSection, value: float, profile: Path | None) -> Recipe:
+    """The recipe of one step: another model and budget, the dense model as teacher."""
+    assert recipe.finetune is not None
+    finetune = recipe.finetune
+    if distill := finetune.distill:
+        taught = distill.model_copy(update={"teacher": distill.teacher or recipe.model})
+        finetune = finetune.model_copy(update={"distill": taught})
+    budget = Budget.model_validate({recipe.prune.budget.kind: value})
+    prune = recipe.prune.model_copy(update={"budget": budget, "profile": profile})
+    return recipe.model_copy(update={"model": model, "prune": prune, "finetune": finetune, "schedule": (), "sweep": ()})
+
+
+def recovered_model(recipe: Recipe, source: Path, folder: Path) -> ModelSection:
+    """The model folder `source`, its zero blocks filled with zeros, as a dense model to prune on; weights go into `folder`."""
+    config = read_config(source)
+    folder.mkdir(exist_ok=True)
+    weights = folder / "model.safetensors"
+    write_tensors(weights, {name: t.contiguous() for name, t in densify(load_model(source)).state_dict().items()})
+    given = config["preprocessing"]
+    interpolation = given.get("interpolation")
+    known = get_args(Preprocess.model_fields["interpolation"].annotation)
+    return ModelSection(
+        name=config["architecture"],
+        kwargs={**config["kwargs"], "num_classes": config["num_classes"]},
+        weights=weights,
+        preprocess=Preprocess(
+            mean=given.get("mean"),
+            std=given.get("std"),
+            crop_pct=given.get("crop_pct"),
+            interpolation=interpolation if interpolation in str(known) else None,
+        ),
+    )
+
+
+def _execute(step: Run, progress: Progress) -> None:
+    with step.open():
+        for stage in STEP_STAGES:
+            if step.changes(stage) != []:
+                step.execute(stage, progress)
+
+
+def _step_progress(progress: Progress, step: str, what: str, done: int, total: int, detail: str) -> None:
+    progress(f"{step} {what}", done, total, detail)
