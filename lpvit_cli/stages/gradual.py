@@ -34,7 +34,8 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Gradu
     made: list[Run] = []
     for number, value in enumerate(recipe.schedule, start=1):
         folder = kept / f"{number}"
-        model = recovered_model(recipe, made[-1].folder / FINETUNE.folder, folder) if made else recipe.model
+        before = made[-1].folder / FINETUNE.folder if made else None
+        model = as_dense(before, kept / f"{number}.safetensors") if before else recipe.model
         made.append(Run(step_recipe(recipe, model, value, run.profile_path()), folder))
         _execute(made[-1], partial(_step_progress, progress, f"[{number}/{len(recipe.schedule)}, {value:g}]"))
 
@@ -80,11 +81,9 @@ def step_recipe(recipe: Recipe, model: ModelSection, value: float, profile: Path
     return recipe.model_copy(update={"model": model, "prune": prune, "finetune": finetune, "schedule": (), "sweep": ()})
 
 
-def recovered_model(recipe: Recipe, source: Path, folder: Path) -> ModelSection:
-    """The model folder `source`, its zero blocks filled with zeros, as a dense model to prune on; weights go into `folder`."""
+def as_dense(source: Path, weights: Path) -> ModelSection:
+    """The model folder `source` as a dense model to prune on; `weights` is written, its removed blocks zeros."""
     config = read_config(source)
-    folder.mkdir(exist_ok=True)
-    weights = folder / "model.safetensors"
     write_tensors(weights, {name: t.contiguous() for name, t in densify(load_model(source)).state_dict().items()})
     given = config["preprocessing"]
     interpolation = given.get("interpolation")
