@@ -136,6 +136,8 @@ class BatchBench(BaseModel):
     verdict: str
     energy: EnergyRun | None
     energy_reasons: list[str]
+    saving: dict[str, Ratio] = {}  # energy of dense over the subject's, per image; empty: not measured
+    energy_verdict: str | None = None  # None: not measured
 
 
 class BenchReport(Report):
