@@ -28,10 +28,27 @@ from lpvit_cli.errors import UsageError
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Block = tuple[PositiveInt, PositiveInt]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Subject = Literal[
+    "dense",
+    "dense-compiled",
+    "dense-graph",
+    "dense-compiled-graph",
+    "dense-onnx",
+    "masked-dense",
+    "masked-dense-compiled",
+    "masked-dense-graph",
+    "masked-dense-compiled-graph",
+    "sparse",
+    "sparse-compiled",
+    "sparse-graph",
+    "sparse-compiled-graph",
+    "onnx",
+]
 ExportFormat = Literal["onnx", "torch", "pt2", "aoti", "openvino", "triton-server", "hub"]
 
+DENSE, PRUNED = "dense", ("sparse", "onnx")  # what the names of bench's subjects begin with
 
-PATHS = {("model", "weights"), ("data", "root"), ("prune", "profile")}
+PATHS = {("model", "weights"), ("data", "root"), ("prune", "profile"), ("bench", "baseline")}
 
 
 class Section(BaseModel):
@@ -237,18 +254,41 @@ class EnergySection(Section):
 
 
 class BenchSection(Section):
-    """Dense, masked-dense and sparse, interleaved in one process."""
+    """What is compared, in turn in one process. `subjects`: the dense model, masked-dense (the same zeros in dense layers), and
+    sparse; in eager PyTorch (on a GPU also as CUDA graphs), -compiled by torch.compile, or as a CUDA -graph; onnx is the file
+    of `lpvit export`, dense-onnx the dense model in onnxruntime. Ratios are against the fastest dense one, or `baseline`."""
 
+    subjects: tuple[Subject, ...] = ("dense", "masked-dense", "sparse")
+    baseline: Path | None = None  # another run folder, model folder or ONNX file
     batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)
+    dtypes: tuple[Dtype, ...] = ()  # none: the recipe's
     rounds: int = Field(default=30, ge=6)
     warmup_seconds: float = Field(default=2.0, ge=0)
-    dtype: Dtype | None = None  # None: the recipe's
     threads: PositiveInt | None = None  # CPU threads; None: torch's default
+    layers: bool = False  # time every linear layer within the model
     energy: EnergySection = EnergySection()
+
+    @field_validator("baseline")
+    @classmethod
+    def _beside_the_recipe(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        return _resolved(path, info)
+
+    @field_validator("subjects", "batch_sizes", "dtypes")
+    @classmethod
+    def _each_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(values))
+
+    @model_validator(mode="after")
+    def _has_two_sides(self) -> Self:
+        if not any(name.startswith(PRUNED) for name in self.subjects):
+            raise ValueError("subjects: needs a pruned one to compare: sparse, sparse-compiled, sparse-graph, or onnx")
+        if self.baseline is None and not any(name.startswith(DENSE) for name in self.subjects):
+            raise ValueError("subjects: needs a dense one to compare with, or a baseline")
+        return self
 
 
 class ProfileSection(Section):
-    """Layers one by one, dense and block-sparse, for `lpvit profile`; threads, dtype and energy windows are bench's."""
+    """Layers one by one, dense and block-sparse, for `lpvit profile`; threads, energy windows, first dtype are bench's."""
 
     batch_size: PositiveInt = 1
     rounds: int = Field(default=30, ge=6)

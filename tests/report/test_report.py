@@ -22,6 +22,7 @@ from lpvit_cli.measure.statistics import Ratio, percentiles
 from lpvit_cli.measure.timing import Timing, TimingRun
 from lpvit_cli.recipe import shipped_recipes
 from lpvit_cli.report import html
+from lpvit_cli.report.cells import giga, three_digits
 from lpvit_cli.report.html import write_html
 from lpvit_cli.report.pictures import blocks_picture, latency_picture, sweep_picture
 from lpvit_cli.report.schema import (
@@ -50,7 +51,7 @@ from lpvit_cli.report.schema import (
     TunedLayers,
     TuneReport,
 )
-from lpvit_cli.report.tables import findings_table, giga, recipes_table, render, summary
+from lpvit_cli.report.tables import findings_table, recipes_table, render, summary
 from lpvit_cli.stages import ALL_STAGES
 
 FOLDER = Path("runs/deit_base_50/stage")
@@ -81,6 +82,11 @@ def batch_bench(
     timing = TimingRun({name: timed(milliseconds * factor) for name, factor in FACTORS.items()}, threads=2, foreign_load=0.0)
     return BatchBench(
         batch_size=batch_size,
+        asked_batch_size=batch_size,
+        dtype="float32",
+        baseline="dense",
+        subject="sparse",
+        peak_memory_bytes={"dense": 331 * 2**20, "masked-dense": 331 * 2**20, "sparse": None},
         timing=timing,
         speedup={name: timing.ratio("dense", name) for name in FACTORS if name != "dense"},
         images_per_second={name: 1000 * batch_size / run.percentiles.p50 for name, run in timing.subjects.items()},
@@ -96,7 +102,6 @@ def bench(*batches: BatchBench, **changes: Any) -> BenchReport:
     facts: dict[str, Any] = {
         "device": CPU,
         "model": "finetuned",
-        "dtype": "float32",
         "threads": 2,
         "machine": {"cpu": CPU, "cores": 2, "system": "Linux", "python": "3.12.3"},
         "versions": {"lpvit": "0.1.0", "torch": "2.7.0", "timm": "1.0.15", "triton": None},
@@ -466,7 +471,9 @@ def test_bench_shows_verdicts_first_then_every_subject_of_every_batch() -> None:
         for name, timing in batch.timing.subjects.items():
             p, ratio = timing.percentiles, batch.speedup.get(name)
             gain = f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "1"
-            numbers = f"{p.p10:.2f} {p.p50:.2f} {p.p90:.2f} {p.p99:.2f} {batch.images_per_second[name]:.0f}"
+            times = " ".join(three_digits(value) for value in (p.p10, p.p50, p.p90, p.p95, p.p99))
+            memory = "-" if name == "sparse" else "331"
+            numbers = f"{times} {three_digits(batch.images_per_second[name])} {memory}"
             assert f"{name} {batch.batch_size} {numbers} {gain}" in lines
     assert f"report: {FOLDER}/report.html" in lines
 
@@ -628,7 +635,7 @@ def test_the_page_has_its_verdicts_and_a_picture_of_each_batch_and_of_the_blocks
 def test_pictures_are_of_their_own_numbers() -> None:
     drawn = latency_picture(batch_bench(64, 5234.56))
     assert drawn.startswith("<svg")
-    assert "<!-- Latency, batch 64 -->" in drawn
+    assert "<!-- Latency, batch 64, float32 -->" in drawn
     assert "<!-- sparse, median 3982.85 ms -->" in drawn
     blocks = blocks_picture(deit_base_layers(2))
     assert "<!-- blocks.1.mlp.fc2 -->" in blocks
@@ -657,7 +664,9 @@ def test_the_page_shows_the_numbers_of_the_reports(tmp_path: Path) -> None:
             p, ratio = timing.percentiles, batch.speedup.get(name)
             times = [f"{value:.2f}" for value in (p.p10, p.p50, p.p90, p.p95, p.p99)]
             gain = f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "1"
-            assert [name, str(batch.batch_size), *times, f"{batch.images_per_second[name]:.0f}", gain] in rows
+            memory = "not measured" if name == "sparse" else "331"
+            numbers = [f"{batch.images_per_second[name]:.0f}", memory, gain, ""]
+            assert [name, "float32", str(batch.batch_size), *times, *numbers] in rows
     expected = ["blocks.0.mlp.fc2", "768 x 3072", "64 x 32", "576 of 1152", "50.0 %", "1.23e-05", "464.78", "2061.7"]
     assert expected in rows
 
@@ -677,8 +686,11 @@ def test_the_page_shows_measured_energy_with_units_and_source(tmp_path: Path) ->
     made = Page(page(tmp_path, measured_bench()))
     rows = made.rows
     for batch, expected in [
-        ("batch 1", [["1.234", "0.9876", "0.8", "412", "1"], ["0.9259", "0.7407", "1.1", "412", "1.33 (1.33-1.33)"]]),
-        ("batch 128", [["0.2468", "0.1974", "4.1", "412", "1"], ["0.1851", "0.1481", "5.4", "412", "1.33 (1.33-1.33)"]]),
+        ("batch 1, float32", [["1.234", "0.9876", "0.8", "412", "1"], ["0.9259", "0.7407", "1.1", "412", "1.33 (1.33-1.33)"]]),
+        (
+            "batch 128, float32",
+            [["0.2468", "0.1974", "4.1", "412", "1"], ["0.1851", "0.1481", "5.4", "412", "1.33 (1.33-1.33)"]],
+        ),
     ]:
         start = rows.index([batch, *ENERGY])
         assert [rows[start + 1], rows[start + 3]] == [["dense", *expected[0]], ["sparse", *expected[1]]]
@@ -700,8 +712,8 @@ def test_the_page_says_not_measured_and_why(tmp_path: Path, energy: EnergyRun | 
 def test_the_page_says_why_one_of_two_batches_has_no_energy(tmp_path: Path, first: bool) -> None:
     batches = [batch_bench(1, 8.1, energy_run(1.2345)), batch_bench(64, 61.9, None, (DEAD_METER,))]
     made = Page(page(tmp_path, bench(*(batches[::-1] if first else batches))))
-    assert ["batch 1", *ENERGY] in made.rows
-    assert ["batch 64", *ENERGY] not in made.rows
+    assert ["batch 1, float32", *ENERGY] in made.rows
+    assert ["batch 64, float32", *ENERGY] not in made.rows
     assert f"ot measured: {DEAD_METER}" in made.text
 
 
@@ -757,7 +769,7 @@ def test_reports_come_back_from_json_as_they_were(kind: str) -> None:
     report = ALL[kind]()
     text = report.model_dump_json(indent=1)
     assert type(report).model_validate_json(text) == report
-    assert json.loads(text)["schema_version"] == 1
+    assert json.loads(text)["schema_version"] == (2 if kind.startswith("bench") else 1)
 
 
 def test_a_report_with_an_unknown_key_is_refused() -> None:
