@@ -212,9 +212,9 @@ class Run:
 
     def execute(self, stage: Stage, progress: Progress, resume: bool = True) -> Any:
         """Run one stage and publish what it made; returns its report."""
+        inputs = self.inputs(stage)  # first of all: a device that is not there is told before what is to be made for it
         for before in self.sources(stage):
             self.artefact(before)
-        inputs = self.inputs(stage)
         kept = self.progress_folder(stage) if resume else None
         self._clear(f".{stage.folder}.*", keep=kept)
         work = self.folder / f".{stage.folder}.partial"

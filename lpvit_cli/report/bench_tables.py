@@ -73,7 +73,7 @@ def _layers(batch: BatchBench) -> list[Any]:
             f"{layer.roofline:.0%}",
         )
     rows.add_row("all else", "", "", three_digits(bench.rest_ms_dense), three_digits(bench.rest_ms), f"{bench.rest_share:.1%}")
-    reached = f"{bench.peak_tflops:.3g} TFLOP/s in a large product, {bench.bandwidth_gb_s:.3g} GB/s in a large copy"
+    reached = f"{bench.peak_tflops:.3g} TFLOP/s in a large product, {bench.bandwidth_gb_s:.0f} GB/s in a large copy"
     return [
         rows,
         f"the device reached {reached}; a fused layer's time holds GELU, LayerScale and residual, a dense one's does not",

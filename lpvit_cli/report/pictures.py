@@ -24,10 +24,12 @@ OTHERS = (
     "#9333ea",
 )
 
+WIDTH = 7.5  # inches; readable on a phone too
+
 
 def latency_picture(batch: BatchBench) -> str:
     """Latency distributions of one batch size: the share of calls that took at most so long, one line a subject."""
-    figure, axes = _figure(9.5, 3)
+    figure, axes = _figure(WIDTH, 3.6)
     colors = _colors(batch)
     for name, timing in batch.timing.subjects.items():
         samples = sorted(timing.samples_ms)
@@ -43,13 +45,13 @@ def latency_picture(batch: BatchBench) -> str:
         axes.axvline(timing.percentiles.p50, color=colors[name], linewidth=0.8, linestyle=":")
     axes.set(xlabel="latency of one call (ms)", ylabel="calls at most this long (%)", ylim=(0, 101))
     axes.set_title(f"Latency, {batch.title}", loc="left")
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    _legend_below(axes)
     return _svg(figure)
 
 
 def power_picture(batch: BatchBench, energy: EnergyRun) -> str:
     """Power over time, the windows that were measured shaded; subjects took turns."""
-    figure, axes = _figure(9.5, 3)
+    figure, axes = _figure(WIDTH, 3.6)
     colors = _colors(batch)
     for name, subject in energy.subjects.items():
         for window in subject.windows:
@@ -61,13 +63,13 @@ def power_picture(batch: BatchBench, energy: EnergyRun) -> str:
         axes.axhline(energy.idle_w, color="#111827", linewidth=0.8, linestyle="--", label=f"idle, {energy.idle_w:.0f} W")
     axes.set(xlabel="seconds; shaded: measured windows", ylabel="power (W)", ylim=(0, None))
     axes.set_title(f"Power, {batch.title}", loc="left")
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    _legend_below(axes)
     return _svg(figure)
 
 
 def energy_picture(batch: BatchBench, energy: EnergyRun) -> str:
     """Energy of an image, the median over trials with its 95 % interval; what the idle device would draw is light."""
-    figure, axes = _figure(9.5, 0.9 + 0.4 * len(energy.subjects))
+    figure, axes = _figure(WIDTH, 0.9 + 0.4 * len(energy.subjects))
     colors = _colors(batch)
     for name, subject in energy.subjects.items():
         trials = subject.trials_joules_per_image
@@ -83,7 +85,7 @@ def energy_picture(batch: BatchBench, energy: EnergyRun) -> str:
 
 def layers_picture(batch: BatchBench, bench: LayersBench) -> str:
     """Time of every linear layer, dense and sparse, and of all else."""
-    figure, axes = _figure(9.5, 1 + 0.3 * (len(bench.layers) + 1))
+    figure, axes = _figure(WIDTH, 1 + 0.3 * (len(bench.layers) + 1))
     names = [*(layer.name for layer in bench.layers), "all else"]
     for offset, label, times in (
         (-0.2, "dense", [*(layer.ms_dense for layer in bench.layers), bench.rest_ms_dense]),
@@ -96,8 +98,12 @@ def layers_picture(batch: BatchBench, bench: LayersBench) -> str:
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set(xlabel="ms in a call", ylim=(len(names) - 0.5, -0.5))
     axes.set_title(f"Layers, {batch.title}", loc="left")
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    _legend_below(axes)
     return _svg(figure)
+
+
+def _legend_below(axes: Any) -> None:
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.55 / axes.figure.get_figheight()), ncols=2, fontsize=9)
 
 
 def _colors(batch: BatchBench) -> dict[str, str]:

@@ -221,7 +221,7 @@ class Change(BaseModel):
     before: float
     after: float
     ratio: Ratio
-    worse: bool  # beyond the interval, and this subject counts: dense ones are there to tell whether the machine has changed
+    worse: bool  # beyond the interval and what dense moved by; pruned subjects only: the others tell how the machine changed
 
 
 class CompareReport(Report):

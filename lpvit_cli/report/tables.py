@@ -56,7 +56,8 @@ def summary(recipe: str, reports: dict[str, Any], folder: Path) -> Text:
     last = reports.get("finetune-lora-ga", pruned)
     bench: BenchReport = reports["bench"]
     speed = ", ".join(
-        f"{batch.speedup[batch.subject].value:.2f}x at batch {batch.batch_size}" + f" in {batch.dtype}" * (len(bench.dtypes) > 1)
+        f"{batch.speedup[batch.subject].value:.2f}x at batch {batch.batch_size}"
+        + f" in {batch.dtype}" * (len(bench.dtypes) > 1)
         for batch in bench.batches
     )
     dense, now = pruned.accuracy_dense.top1, last.accuracy.top1

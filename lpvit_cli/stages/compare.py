@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.measure.statistics import unpaired_ratio
-from lpvit_cli.recipe import DENSE
+from lpvit_cli.recipe import DENSE, PRUNED
 from lpvit_cli.report.schema import BatchBench, BenchReport, Change, CompareReport
 from lpvit_cli.stages import BENCH
 
@@ -77,8 +77,9 @@ def differing(old: BenchReport, new: BenchReport) -> list[str]:
 
 def verdict(changes: list[Change]) -> str:
     """One sentence about the pruned subjects, and whether the dense ones, which nobody changed, moved too."""
-    counted = [change for change in changes if not _is_dense(change)]
-    moved = [_said(change) for change in changes if _is_dense(change) and not change.ratio.low <= 1 <= change.ratio.high]
+    counted = [change for change in changes if change.subject.startswith(PRUNED)]
+    dense = [change for change in changes if change.subject.startswith(DENSE)]
+    moved = [_said(change) for change in dense if not change.ratio.low <= 1 <= change.ratio.high]
     control = f"; the machine has changed: {', '.join(moved)}" if moved else ""
     if worse := [_said(change) for change in counted if change.worse]:
         return f"worse: {', '.join(worse)}{control}"
@@ -114,7 +115,7 @@ def _changes_of(what: What, batch: BatchBench, before: Samples, after: Samples) 
             before=median(before[name]),
             after=median(after[name]),
             ratio=ratio,
-            worse=not name.startswith(DENSE) and ratio.high < min(1.0, control),
+            worse=name.startswith(PRUNED) and ratio.high < min(1.0, control),
         )
         for name, ratio in ratios.items()
     ]
@@ -124,10 +125,6 @@ def _said(change: Change) -> str:
     how = {"ms": ("faster", "slower"), "J/image": ("thriftier", "thirstier")}[change.what][change.ratio.value < 1]
     times = max(change.ratio.value, 1 / change.ratio.value)
     return f"{change.subject} is {times:.2f}x {how} at batch {change.batch_size}, {change.dtype}"
-
-
-def _is_dense(change: Change) -> bool:
-    return change.subject.startswith(DENSE)
 
 
 def _busy(report: BenchReport) -> list[str]:
