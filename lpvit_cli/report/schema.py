@@ -5,6 +5,7 @@ Units are in the names. `None` means not measured, with the reason beside it; ne
 
 from __future__ import annotations
 
+import json
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -335,3 +336,6 @@ REPORTS: dict[str, type[Report]] = {
     "profile": ProfileReport,
     "export": ExportReport,
 }
+
+if __name__ == "__main__":  # what docs/bench.schema.json holds
+    print(json.dumps(BenchReport.model_json_schema(), indent=1))

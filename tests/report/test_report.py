@@ -531,3 +531,8 @@ def test_every_stage_has_a_report_that_can_be_rendered() -> None:
     assert set(REPORTS) == {stage.command for stage in ALL_STAGES}
     rendered = {type(make()) for make in ALL.values()}
     assert set(REPORTS.values()) <= rendered
+
+
+def test_the_documented_schema_of_a_bench_is_that_of_the_code() -> None:
+    documented = json.loads((Path(__file__).parents[2] / "docs" / "bench.schema.json").read_text())
+    assert documented == BenchReport.model_json_schema(), "run: python -m lpvit_cli.report.schema > docs/bench.schema.json"
