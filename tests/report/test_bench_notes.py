@@ -17,7 +17,6 @@ from lpvit_cli.report.pictures import energy_picture, latency_picture, layers_pi
 from lpvit_cli.report.schema import BatchBench
 from lpvit_cli.stages.bench_notes import advice, doubts
 
-
 SLOWER, FASTER, EQUAL = Ratio(0.8, 0.7, 0.9), Ratio(1.3, 1.2, 1.4), Ratio(1.0, 0.9, 1.1)
 
 
@@ -88,7 +87,7 @@ def test_each_subject_has_a_colour_of_its_own() -> None:
     """However many there are: 14 kinds and a baseline."""
     made = batch_bench(1, 8.1)
     timed = made.timing.subjects["dense"]
-    timing = replace(made.timing, subjects={kind: timed for kind in ("dense", "masked-dense", "sparse", *"abcdefghijkl")})
+    timing = replace(made.timing, subjects=dict.fromkeys(("dense", "masked-dense", "sparse", *"abcdefghijkl"), timed))
     drawn = latency_picture(made.model_copy(update={"timing": timing}))
     colours = set(re.findall(r"stroke: (#[0-9a-f]{6}); stroke-width: 2[;\"]", drawn))
     assert len(colours) == 15
