@@ -33,7 +33,7 @@ def _latency(report: BenchReport) -> list[Any]:
                         str(batch.batch_size),
                         *(three_digits(value) for value in (p.p10, p.p50, p.p90, p.p95, p.p99)),
                         three_digits(batch.images_per_second[name]),
-                        "-" if memory is None else f"{memory / 2**20:.0f}",
+                        _or_dash(memory and memory / 2**20, ".0f"),
                         interval(ratio) if ratio else "1",
                     )
         made.append(rows)
@@ -44,15 +44,27 @@ def _energy(report: BenchReport) -> list[Any]:
     measured = [(batch, batch.energy) for batch in report.batches if batch.energy and batch.energy.subjects]
     if not measured:
         return []
-    source = measured[0][1].source
-    rows = table(f"energy by {source}", "", "batch", "J/image", "above idle", "images/J", "average W", "saving (95 %)")
+    columns = ("", "batch", "J/image", "above idle", "images/J", "W", "peak W", "J s", "saving (95 %)")
+    rows = _numbers(f"energy by {measured[0][1].source}", *columns)
     for batch, run in measured:
         for name, energy in run.subjects.items():
-            joules, above = energy.joules_per_image, energy.above_idle_joules_per_image
-            ratio = interval(run.ratio(batch.baseline, name)) if name != batch.baseline else "1"
-            numbers = (f"{joules:.4g}", f"{above:.4g}", f"{1 / joules:.1f}", f"{energy.average_w:.0f}", ratio)
-            rows.add_row(name, str(batch.batch_size), *numbers)
-    return [rows]
+            rows.add_row(
+                name,
+                str(batch.batch_size),
+                f"{energy.joules_per_image:.4g}",
+                f"{energy.above_idle_joules_per_image:.4g}",
+                f"{energy.images_per_joule:.1f}",
+                f"{energy.average_w:.0f}",
+                _or_dash(energy.peak_w, ".0f"),
+                _or_dash(energy.energy_delay_js, ".3g"),
+                interval(run.ratio(batch.baseline, name)) if name != batch.baseline else "1",
+            )
+    notes = dict.fromkeys(note for _, run in measured for note in run.notes)
+    return [rows, *(f"energy   {note}" for note in notes)]
+
+
+def _or_dash(value: float | None, format_: str) -> str:
+    return "-" if value is None else format(value, format_)
 
 
 def _layers(batch: BatchBench) -> list[Any]:

@@ -11,18 +11,8 @@ from lpvit_cli.report.schema import BatchBench, LayerReport, LayersBench, SweepR
 
 COLORS = {"dense": "#6b7280", "masked-dense": "#d97706", "sparse": "#2563eb"}
 OTHERS = [
-    "#0891b2",
-    "#7c3aed",
-    "#059669",
-    "#db2777",
-    "#92400e",
-    "#1e3a8a",
-    "#a3a3a3",
-    "#65a30d",
-    "#b91c1c",
-    "#0f766e",
-    "#c026d3",
-    "#f59e0b",
+    *("#0891b2", "#7c3aed", "#059669", "#db2777", "#92400e", "#1e3a8a"),
+    *("#a3a3a3", "#65a30d", "#b91c1c", "#0f766e", "#c026d3", "#f59e0b"),
 ]
 WIDTH = 7.5  # inches; readable on a phone too
 

@@ -29,6 +29,19 @@ def test_a_call_is_charged_for_what_it_holds_at_a_time() -> None:
     assert peak_bytes(lambda: None, CPU) == pytest.approx(0, abs=MIB)
 
 
+def test_small_pieces_that_the_c_library_kept_do_not_hide_what_is_needed() -> None:
+    pinned: list[torch.Tensor] = []  # between the pieces: the heap cannot shrink by itself
+
+    def many() -> None:
+        held = []
+        for _ in range(512):  # 32 MiB in pieces that go onto the heap
+            held.append(torch.ones(16 * 1024))
+            pinned.append(torch.ones(64))
+
+    many()
+    assert peak_bytes(many, CPU) == pytest.approx(32 * MIB, abs=6 * MIB)
+
+
 def test_where_the_system_does_not_tell_there_is_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "PROCESS", tmp_path / "absent")
     assert peak_bytes(lambda: None, CPU) is None

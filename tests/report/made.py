@@ -113,7 +113,15 @@ def traced_bench() -> BenchReport:
         windows = [Window(begin + 1, begin + 3, joules=800.0, images=648) for begin in begins]
         seconds = [begin + 0.05 * k for begin in begins for k in range(60)]
         watts = [412.3 + 10 * (k % 7) for k in range(len(seconds))]
-        subjects[name] = replace(energy.subjects[name], windows=windows, trace=Trace(seconds, watts))
+        subjects[name] = replace(
+            energy.subjects[name],
+            energy_delay_js=energy.subjects[name].joules_per_image * 0.0472,
+            peak_w=472.3,
+            trace_joules_per_image=energy.subjects[name].joules_per_image * 1.01,
+            agreement="good",
+            windows=windows,
+            trace=Trace(seconds, watts),
+        )
     full = replace(energy, subjects=subjects, notes=["sensors err by about 5 %"])
     return bench(batch_bench(128, 61.9, full).model_copy(update={"layers": layers_bench()}))
 

@@ -99,12 +99,11 @@ def test_the_page_is_whole_and_fits(browser: Browser, width: int) -> None:
     seen = browser.probe(width)
     assert seen["frame"] == width
     assert seen["wide"] <= width, "tables and pictures scroll within the page, not the page itself"
-    latency, power, energy, layers, blocks = seen["drawn"]
-    for picture in (latency, power, energy, layers, blocks):
+    assert len(seen["drawn"]) == 5, "latency, power, energy, layers, kept blocks"
+    for picture in seen["drawn"]:
         assert picture["width"] > 300
         assert picture["height"] > 50
         assert picture["shapes"] > 20
-    assert power["shapes"] > 24, "a shade for every window of three subjects"
     assert seen["heads"] == [
         "Model",
         "Latency and memory",
@@ -120,10 +119,15 @@ def test_the_page_is_whole_and_fits(browser: Browser, width: int) -> None:
 def test_subjects_are_drawn_in_their_colours(browser: Browser) -> None:
     shot = browser.picture(DESK, 5000)
     assert shot.size == (DESK, 5000)
-    counted = {color: count for count, color in shot.getcolors(2**24) or []}
+    counted: dict[Any, int] = {color: count for count, color in shot.getcolors(2**24) or []}
+
+    def pixels(*rgb: float) -> int:
+        """How many have this colour, to rounding."""
+        return sum(n for color, n in counted.items() if all(abs(a - b) <= 2 for a, b in zip(color, rgb, strict=True)))
+
     for name, color in COLORS.items():
-        rgb = tuple(int(color[k : k + 2], 16) for k in (1, 3, 5))
-        assert counted.get(rgb, 0) > 5000, f"{name}: its bars"  # type: ignore[call-overload]
-    blue, white = counted.get((30, 58, 138), 0), counted.get((255, 255, 255), 0)
-    assert blue > 50 * DESK, "the head of the page"
-    assert white > 0.5 * DESK * 5000
+        rgb = [int(color[k : k + 2], 16) for k in (1, 3, 5)]
+        assert pixels(*rgb) > 5000, f"{name}: its bars"
+        assert pixels(*(255 - 0.15 * (255 - c) for c in rgb)) > 5000, f"{name}: the shade of its windows"
+    assert pixels(30, 58, 138) > 50 * DESK, "the head of the page"
+    assert pixels(255, 255, 255) > 0.5 * DESK * 5000

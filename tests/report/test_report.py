@@ -33,6 +33,7 @@ from made import (
     profile,
     prune,
     sweep,
+    traced_bench,
     tuned,
 )
 from pydantic import ValidationError
@@ -226,10 +227,10 @@ def test_measured_energy_is_shown_with_its_units_and_source() -> None:
     text = shown(measured_bench(), width=120)
     lines = [words(line) for line in text.splitlines()]
     assert f"energy by {NVML}" in lines
-    assert "batch J/image above idle images/J average W saving (95 %)" in lines
-    assert "dense 1 1.234 0.9876 0.8 412 1" in lines
-    assert "sparse 1 0.9259 0.7407 1.1 412 1.33 (1.33-1.33)" in lines
-    assert "sparse 128 0.1851 0.1481 5.4 412 1.33 (1.33-1.33)" in lines
+    assert "batch J/image above idle images/J W peak W J s saving (95 %)" in lines
+    assert "dense 1 1.234 0.9876 0.8 412 - - 1" in lines
+    assert "sparse 1 0.9259 0.7407 1.1 412 - - 1.33 (1.33-1.33)" in lines
+    assert "sparse 128 0.1851 0.1481 5.4 412 - - 1.33 (1.33-1.33)" in lines
     assert "not measured" not in text
 
 
@@ -247,7 +248,7 @@ def test_unmeasured_energy_is_a_reason_told_once_and_never_a_number(energy: Ener
 def test_a_batch_without_energy_does_not_hide_the_other() -> None:
     text = shown(bench(batch_bench(1, 8.1, energy_run(1.2345)), batch_bench(64, 61.9, None, (DEAD_METER,))), width=120)
     lines = [words(line) for line in text.splitlines()]
-    assert "dense 1 1.234 0.9876 0.8 412 1" in lines
+    assert "dense 1 1.234 0.9876 0.8 412 - - 1" in lines
     assert f"energy not measured: {DEAD_METER}" in lines
     assert sum(line.startswith("dense 64 ") for line in lines) == 1  # its latency, and no energy
 
@@ -422,22 +423,23 @@ def test_the_page_of_a_run_without_recovery_has_no_column_for_it(tmp_path: Path)
     assert "recovered" not in [cell for row in rows for cell in row]
 
 
-ENERGY = ["J/image", "J/image above idle", "images/J", "average W", "saving (95 %)"]
+ENERGY = ["J/image", "J/image above idle", "images/J", "average W", "peak W, at least", "J s", "trace J/image", "saving (95 %)"]
+NOT = ["not measured"] * 3  # no trace
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_the_page_shows_measured_energy_with_units_and_source(tmp_path: Path) -> None:
     made = Page(page(tmp_path, measured_bench()))
     rows = made.rows
-    for batch, expected in [
-        ("batch 1, float32", [["1.234", "0.9876", "0.8", "412", "1"], ["0.9259", "0.7407", "1.1", "412", "1.33 (1.33-1.33)"]]),
-        (
-            "batch 128, float32",
-            [["0.2468", "0.1974", "4.1", "412", "1"], ["0.1851", "0.1481", "5.4", "412", "1.33 (1.33-1.33)"]],
-        ),
+    for batch, dense, sparse in [
+        ("batch 1", ["1.234", "0.9876", "0.8", "412"], ["0.9259", "0.7407", "1.1", "412"]),
+        ("batch 128", ["0.2468", "0.1974", "4.1", "412"], ["0.1851", "0.1481", "5.4", "412"]),
     ]:
-        start = rows.index([batch, *ENERGY])
-        assert [rows[start + 1], rows[start + 3]] == [["dense", *expected[0]], ["sparse", *expected[1]]]
+        start = rows.index([f"{batch}, float32", *ENERGY])
+        assert rows[start + 1] == ["dense", *dense, *NOT, "1"]
+        assert rows[start + 3] == ["sparse", *sparse, *NOT, "1.33 (1.33-1.33)"]
+    traced = Page(page(tmp_path, traced_bench())).rows
+    assert ["sparse", "0.9259", "0.7407", "1.1", "412", "472", "0.0437", "0.9351, good", "1.33 (1.33-1.33)"] in traced
     assert f"Measured by {NVML}; idle power 71.5 W" in made.text
     assert "ot measured:" not in made.text
 
