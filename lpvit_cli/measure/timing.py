@@ -68,7 +68,7 @@ def time_interleaved(
     """Time each subject once a round, in alternating order, after warming all up. `on_round` is told rounds done and in all."""
     sample = _sample_gpu if device.type == "cuda" else _sample_cpu
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in subjects}
-    with _current(device):
+    with current(device):
         calls = {name: _warm_up(subject, device, warmup_seconds) for name, subject in subjects.items()}
         before = _busy_seconds()
         for number in range(rounds):
@@ -127,6 +127,11 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one: on that, events and streams are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def verdict(name: str, baseline: str, ratio: Ratio, run: TimingRun, subject: Timing, otherwise: str = "") -> str:
     """One sentence: faster, slower, or not distinguishable and the likeliest reason (`otherwise`: if nothing disturbed it)."""
     interval = f"95 % interval {ratio.low:.2f} to {ratio.high:.2f}"
@@ -145,11 +150,6 @@ def verdict(name: str, baseline: str, ratio: Ratio, run: TimingRun, subject: Tim
     else:
         reason = otherwise or "the difference is smaller than the noise"
     return f"{name} is not distinguishable from {baseline} ({interval}): {reason}"
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Events are recorded on the current GPU, which need not be the one that is measured."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _warm_up(subject: Subject, device: torch.device, seconds: float) -> int:

@@ -13,7 +13,7 @@ import torch
 from lpvit_cli.errors import EnvironmentFault
 from lpvit_cli.measure.energy import energy_on
 from lpvit_cli.measure.machine import installed, machine
-from lpvit_cli.measure.timing import Subject, TimingRun, cpu_threads, time_in_visits, time_interleaved, verdict
+from lpvit_cli.measure.timing import Subject, TimingRun, cpu_threads, current, time_in_visits, time_interleaved, verdict
 from lpvit_cli.models import VisionModel, bench_dtypes, describe_device, device_of, type_name
 from lpvit_cli.recipe import DENSE, PRUNED, BenchSection, Recipe
 from lpvit_cli.report.bench_csv import write_csv
@@ -34,17 +34,19 @@ OUT_OF_MEMORY = "can't allocate memory"  # what torch's CPU allocator says, in a
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> BenchReport:
     torch.manual_seed(recipe.seed)
     device = device_of(recipe)
-    with cpu_threads(recipe.bench.threads), TemporaryDirectory() as scratch:
-        benches = []
+    batches: list[BatchBench] = []
+    notes: list[str] = []
+    with cpu_threads(recipe.bench.threads), current(device), TemporaryDirectory() as scratch:
         for dtype in bench_dtypes(recipe, device):
             bench = Bench(recipe.bench, Subjects(recipe, run, device, dtype, Path(scratch)), recipe.seed, progress)
             bench.measure_all()
-            benches.append(bench)
+            batches += bench.batches
+            notes += bench.notes
+            del bench  # its models leave the device before those of the next type come
         pruned = run.report(PRUNE, PruneReport)
-        batches = [batch for bench in benches for batch in bench.batches]
         report = BenchReport(
             device=describe_device(device),
-            notes=[*(note for bench in benches for note in dict.fromkeys(bench.notes)), *advice(batches), *doubts(batches)],
+            notes=[*dict.fromkeys(notes), *advice(batches), *doubts(batches)],
             model=run.model_artefact(BENCH).name,
             threads=torch.get_num_threads(),
             machine=machine(),

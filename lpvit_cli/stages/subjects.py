@@ -47,7 +47,7 @@ class Subjects:
     def __init__(self, recipe: Recipe, run: Run, device: torch.device, dtype: torch.dtype, scratch: Path):
         self.device, self.dtype = device, dtype
         self.asked = (*([BASELINE] if recipe.bench.baseline else []), *recipe.bench.subjects)
-        self.labels = LABELS | {BASELINE: str(recipe.bench.baseline)}
+        self.labels = LABELS | {BASELINE: "/".join(recipe.bench.baseline.parts[-2:]) if recipe.bench.baseline else ""}
         source = run.model_artefact(BENCH)
         require_same_model(source, recipe)
         self.files = self._files(recipe, run)
@@ -75,7 +75,8 @@ class Subjects:
 
         On a GPU the eager models run as CUDA graphs too: there the host cannot be what is measured.
         """
-        torch.compiler.reset()  # what was compiled for other batches counts against a limit
+        if any(COMPILED in name for name in self.asked):
+            torch.compiler.reset()  # what was compiled for other batches counts against a limit
         made: dict[str, Opener] = {}
         notes = []
         pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # replayed in turn, they share memory
