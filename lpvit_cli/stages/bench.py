@@ -123,16 +123,15 @@ class Bench:
         generator = torch.Generator().manual_seed(self.seed)
         images = torch.randn(size, *subjects.input_size, generator=generator).to(device, subjects.dtype)
         tune_model(self.sparse, [size], ("forward",), self.progress, again=False)
-        openers, notes = subjects.openers(images)
-        self.notes += notes
-        memory = {name: subjects.peak_memory_bytes(name, opener) for name, opener in openers.items()}
-        shelf, opened = Shelf(openers), {}
+        prepared = subjects.prepare(images)
+        self.notes += prepared.notes
+        shelf, opened = Shelf(prepared.openers), {}
         if not subjects.sessions:
-            opened = {name: opener() for name, opener in openers.items()}
+            opened = {name: opener() for name, opener in prepared.openers.items()}
         timing = self._time(opened, shelf, f"timing batch {size}")
-        baseline = BASELINE if BASELINE in openers else _fastest(timing, DENSE)
+        baseline = BASELINE if BASELINE in prepared.openers else _fastest(timing, DENSE)
         subject = _fastest(timing, PRUNED)
-        speedup = {name: timing.ratio(baseline, name) for name in openers if name != baseline}
+        speedup = {name: timing.ratio(baseline, name) for name in prepared.openers if name != baseline}
         sentence = verdict(
             subject,
             subjects.labels[baseline],
@@ -159,7 +158,7 @@ class Bench:
             timing=timing,
             speedup=speedup,
             images_per_second={name: 1000 * size / timed.percentiles.p50 for name, timed in timing.subjects.items()},
-            peak_memory_bytes=memory,
+            peak_memory_bytes=prepared.memory_bytes,
             verdict=f"batch {size}{f', {dtype}' if len(self.settings.dtypes) > 1 else ''}: {sentence}",
             energy=energy,
             energy_reasons=reasons,

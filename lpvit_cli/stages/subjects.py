@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,15 @@ LABELS = {
 LEAVE_OUT = "leave it out of bench.subjects"
 
 Opener = Callable[[], Subject]
+
+
+@dataclass
+class Prepared:
+    """Subjects for images of one size. `notes`: why CUDA graphs that were not asked for are left out."""
+
+    openers: dict[str, Opener] = field(default_factory=dict)
+    memory_bytes: dict[str, int | None] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 class Subjects:
@@ -70,27 +80,27 @@ class Subjects:
         """Whether some must not be alive together."""
         return bool(self.files)
 
-    def openers(self, images: Tensor) -> tuple[dict[str, Opener], list[str]]:
-        """How each subject is opened for images [n, 3, H, W]; and why CUDA graphs that were not asked for are left out.
-
-        On a GPU the eager models run as CUDA graphs too: there the host cannot be what is measured.
-        """
+    def prepare(self, images: Tensor) -> Prepared:
+        """All subjects for images [n, 3, H, W]. On a GPU the eager models run as CUDA graphs too: there the host cannot be what
+        is measured."""
         if any(COMPILED in name for name in self.asked):
             torch.compiler.reset()  # what was compiled for other batches counts against a limit
-        made: dict[str, Opener] = {}
-        notes = []
+        made = Prepared()
         pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # replayed in turn, they share memory
         graphs = [f"{name}{GRAPH}" for name in self.asked if name in ("dense", "sparse")] if pool else []
-        for name in dict.fromkeys((*self.asked, *graphs)):
+        # graphs last: they hold addresses of what backends keep of weights, and measuring memory drops that
+        for name in sorted(dict.fromkeys((*self.asked, *graphs)), key=lambda name: name.endswith(GRAPH)):
             try:
-                made[name] = self._opener(name, images, pool)
+                made.openers[name] = self._opener(name, images, pool)
             except EnvironmentFault as error:
                 if name in self.asked:
                     raise
-                notes.append(f"left out: {error.message}")
-        return made, notes
+                made.notes.append(f"left out: {error.message}")
+            else:
+                made.memory_bytes[name] = self._peak_memory_bytes(name, made.openers[name])
+        return made
 
-    def peak_memory_bytes(self, name: str, opener: Opener) -> int | None:
+    def _peak_memory_bytes(self, name: str, opener: Opener) -> int | None:
         """Weights as stored, and the most that a call holds beyond them: activations, and what backends keep of weights.
 
         None: not known, as for CUDA graphs, whose memory is their common pool's.
@@ -100,9 +110,11 @@ class Subjects:
         if name in self.files:
             return peak_bytes(lambda: opener()(), self.device)
         model = self.models[name.removesuffix(COMPILED)]
+        subject = opener()
+        subject()  # libraries take their workspaces: those are nobody's
         for layer in sparse_layers(model).values():
             forget(layer.weight)
-        extra = peak_bytes(opener(), self.device)
+        extra = peak_bytes(subject, self.device)
         return None if extra is None else extra + sum(tensor.nbytes for tensor in model.state_dict().values())
 
     def _opener(self, name: str, images: Tensor, pool: Any) -> Opener:

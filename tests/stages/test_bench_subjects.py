@@ -272,7 +272,7 @@ def test_a_compiler_that_fails_is_named_with_its_reason(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "compile", broken)
     made = subjects_on("cpu", "dense", "sparse-compiled")
     with pytest.raises(EnvironmentFault, match="sparse-compiled: torch.compile fails here: no C\\+\\+ compiler found$"):
-        made.openers(IMAGES)
+        made.prepare(IMAGES)
 
 
 def test_too_little_memory_while_compiling_is_no_fault_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,13 +284,13 @@ def test_too_little_memory_while_compiling_is_no_fault_of_the_compiler(monkeypat
 
     monkeypatch.setattr(torch, "compile", full)
     with pytest.raises(torch.OutOfMemoryError):
-        subjects_on("cpu", "dense-compiled").openers(IMAGES)
+        subjects_on("cpu", "dense-compiled").prepare(IMAGES)
 
 
 @pytest.fixture
 def pretended_graphs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """CUDA graphs whose capture counts calls, and whose replay is a call."""
-    state = SimpleNamespace(captured=[], fails=False)
+    state = SimpleNamespace(captured=[], fails=False, measured=[])
 
     def capture(subject: Callable[[], object], pool: str) -> Callable[[], object]:
         if state.fails:
@@ -301,25 +301,27 @@ def pretended_graphs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(subjects, "_capture", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    monkeypatch.setattr(subjects, "peak_bytes", lambda call, device: state.measured.append(len(state.captured)) or 7)
     return state
 
 
 def test_on_a_gpu_eager_models_run_as_graphs_too(pretended_graphs: SimpleNamespace) -> None:
-    made = subjects_on("cuda", "dense", "masked-dense", "sparse", "sparse-compiled-graph")
-    openers, notes = made.openers(IMAGES)
-    assert list(openers) == ["dense", "masked-dense", "sparse", "sparse-compiled-graph", "dense-graph", "sparse-graph"]
+    made = subjects_on("cuda", "dense", "sparse-compiled-graph", "masked-dense", "sparse").prepare(IMAGES)
+    assert list(made.openers) == ["dense", "masked-dense", "sparse", "sparse-compiled-graph", "dense-graph", "sparse-graph"]
     assert pretended_graphs.captured == ["pool"] * 3, "of one pool"
-    assert notes == []
-    assert made.peak_memory_bytes("dense-graph", openers["dense-graph"]) is None
+    assert made.notes == []
+    weights = 4 * (4 * 4 + 4)
+    assert list(made.memory_bytes.values()) == [weights + 7] * 3 + [None] * 3
+    assert pretended_graphs.measured == [0, 0, 0], "before any capture: it drops what graphs would hold addresses of"
 
 
 def test_a_capture_that_fails_is_a_note_unless_it_was_asked_for(pretended_graphs: SimpleNamespace) -> None:
     pretended_graphs.fails = True
-    openers, notes = subjects_on("cuda", "dense", "sparse").openers(IMAGES)
-    assert list(openers) == ["dense", "sparse"]
-    assert notes[0].startswith("left out: dense-graph: cannot be captured in a CUDA graph: operation not permitted")
+    made = subjects_on("cuda", "dense", "sparse").prepare(IMAGES)
+    assert list(made.openers) == list(made.memory_bytes) == ["dense", "sparse"]
+    assert made.notes[0].startswith("left out: dense-graph: cannot be captured in a CUDA graph: operation not permitted")
     with pytest.raises(EnvironmentFault, match="sparse-graph: cannot be captured"):
-        subjects_on("cuda", "dense", "sparse-graph").openers(IMAGES)
+        subjects_on("cuda", "dense", "sparse-graph").prepare(IMAGES)
 
 
 def test_a_graph_is_captured_after_warming_up_aside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,3 +352,23 @@ def test_a_graph_is_captured_after_warming_up_aside(monkeypatch: pytest.MonkeyPa
     assert log == ["wait", "aside", *["call"] * 3, "end aside", "wait", "graph in pool", "call", "end graph in pool"]
     replay()
     assert log[-1] == "replay"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch sees no CUDA device")
+def test_a_bench_on_a_gpu_has_graphs_memory_and_layers(tmp_path: Path) -> None:
+    synthetic = ["--set", "data.dataset=synthetic", "--set", "model.weights=null", "--set", "bench.energy.window_seconds=1.5"]
+    folder, arguments = tmp_path / "run", [*options(bench__batch_sizes="[64]"), *synthetic]
+    for command in (["calibrate"], ["prune"], ["bench", "--layers"]):
+        result = run_cli(*command, "digits_vit", "-o", folder, *arguments)
+        assert result.code == 0, result.err
+    (batch,) = report(folder).batches
+    assert list(batch.timing.subjects) == ["dense", "masked-dense", "sparse", "dense-graph", "sparse-graph"]
+    medians = {name: timed.percentiles.p50 for name, timed in batch.timing.subjects.items()}
+    assert medians["dense-graph"] < 1.1 * medians["dense"], "the same work with fewer launches"
+    held = batch.peak_memory_bytes["dense"]
+    assert held is not None
+    assert held > 2 * 1_450_000, "at least the weights, in bfloat16"
+    assert batch.layers is not None
+    assert sum(layer.ms for layer in batch.layers.layers) < batch.layers.total_ms
+    assert batch.layers.peak_tflops > 1
