@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from lpvit_cli.errors import UsageError
+from lpvit_cli.recipe_source import apply_override, key_lines
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Block = tuple[PositiveInt, PositiveInt]
@@ -47,8 +48,6 @@ Subject = Literal[
 ExportFormat = Literal["onnx", "torch", "pt2", "aoti", "openvino", "triton-server", "hub"]
 
 DENSE, PRUNED = "dense", ("sparse", "onnx")  # what the names of bench's subjects begin with
-
-PATHS = {("model", "weights"), ("data", "root"), ("prune", "profile"), ("bench", "baseline")}
 
 
 class Section(BaseModel):
@@ -345,7 +344,7 @@ class Recipe(Section):
         try:
             source = path.read_text(encoding="utf-8")
             content = yaml.safe_load(source)
-            lines = _key_lines(yaml.compose(source, Loader=yaml.SafeLoader))
+            lines = key_lines(yaml.compose(source, Loader=yaml.SafeLoader))
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: cannot be read: {error}", "check the path and its permissions") from error
         except yaml.YAMLError as error:
@@ -362,7 +361,7 @@ class Recipe(Section):
         content.setdefault("name", path.stem)
         origin = {key: f"{path}:{line}" for key, line in lines.items()}
         for override in overrides:
-            key = _apply(content, override)
+            key = apply_override(content, override)
             origin = {k: v for k, v in origin.items() if k[: len(key)] != key}
             origin[key] = f"--set {override}"
         try:
@@ -441,45 +440,6 @@ def _resolved(path: Path | None, info: ValidationInfo) -> Path | None:
     beside = info.context["folder"] / path.expanduser()
     shipped = recipes_folder() / path
     return (shipped if shipped.exists() and not beside.exists() else beside).resolve()
-
-
-def _apply(content: dict[str, Any], override: str) -> tuple[str, ...]:
-    """Set one dotted key; return it as a tuple."""
-    dotted, equals, text = override.partition("=")
-    keys = tuple(dotted.strip().split("."))
-    if not equals or not all(keys):
-        raise UsageError(f"--set {override}: not of the form key=value", "for example: --set prune.block=[64,32]")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {override}: {text!r} is not valid YAML", "quote it for your shell") from error
-    node = content
-    for key in keys[:-1]:
-        child = node.setdefault(key, {})
-        if child is None:
-            child = node[key] = {}
-        if not isinstance(child, dict):
-            raise UsageError(f"--set {override}: {key!r} is a value, not a section", f"set it whole: --set {key}=...")
-        node = child
-    if keys[:2] == ("prune", "budget") and len(keys) == 3:
-        node.clear()  # a budget is one of several kinds: naming one replaces the other
-    if keys in PATHS and isinstance(value, str):
-        value = str(Path(value).expanduser().resolve())  # typed in a shell: from the current folder
-    node[keys[-1]] = value
-    return keys
-
-
-def _key_lines(node: yaml.Node | None, at: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """Line of every key, by its path; a key given twice is refused."""
-    lines: dict[tuple[str, ...], int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = (*at, str(key.value))
-            if path in lines:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
-            lines[path] = key.start_mark.line + 1
-            lines |= _key_lines(value, path)
-    return lines
 
 
 def _explain(error: ValidationError, content: dict[str, Any], origin: dict[tuple[str, ...], str], path: Path) -> UsageError:

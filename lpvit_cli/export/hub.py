@@ -11,7 +11,8 @@ import yaml
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.export.documents import document
 from lpvit_cli.measure.accuracy import Accuracy
-from lpvit_cli.recipe import PATHS, Recipe
+from lpvit_cli.recipe import Recipe
+from lpvit_cli.recipe_source import PATHS
 from lpvit_cli.report.schema import BenchReport, ExportedFile, FinetuneReport, PruneReport
 from lpvit_cli.report.tables import giga, interval, percent, size
 
