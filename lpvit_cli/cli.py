@@ -11,7 +11,7 @@ import typer
 
 from lpvit_cli import __version__, distributed
 from lpvit_cli.console import Console
-from lpvit_cli.errors import UsageError
+from lpvit_cli.errors import CheckFailed, UsageError
 from lpvit_cli.stages import BENCH, CALIBRATE, EXPORT, FINETUNE, GRADUAL, PROFILE, PRUNE, STAGES, SWEEP, Stage
 
 app = typer.Typer(
@@ -87,10 +87,19 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
     push_option = typer.Option(None, "--push", metavar="OWNER/NAME", help=help_, hidden=command != EXPORT.command)
     help_ = "onnx, torch, pt2, aoti, openvino, triton-server or hub; repeatable (default: onnx)."
     format_option = typer.Option(None, "--format", metavar="FORMAT", help=help_, hidden=command != EXPORT.command)
+    other = command != BENCH.command
+    help_ = "Another run folder, model folder or ONNX file: all ratios are against it."
+    baseline_option = typer.Option(None, "--baseline", metavar="MODEL", help=help_, hidden=other)
+    layers_option = typer.Option(False, "--layers", help="Time every linear layer within the model.", hidden=other)
+    help_ = "Instead of measuring: exit 4 when B is slower or thirstier than A, reports or run folders."
+    compare_option = typer.Option(None, "--compare", metavar="A B", help=help_, hidden=other)
+    force_option = typer.Option(False, "--force", help="Compare reports of different devices or settings.", hidden=other)
+    help_ = "A recipe file, or the name of a shipped one."
+    recipe_argument = typer.Argument(... if other else None, metavar="RECIPE", help=help_)
 
     @app.command(command, help=summary)
     def recipe_command(
-        recipe: RecipeArgument,
+        recipe: str | None = recipe_argument,
         set_: Set = None,
         output: Output = None,
         resume: Resume = True,
@@ -107,6 +116,10 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
         sweep: str | None = sweep_option,
         push: str | None = push_option,
         format_: list[str] | None = format_option,
+        baseline: str | None = baseline_option,
+        layers: bool = layers_option,
+        compare: tuple[Path, Path] | None = compare_option,
+        force: bool = force_option,
     ) -> None:
         console = _console(json_, quiet, verbose)
         with console.command():
@@ -114,18 +127,29 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
                 ("--sweep", sweep, PRUNE.command, "--sweep 0.3,0.5,0.7"),
                 ("--push", push, EXPORT.command, "--push OWNER/NAME"),
                 ("--format", format_, EXPORT.command, "--format hub"),
+                ("--baseline", baseline, BENCH.command, "--baseline OTHER_RUN"),
+                ("--layers", layers, BENCH.command, "--layers"),
+                ("--compare", compare, BENCH.command, "--compare A B"),
+                ("--force", force, BENCH.command, "--compare A B --force"),
             ):
                 if given and command != owner:
                     raise UsageError(
                         f"{option} is an option of {owner}, not of {command}", f"run: lpvit {owner} RECIPE {example}"
                     )
+            if compare is not None:
+                _compare(console, *compare, force)
+                return
+            if recipe is None:
+                raise UsageError(f"{command}: which recipe?", f"run: lpvit {command} RECIPE, or: lpvit {command} --compare A B")
             overrides = list(set_ or [])
+            overrides += [f"bench.baseline={baseline}"] * (baseline is not None)
+            overrides += ["bench.layers=true"] * layers
             overrides += [f"sweep=[{sweep}]"] * (sweep is not None)
             overrides += [f"export.formats=[{','.join(format_)}]"] if format_ else []
             overrides += [f"device={device}"] * (device is not None)
             if dtype is not None:
                 measures = command in (BENCH.command, PROFILE.command)
-                overrides.append(f"bench.dtype={dtype}" if measures else f"dtype={dtype}")
+                overrides.append(f"bench.dtypes=[{dtype}]" if measures else f"dtype={dtype}")
             overrides += [f"seed={seed}"] * (seed is not None)
             if batch_size is not None:
                 overrides.append(BATCH_SIZE_KEYS.get(command, "data.batch_size={}").format(batch_size))
@@ -228,6 +252,17 @@ def _on_gpus(recipe: Any) -> bool:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device.type == "cuda"
+
+
+def _compare(console: Console, before: Path, after: Path, force: bool) -> None:
+    from lpvit_cli.report.tables import render
+    from lpvit_cli.stages.compare import compare
+
+    report = compare(before, after, force)
+    console.document = report.model_dump(mode="json")
+    console.human(*render(report, after))
+    if any(change.worse for change in report.changes):
+        raise CheckFailed(f"{after} is worse than {before}", "the lines above say where; measure again on a quiet machine")
 
 
 def _with_hub(recipe: Any, repository: str) -> Any:

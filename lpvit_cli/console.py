@@ -83,7 +83,8 @@ class Console:
     def _fail(self, kind: str, message: str, hint: str, code: int) -> None:
         self._stop_bar()
         if self.json_mode:
-            self.document = {"error": {"kind": kind, "message": message, "hint": hint, "exit_code": code}}
+            error = {"kind": kind, "message": message, "hint": hint, "exit_code": code}
+            self.document = {**(self.document or {}), "error": error}
         self.err.print(f"error: {message}", style="bold red", soft_wrap=True)
         if hint:
             self.err.print(f"  {hint}", soft_wrap=True)

@@ -113,6 +113,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def bench_dtypes(recipe: Recipe, device: torch.device) -> list[torch.dtype]:
+    """The compute types that bench measures, each once; profile and sweep take the first."""
+    return list(dict.fromkeys(pick_dtype(name, device) for name in recipe.bench.dtypes or (recipe.dtype,)))
+
+
+def type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 

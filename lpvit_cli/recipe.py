@@ -24,19 +24,30 @@ from pydantic import (
 )
 
 from lpvit_cli.errors import UsageError
+from lpvit_cli.recipe_source import apply_override, key_lines
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Block = tuple[PositiveInt, PositiveInt]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Subject = Literal[
+    "dense",
+    "dense-compiled",
+    "dense-graph",
+    "dense-compiled-graph",
+    "dense-onnx",
+    "masked-dense",
+    "masked-dense-compiled",
+    "masked-dense-graph",
+    "masked-dense-compiled-graph",
+    "sparse",
+    "sparse-compiled",
+    "sparse-graph",
+    "sparse-compiled-graph",
+    "onnx",
+]
 ExportFormat = Literal["onnx", "torch", "pt2", "aoti", "openvino", "triton-server", "hub"]
 
-
-PATHS = {
-    ("model", "weights"),
-    ("data", "root"),
-    ("prune", "profile"),
-    ("finetune", "distill", "teacher", "weights"),
-}
+DENSE, PRUNED = "dense", ("sparse", "onnx")  # what the names of bench's subjects begin with
 
 
 class Section(BaseModel):
@@ -266,18 +277,41 @@ class EnergySection(Section):
 
 
 class BenchSection(Section):
-    """Dense, masked-dense and sparse, interleaved in one process."""
+    """What is compared, in turn in one process. `subjects`: the dense model, masked-dense (the same zeros in dense layers), and
+    sparse; in eager PyTorch (on a GPU also as CUDA graphs), -compiled by torch.compile, or as a CUDA -graph; onnx is the file
+    of `lpvit export`, dense-onnx the dense model in onnxruntime. Ratios are against the fastest dense one, or `baseline`."""
 
+    subjects: tuple[Subject, ...] = ("dense", "masked-dense", "sparse")
+    baseline: Path | None = None  # another run folder, model folder or ONNX file
     batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)
+    dtypes: tuple[Dtype, ...] = ()  # none: the recipe's
     rounds: int = Field(default=30, ge=6)
     warmup_seconds: float = Field(default=2.0, ge=0)
-    dtype: Dtype | None = None  # None: the recipe's
     threads: PositiveInt | None = None  # CPU threads; None: torch's default
+    layers: bool = False  # time every linear layer within the model
     energy: EnergySection = EnergySection()
+
+    @field_validator("baseline")
+    @classmethod
+    def _beside_the_recipe(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        return _resolved(path, info)
+
+    @field_validator("subjects", "batch_sizes", "dtypes")
+    @classmethod
+    def _each_once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(values))
+
+    @model_validator(mode="after")
+    def _has_two_sides(self) -> Self:
+        if not any(name.startswith(PRUNED) for name in self.subjects):
+            raise ValueError("subjects: needs a pruned one to compare: sparse, sparse-compiled, sparse-graph, or onnx")
+        if self.baseline is None and not any(name.startswith(DENSE) for name in self.subjects):
+            raise ValueError("subjects: needs a dense one to compare with, or a baseline")
+        return self
 
 
 class ProfileSection(Section):
-    """Layers one by one, dense and block-sparse, for `lpvit profile`; threads, dtype and energy windows are bench's."""
+    """Layers one by one, dense and block-sparse, for `lpvit profile`; threads, energy windows, first dtype are bench's."""
 
     batch_size: PositiveInt = 1
     rounds: int = Field(default=30, ge=6)
@@ -348,7 +382,7 @@ class Recipe(Section):
         try:
             source = path.read_text(encoding="utf-8")
             content = yaml.safe_load(source)
-            lines = _key_lines(yaml.compose(source, Loader=yaml.SafeLoader))
+            lines = key_lines(yaml.compose(source, Loader=yaml.SafeLoader))
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: cannot be read: {error}", "check the path and its permissions") from error
         except yaml.YAMLError as error:
@@ -365,7 +399,7 @@ class Recipe(Section):
         content.setdefault("name", path.stem)
         origin = {key: f"{path}:{line}" for key, line in lines.items()}
         for override in overrides:
-            key = _apply(content, override)
+            key = apply_override(content, override)
             origin = {k: v for k, v in origin.items() if k[: len(key)] != key}
             origin[key] = f"--set {override}"
         try:
@@ -445,45 +479,6 @@ def _resolved(path: Path | None, info: ValidationInfo) -> Path | None:
     beside = info.context["folder"] / path.expanduser()
     shipped = recipes_folder() / path
     return (shipped if shipped.exists() and not beside.exists() else beside).resolve()
-
-
-def _apply(content: dict[str, Any], override: str) -> tuple[str, ...]:
-    """Set one dotted key; return it as a tuple."""
-    dotted, equals, text = override.partition("=")
-    keys = tuple(dotted.strip().split("."))
-    if not equals or not all(keys):
-        raise UsageError(f"--set {override}: not of the form key=value", "for example: --set prune.block=[64,32]")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {override}: {text!r} is not valid YAML", "quote it for your shell") from error
-    node = content
-    for key in keys[:-1]:
-        child = node.setdefault(key, {})
-        if child is None:
-            child = node[key] = {}
-        if not isinstance(child, dict):
-            raise UsageError(f"--set {override}: {key!r} is a value, not a section", f"set it whole: --set {key}=...")
-        node = child
-    if keys[:2] == ("prune", "budget") and len(keys) == 3:
-        node.clear()  # a budget is one of several kinds: naming one replaces the other
-    if keys in PATHS and isinstance(value, str):
-        value = str(Path(value).expanduser().resolve())  # typed in a shell: from the current folder
-    node[keys[-1]] = value
-    return keys
-
-
-def _key_lines(node: yaml.Node | None, at: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """Line of every key, by its path; a key given twice is refused."""
-    lines: dict[tuple[str, ...], int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = (*at, str(key.value))
-            if path in lines:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
-            lines[path] = key.start_mark.line + 1
-            lines |= _key_lines(value, path)
-    return lines
 
 
 def _explain(error: ValidationError, content: dict[str, Any], origin: dict[tuple[str, ...], str], path: Path) -> UsageError:

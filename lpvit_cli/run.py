@@ -131,6 +131,8 @@ class Run:
             inputs["prune.profile (content)"] = content_id(path)
         if stage in (CALIBRATE, GRADUAL):
             inputs |= self._contents
+        if stage is BENCH:
+            inputs |= self._benched
         if stage is EXPORT:
             inputs["versions.onnxruntime"] = installed("onnxruntime")
         if stage is EXPORT and "hub" in self.recipe.export.formats and (bench := self.record(BENCH)):
@@ -148,6 +150,18 @@ class Run:
     @property
     def _needs_own_profile(self) -> bool:
         return self.recipe.prune.profile is None and self.recipe.prune.budget.needs_profile
+
+    @property
+    def _benched(self) -> dict[str, Any]:
+        """What bench measures beside this run's model. Exports that tell its numbers depend on it in turn: not on that."""
+        bench, exported = self.recipe.bench, self.record(EXPORT) if "onnx" in self.recipe.bench.subjects else None
+        inputs: dict[str, Any] = {}
+        if exported:
+            inputs["export"] = digest({key: value for key, value in exported["inputs"].items() if key != "measured by bench"})
+        if bench.baseline:
+            files = [bench.baseline, *sorted(bench.baseline.glob("**/model.safetensors"))]
+            inputs["bench.baseline (content)"] = digest([content_id(path) for path in files if path.is_file()])
+        return inputs
 
     @cached_property
     def _contents(self) -> dict[str, Any]:
@@ -235,6 +249,7 @@ class Run:
 
     def execute(self, stage: Stage, progress: Progress, resume: bool = True) -> Any:
         """Run one stage and publish what it made; returns its report."""
+        inputs = self.inputs(stage)  # first of all: a device that is not there is told before what is to be made for it
         for before in self.sources(stage):
             self.artefact(before)
         if not distributed.is_main():

@@ -37,6 +37,7 @@ from results import publish
 from torch import Tensor
 
 from lpvit_cli.measure.machine import cpu_name
+from lpvit_cli.measure.roofline import Ceilings
 from lpvit_cli.measure.timing import Subject, TimingRun, time_interleaved
 
 # Each axis in the order of interest.
@@ -60,30 +61,11 @@ class Panel:
     block: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the device reached in a large product [FLOP/s] and a large copy [byte/s]."""
-
-    flops: float
-    bandwidth: float
-
-    @classmethod
-    def measure(cls, device: torch.device, dtype: torch.dtype) -> Ceilings:
-        gpu = device.type == "cuda"
-        size, length = (8192, 2**29) if gpu else (1024, 2**25)
-        a, b = torch.randn(2, size, size, device=device).to(dtype)
-        source, target = torch.ones(2, length, device=device, dtype=dtype)
-        subjects = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
-        run = time_interleaved(subjects, device=device, rounds=10, warmup_seconds=0.5)
-        product_ms, copy_ms = (run.subjects[name].percentiles.p10 for name in subjects)
-        return cls(2e3 * size**3 / product_ms, 2e3 * length * source.element_size() / copy_ms)
-
-    def least_ms(self, problem: Problem, weight: BlockSparseMatrix) -> float:
-        """The roofline: of the kept blocks, and of reading and writing everything once."""
-        tensors = (problem.x, problem.bias, weight.values) + ((problem.residual,) if problem.residual is not None else ())
-        written = len(problem.x) * problem.layer.out * problem.x.element_size()
-        moved = written + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return 1e3 * max(flops(problem, weight) / self.flops, moved / self.bandwidth)
+def least_ms(ceilings: Ceilings, problem: Problem, weight: BlockSparseMatrix) -> float:
+    """The roofline: of the kept blocks, and of reading and writing everything once."""
+    tensors = (problem.x, problem.bias, weight.values) + ((problem.residual,) if problem.residual is not None else ())
+    written = len(problem.x) * problem.layer.out * problem.x.element_size()
+    return ceilings.least_ms(flops(problem, weight), written + sum(tensor.nbytes for tensor in tensors))
 
 
 def flops(problem: Problem, weight: BlockSparseMatrix) -> int:
@@ -138,7 +120,7 @@ class Bench:
                     "config": None if found.choice.config is None else str(found.choice.config),
                     "tuned_us": {name: round(us, 2) for name, us in found.times_us.items()},
                     "kept_flops": flops(problem, weight),
-                    "least_ms": self.ceilings.least_ms(problem, weight),
+                    "least_ms": least_ms(self.ceilings, problem, weight),
                 }
             )
         subjects: dict[str, Subject] = {f"eager {name}": call for name, call in calls.items()}

@@ -39,7 +39,7 @@ step "gpu tests" 120 "$PYTHON" -m pytest -m gpu --junitxml "$OUT/tests.xml"
 step "kernel benchmark" 260 "$PYTHON" scripts/bench_kernels.py --minutes 3.3 --output "$OUT/kernels_gpu.json"
 step "calibrate" 60 bash -c 'lpvit calibrate "$@"' _ "${random_deit[@]}"
 step "prune" 60 bash -c 'lpvit prune "$@"' _ "${random_deit[@]}"
-step "bench" 240 bash -c 'out=$1; shift; lpvit bench "$@" --set bench.energy.window_seconds=3 --json > "$out/deit_base_50.json"' _ "$OUT" "${random_deit[@]}"
+step "bench" 240 bash -c 'out=$1; shift; lpvit bench "$@" --batch-size 256 --layers --set bench.energy.window_seconds=3 --json > "$out/deit_base_50.json"' _ "$OUT" "${random_deit[@]}"
 
 if [ "${#failed[@]}" -gt 0 ]; then
   echo "failed: ${failed[*]}" >&2

@@ -167,7 +167,7 @@ def test_options_are_recipe_keys(lpvit: Cli, command: str, key: str) -> None:
     section, name = key.split(".")
     assert recipe[section][name] == ([5] if name == "batch_sizes" else 5)
     assert (recipe["seed"], recipe["device"]) == (7, "cpu")
-    assert (recipe["bench"]["dtype"] if command in ("bench", "profile") else recipe["dtype"]) == "bfloat16"
+    assert (recipe["bench"]["dtypes"] if command in ("bench", "profile") else [recipe["dtype"]]) == ["bfloat16"]
 
 
 def test_finetune_can_be_left_out(lpvit: Cli) -> None:

@@ -11,8 +11,9 @@ import yaml
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.export.documents import document
 from lpvit_cli.measure.accuracy import Accuracy
-from lpvit_cli.recipe import PATHS, Recipe
-from lpvit_cli.report.schema import BASELINE, BenchReport, ExportedFile, FinetuneReport, PruneReport
+from lpvit_cli.recipe import Recipe
+from lpvit_cli.recipe_source import PATHS
+from lpvit_cli.report.schema import BenchReport, ExportedFile, FinetuneReport, PruneReport
 from lpvit_cli.report.tables import giga, interval, percent, size
 
 
@@ -64,7 +65,6 @@ def model_card(
         preprocessing=preprocessing,
         input_size=input_size,
         versions=", ".join(f"{package} {number}" for package, number in versions.items() if number),
-        baseline=BASELINE,
         giga=giga,
         interval=interval,
         percent=percent,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lpvit_cli.measure.meters import Meter, MeterError, open_meter
 from lpvit_cli.measure.statistics import Ratio, paired_ratio
@@ -21,8 +21,31 @@ if TYPE_CHECKING:
 FEWEST_TICKS = 10
 RETRIES = 3
 LONGEST_TICK_S = 2.0
+POINTS = 2000  # of a trace, in a report
 
 Subject = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A valid window of one subject, both ends on ticks of the counter. Seconds count from the start of the energy run."""
+
+    begin_s: float
+    end_s: float
+    joules: float
+    images: int
+    trace_joules: float | None = None  # the power trace integrated over the window; None: no trace
+    clock_mhz: float | None = None  # of a GPU's multiprocessors, at the end
+    temperature_c: float | None = None  # at the end
+    power_capped: bool = False
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Power over time, thinned to at most `POINTS` points; seconds as in `Window`."""
+
+    seconds: list[float]
+    watts: list[float]
 
 
 @dataclass(frozen=True)
@@ -33,16 +56,30 @@ class Energy:
     above_idle_joules_per_image: float
     average_w: float
     trials_joules_per_image: list[float]
+    energy_delay_js: float | None = None  # J/image times the seconds of the call that the image is in
+    peak_w: float | None = None  # the highest sample within the windows: a lower bound; None: no trace
+    trace_joules_per_image: float | None = None  # by the power trace, to check the counter; None: no trace
+    agreement: Literal["good", "fair", "inconsistent"] | None = None  # of counter and trace: within 3 %, 10 %, or not
+    discarded: list[str] = field(default_factory=list)  # why windows were measured again
+    windows: list[Window] = field(default_factory=list)  # one a trial
+    trace: Trace | None = None  # of all its turns, warm-up included
+
+    @property
+    def images_per_joule(self) -> float:
+        return 1 / self.joules_per_image
 
 
 @dataclass(frozen=True)
 class EnergyRun:
-    """Energy of all subjects, or none and the reasons."""
+    """Energy of all subjects, or none and the reasons. `notes` are sentences a reader of the numbers should know."""
 
     source: str
     idle_w: float | None = None
     subjects: dict[str, Energy] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    power_source: str | None = None  # what the traces are samples of; None: no trace
+    device: dict[str, str | float | None] = field(default_factory=dict)  # as the meter tells it, by facts' names
 
     def ratio(self, baseline: str, subject: str) -> Ratio:
         """How many times less energy an image takes with `subject`, trial by trial."""

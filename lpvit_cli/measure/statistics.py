@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -54,3 +55,17 @@ def paired_ratio(baseline: Sequence[float], subject: Sequence[float]) -> Ratio:
     while 2 * (tail := tail + math.comb(n, k) / 2**n) <= 1 - CONFIDENCE:
         k += 1
     return Ratio(float(np.median(ratios)), ratios[k - 1], ratios[n - k])
+
+
+def unpaired_ratio(before: Sequence[float], after: Sequence[float]) -> Ratio:
+    """Median of all before_i / after_j with its distribution-free 95 % interval for samples that differ by a factor: order
+    statistics at the critical value of Mann and Whitney's U, by its normal approximation (Hollander and Wolfe, Nonparametric
+    Statistical Methods, 4.3). Raises ValueError below 6 samples on a side.
+    """
+    n, m = len(before), len(after)
+    if min(n, m) < FEWEST_PAIRS:
+        raise ValueError(f"needs at least {FEWEST_PAIRS} samples on each side, got {n} and {m}")
+    ratios = sorted(a / b for a in before for b in after)
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    k = max(1, math.floor(n * m / 2 - z * math.sqrt(n * m * (n + m + 1) / 12)))
+    return Ratio(float(np.median(ratios)), ratios[k - 1], ratios[n * m - k])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,16 +67,17 @@ def time_interleaved(
 ) -> TimingRun:
     """Time each subject once a round, in alternating order, after warming all up. `on_round` is told rounds done and in all."""
     sample = _sample_gpu if device.type == "cuda" else _sample_cpu
-    calls = {name: _warm_up(subject, device, warmup_seconds) for name, subject in subjects.items()}
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in subjects}
-    before = _busy_seconds()
-    for number in range(rounds):
-        order = list(subjects) if number % 2 == 0 else list(reversed(subjects))
-        for name in order:
-            taken[name].append(sample(subjects[name], calls[name]))
-        if on_round:
-            on_round(number + 1, rounds)
-    after = _busy_seconds()
+    with current(device):
+        calls = {name: _warm_up(subject, device, warmup_seconds) for name, subject in subjects.items()}
+        before = _busy_seconds()
+        for number in range(rounds):
+            order = list(subjects) if number % 2 == 0 else list(reversed(subjects))
+            for name in order:
+                taken[name].append(sample(subjects[name], calls[name]))
+            if on_round:
+                on_round(number + 1, rounds)
+        after = _busy_seconds()
     one_thread = device.type == "cpu" and torch.get_num_threads() == 1
     return TimingRun(
         {name: _timing(pairs, calls[name], device, one_thread) for name, pairs in taken.items()},
@@ -91,10 +92,12 @@ def time_in_visits(
     visits: int,
     samples: int,
     threads: int,
+    warmup_seconds: float = 0.0,
     on_visit: Callable[[int, int], None] | None = None,
 ) -> TimingRun:
     """As `time_interleaved` on the CPU, for subjects that must not be alive together: sessions whose threads would disturb each
-    other. Each of `opened` makes a subject, which is warmed up, sampled and let go, once a visit, in alternating order."""
+    other. Each of `opened` makes a subject, which is warmed up, sampled and let go, once a visit, in alternating order.
+    `warmup_seconds`: at most, in each visit."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in opened}
     calls: dict[str, int] = {}
     before = _busy_seconds()
@@ -102,7 +105,7 @@ def time_in_visits(
         order = list(opened) if number % 2 == 0 else list(reversed(opened))
         for place, name in enumerate(order):
             subject = opened[name]()
-            again = _warm_up(subject, torch.device("cpu"), 0.0)
+            again = _warm_up(subject, torch.device("cpu"), warmup_seconds)
             calls.setdefault(name, again)
             taken[name] += [_sample_cpu(subject, calls[name]) for _ in range(samples)]
             del subject
@@ -124,8 +127,13 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def verdict(name: str, baseline: str, ratio: Ratio, run: TimingRun, subject: Timing) -> str:
-    """One sentence: faster, slower, or not distinguishable and the likeliest reason."""
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one: on that, events and streams are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def verdict(name: str, baseline: str, ratio: Ratio, run: TimingRun, subject: Timing, otherwise: str = "") -> str:
+    """One sentence: faster, slower, or not distinguishable and the likeliest reason (`otherwise`: if nothing disturbed it)."""
     interval = f"95 % interval {ratio.low:.2f} to {ratio.high:.2f}"
     busy = f"other processes used {run.foreign_load:.0%} of the machine" if run.busy else ""
     doubt = f"; doubtful, {busy}: measure again" if busy else ""
@@ -140,7 +148,7 @@ def verdict(name: str, baseline: str, ratio: Ratio, run: TimingRun, subject: Tim
     elif subject.unstable:
         reason = f"its times vary by {subject.variation:.0%}; measure on a quieter machine or for more rounds"
     else:
-        reason = "the difference is smaller than the noise"
+        reason = otherwise or "the difference is smaller than the noise"
     return f"{name} is not distinguishable from {baseline} ({interval}): {reason}"
 
 

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import jinja2
 
-from lpvit_cli.report.pictures import blocks_picture, latency_picture
-from lpvit_cli.report.schema import BASELINE, BenchReport, FinetuneReport, PruneReport
-from lpvit_cli.report.tables import interval
+from lpvit_cli.report.cells import by, interval, percent, three_digits
+from lpvit_cli.report.pictures import blocks_picture, energy_picture, latency_picture, layers_picture, power_picture
+from lpvit_cli.report.schema import BatchBench, BenchReport, FinetuneReport, PruneReport
+
+KEPT = "Kept blocks of every layer: a cell is a block, output features down, input features across, dark where it is kept."
 
 
 def write_html(path: Path, recipe: str, bench: BenchReport, pruned: PruneReport, finetuned: FinetuneReport | None) -> None:
     """Without matplotlib the page has its tables and says how to get the pictures."""
     pictures: list[tuple[str, str]] = []  # caption, SVG
     if find_spec("matplotlib"):
-        pictures = [
-            (f"How many calls took at most so long, batch {batch.batch_size}. Left is faster.", latency_picture(batch))
-            for batch in bench.batches
-        ]
-        kept = (
-            "Kept blocks of every layer: a cell is a block, output features down, input features across, dark where it is kept."
-        )
-        pictures.append((kept, blocks_picture(pruned.layers)))
+        pictures = [picture for batch in bench.batches for picture in _of_batch(batch)]
+        pictures.append((KEPT, blocks_picture(pruned.layers)))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
+    environment.filters |= {"interval": interval, "percent": percent, "digits": three_digits, "by": by}
     page = environment.get_template("report.html.jinja").render(
-        recipe=recipe, bench=bench, pruned=pruned, finetuned=finetuned, pictures=pictures, interval=interval, baseline=BASELINE
+        recipe=recipe, bench=bench, pruned=pruned, finetuned=finetuned, pictures=pictures
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _of_batch(batch: BatchBench) -> Iterator[tuple[str, str]]:
+    yield f"How many calls took at most so long, {batch.title}. Left is faster.", latency_picture(batch)
+    if batch.energy and batch.energy.subjects:
+        if any(subject.windows for subject in batch.energy.subjects.values()):
+            yield f"Power while energy was measured, {batch.title}.", power_picture(batch, batch.energy)
+        yield f"Energy of an image with 95 % intervals, {batch.title}. Shorter is better.", energy_picture(batch, batch.energy)
+    if batch.layers:
+        yield f"Where the time goes, {batch.title}.", layers_picture(batch, batch.layers)

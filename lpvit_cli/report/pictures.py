@@ -5,14 +5,22 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from lpvit_cli.report.schema import BatchBench, FinetuneReport, GradualReport, LayerReport, SweepReport
+from lpvit_cli.measure.energy import EnergyRun
+from lpvit_cli.measure.statistics import paired_ratio
+from lpvit_cli.report.schema import BatchBench, FinetuneReport, GradualReport, LayerReport, LayersBench, SweepReport
 
 COLORS = {"dense": "#6b7280", "masked-dense": "#d97706", "sparse": "#2563eb"}
+OTHERS = [
+    *("#0891b2", "#7c3aed", "#059669", "#db2777", "#92400e", "#1e3a8a"),
+    *("#a3a3a3", "#65a30d", "#b91c1c", "#0f766e", "#c026d3", "#f59e0b"),
+]
+WIDTH = 7.5  # inches; readable on a phone too
 
 
 def latency_picture(batch: BatchBench) -> str:
     """Latency distributions of one batch size: the share of calls that took at most so long, one line a subject."""
-    figure, axes = _figure(9.5, 3)
+    figure, axes = _figure(WIDTH, 3.6)
+    colors = _colors(batch)
     for name, timing in batch.timing.subjects.items():
         samples = sorted(timing.samples_ms)
         shares = [100 * (k + 1) / len(samples) for k in range(len(samples))]
@@ -21,14 +29,76 @@ def latency_picture(batch: BatchBench) -> str:
             shares,
             where="post",
             label=f"{name}, median {timing.percentiles.p50:.2f} ms",
-            color=COLORS.get(name),
+            color=colors[name],
             linewidth=2,
         )
-        axes.axvline(timing.percentiles.p50, color=COLORS.get(name), linewidth=0.8, linestyle=":")
+        axes.axvline(timing.percentiles.p50, color=colors[name], linewidth=0.8, linestyle=":")
     axes.set(xlabel="latency of one call (ms)", ylabel="calls at most this long (%)", ylim=(0, 101))
-    axes.set_title(f"Latency, batch {batch.batch_size}", loc="left")
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set_title(f"Latency, {batch.title}", loc="left")
+    _legend_below(axes)
     return _svg(figure)
+
+
+def power_picture(batch: BatchBench, energy: EnergyRun) -> str:
+    """Power over time, the windows that were measured shaded; subjects took turns."""
+    figure, axes = _figure(WIDTH, 3.6)
+    colors = _colors(batch)
+    for name, subject in energy.subjects.items():
+        for window in subject.windows:
+            axes.axvspan(window.begin_s, window.end_s, color=colors[name], alpha=0.15, linewidth=0)
+        if subject.trace:
+            axes.plot(subject.trace.seconds, subject.trace.watts, ".", markersize=2, color=colors[name])
+        axes.plot([], [], color=colors[name], linewidth=2, label=f"{name}, {subject.average_w:.0f} W")
+    if energy.idle_w is not None:
+        axes.axhline(energy.idle_w, color="#111827", linewidth=0.8, linestyle="--", label=f"idle, {energy.idle_w:.0f} W")
+    axes.set(xlabel="seconds; shaded: measured windows", ylabel="power (W)", ylim=(0, None))
+    axes.set_title(f"Power, {batch.title}", loc="left")
+    _legend_below(axes)
+    return _svg(figure)
+
+
+def energy_picture(batch: BatchBench, energy: EnergyRun) -> str:
+    """Energy of an image, the median over trials with its 95 % interval; what the idle device would draw is light."""
+    figure, axes = _figure(WIDTH, 0.9 + 0.4 * len(energy.subjects))
+    colors = _colors(batch)
+    for name, subject in energy.subjects.items():
+        trials = subject.trials_joules_per_image
+        joules = paired_ratio(trials, [1.0] * len(trials))
+        reach = ([joules.value - joules.low], [joules.high - joules.value])
+        axes.barh(name, joules.value, xerr=reach, capsize=4, color=colors[name], alpha=0.4)
+        axes.barh(name, subject.above_idle_joules_per_image, color=colors[name])
+    axes.set(xlabel="joules per image; dark: above idle")
+    axes.invert_yaxis()
+    axes.set_title(f"Energy, {batch.title}", loc="left")
+    return _svg(figure)
+
+
+def layers_picture(batch: BatchBench, bench: LayersBench) -> str:
+    """Time of every linear layer, dense and sparse, and of all else."""
+    figure, axes = _figure(WIDTH, 1 + 0.3 * (len(bench.layers) + 1))
+    names = [*(layer.name for layer in bench.layers), "all else"]
+    for offset, label, times in (
+        (-0.2, "dense", [*(layer.ms_dense for layer in bench.layers), bench.rest_ms_dense]),
+        (0.2, "sparse", [*(layer.ms for layer in bench.layers), bench.rest_ms]),
+    ):
+        places = [place + offset for place in range(len(names))]
+        axes.barh(places, times, height=0.38, color=COLORS[label], label=label)
+    least = [layer.roofline * layer.ms for layer in bench.layers]
+    axes.plot(least, [place + 0.2 for place in range(len(least))], "|", color="#111827", markersize=8, label="roofline")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set(xlabel="ms in a call", ylim=(len(names) - 0.5, -0.5))
+    axes.set_title(f"Layers, {batch.title}", loc="left")
+    _legend_below(axes)
+    return _svg(figure)
+
+
+def _legend_below(axes: Any) -> None:
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, -0.55 / axes.figure.get_figheight()), ncols=2, fontsize=9)
+
+
+def _colors(batch: BatchBench) -> dict[str, str]:
+    others = iter(OTHERS)
+    return {name: COLORS.get(name) or next(others) for name in batch.timing.subjects}
 
 
 def blocks_picture(layers: list[LayerReport]) -> str:

@@ -5,6 +5,9 @@ Units are in the names. `None` means not measured, with the reason beside it; ne
 
 from __future__ import annotations
 
+import json
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
 
 from lpvit_cli.measure.accuracy import Accuracy
@@ -13,7 +16,7 @@ from lpvit_cli.measure.profile import DeviceProfile
 from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.measure.timing import TimingRun
 
-BASELINE = "dense"  # the subject every ratio of a bench is against
+BASELINE = "dense"  # what sweeps and exported files are measured against
 
 
 class Report(BaseModel):
@@ -149,21 +152,72 @@ class GradualReport(Report):
     steps: list[GradualStep]
 
 
+class LayerBench(BaseModel):
+    """A linear layer of the sparse model, timed within it."""
+
+    name: str
+    shape: tuple[int, int]  # out, in; smaller than the dense layer's where neurons or heads were cut out
+    block: tuple[int, int] | None  # None: not block-sparse
+    density: float
+    rows: int  # of x in a call
+    runs: str  # the backend of a block-sparse layer, or "linear"
+    ms: float  # median
+    ms_dense: float  # of the dense model's layer
+    share: float  # of the sparse model's time
+    tflops: float  # TFLOP/s on kept blocks
+    roofline: float  # the least time that the device's ceilings allow over the measured one: 1 is as fast as it can be
+
+
+class LayersBench(BaseModel):
+    """Where the time of a batch goes; medians over passes with hooks, which the times of a batch are not."""
+
+    total_ms: float  # of the sparse model
+    total_ms_dense: float
+    peak_tflops: float  # reached in a large product
+    bandwidth_gb_s: float  # reached in a large copy
+    layers: list[LayerBench]
+
+    @property
+    def rest_ms(self) -> float:
+        """Outside of linear layers."""
+        return max(0.0, self.total_ms - sum(layer.ms for layer in self.layers))
+
+    @property
+    def rest_ms_dense(self) -> float:
+        return max(0.0, self.total_ms_dense - sum(layer.ms_dense for layer in self.layers))
+
+    @property
+    def rest_share(self) -> float:
+        return self.rest_ms / self.total_ms
+
+
 class BatchBench(BaseModel):
-    """One batch size. Ratios are dense over subject: above 1 is faster (or thriftier)."""
+    """One batch size in one dtype. Ratios are baseline over subject: above 1 is faster (or thriftier)."""
 
     batch_size: int
+    asked_batch_size: int  # larger, where that did not fit into memory
+    dtype: str
+    baseline: str  # the subject every ratio is against: the fastest dense one, or the one that bench.baseline names
+    subject: str  # what the verdict is about: the fastest pruned one
     timing: TimingRun
     speedup: dict[str, Ratio]
     images_per_second: dict[str, float]
+    peak_memory_bytes: dict[str, int | None]  # weights and what a call takes; None: not known for this kind of subject
     verdict: str
     energy: EnergyRun | None
     energy_reasons: list[str]
+    layers: LayersBench | None = None  # None: not asked for
+
+    @property
+    def title(self) -> str:
+        return f"batch {self.batch_size}, {self.dtype}"
 
 
 class BenchReport(Report):
+    """docs/bench.schema.json is its JSON schema. Version 2: several dtypes, any subjects, memory, layers."""
+
+    schema_version: Literal[2] = 2
     model: str  # which artefact was measured: pruned or finetuned
-    dtype: str
     threads: int
     machine: dict[str, str | int | None]
     versions: dict[str, str | None]
@@ -172,9 +226,34 @@ class BenchReport(Report):
     batches: list[BatchBench]
 
     @property
+    def dtypes(self) -> list[str]:
+        return list(dict.fromkeys(batch.dtype for batch in self.batches))
+
+    @property
     def energy_reasons(self) -> list[str]:
         """Why energy was not measured, each reason once."""
         return list(dict.fromkeys(reason for batch in self.batches for reason in batch.energy_reasons))
+
+
+class Change(BaseModel):
+    """A number of one subject in two reports. `ratio` is before over after: above 1 is better."""
+
+    dtype: str
+    batch_size: int
+    subject: str
+    what: Literal["ms", "J/image"]
+    before: float
+    after: float
+    ratio: Ratio
+    worse: bool  # beyond the interval and what dense moved by; pruned subjects only: the others tell how the machine changed
+
+
+class CompareReport(Report):
+    before: str
+    after: str
+    differences: list[str]  # of devices and settings
+    changes: list[Change]
+    verdict: str
 
 
 class ProfileReport(Report):
@@ -281,3 +360,6 @@ REPORTS: dict[str, type[Report]] = {
     "profile": ProfileReport,
     "export": ExportReport,
 }
+
+if __name__ == "__main__":  # what docs/bench.schema.json holds
+    print(json.dumps(BenchReport.model_json_schema(), indent=1))

@@ -11,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from lpvit_cli.measure.profile import KEPT, DeviceProfile, LayerProfile, SparseProfile
-from lpvit_cli.measure.statistics import Ratio
+from lpvit_cli.report.bench_tables import bench_tables, compare_table
+from lpvit_cli.report.cells import by, giga, interval, percent, size, table, three_digits
 from lpvit_cli.report.schema import (
-    BASELINE,
     BenchReport,
     CalibrateReport,
+    CompareReport,
     EvaluateReport,
     ExportReport,
     FinetuneReport,
@@ -39,7 +40,8 @@ def render(report: Report, folder: Path) -> list[Any]:
         PredictionReport: _prediction,
         FinetuneReport: _finetune,
         GradualReport: _gradual,
-        BenchReport: _bench,
+        BenchReport: bench_tables,
+        CompareReport: compare_table,
         ProfileReport: _profile,
         ExportReport: _export,
         EvaluateReport: _evaluate,
@@ -56,7 +58,11 @@ def summary(recipe: str, reports: dict[str, Any], folder: Path) -> Text:
     pruned: PruneReport = gradual.steps[-1].pruned if gradual else reports["prune"]
     last = gradual.steps[-1].recovered if gradual else reports.get("finetune-lora-ga", pruned)
     bench: BenchReport = reports["bench"]
-    speed = ", ".join(f"{batch.speedup['sparse'].value:.2f}x at batch {batch.batch_size}" for batch in bench.batches)
+    speed = ", ".join(
+        f"{batch.speedup[batch.subject].value:.2f}x at batch {batch.batch_size}"
+        + f" in {batch.dtype}" * (len(bench.dtypes) > 1)
+        for batch in bench.batches
+    )
     dense, now = pruned.accuracy_dense.top1, last.accuracy.top1
     return Text.assemble(
         (recipe, "bold"),
@@ -64,31 +70,6 @@ def summary(recipe: str, reports: dict[str, Any], folder: Path) -> Text:
         f"{pruned.bytes / pruned.bytes_dense:.2f}x the size, speed {speed}\n",
         f"model: {folder / bench.model}   report: {folder / 'bench' / 'report.html'}",
     )
-
-
-def table(title: str, *columns: str) -> Table:
-    """Text to the left in the first column, numbers to the right in the others."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
-    made.min_width = len(title)
-    for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number == 0 else "right")
-    return made
-
-
-def giga(flops: int) -> str:
-    return f"{flops / 1e9:.2f} G" if flops >= 1e8 else f"{flops / 1e6:.1f} M"
-
-
-def size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"
-
-
-def interval(ratio: Ratio) -> str:
-    return f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
 
 
 def _calibrate(report: CalibrateReport, folder: Path) -> list[Any]:
@@ -206,50 +187,16 @@ def _gradual(report: GradualReport, folder: Path) -> list[Any]:
     return [rows, f"model folder, earlier ones and picture (gradual.svg): {folder}"]
 
 
-def _bench(report: BenchReport, folder: Path) -> list[Any]:
-    shown: list[Any] = [Text(batch.verdict, "bold") for batch in report.batches]
-    columns = ("latency in ms", "batch", "p10", "median", "p90", "p99", "images/s", "speed-up (95 %)")
-    rows = table(f"{report.model} on {report.device}, {report.dtype}", *columns)
-    for batch in report.batches:
-        for name, timing in batch.timing.subjects.items():
-            p, ratio = timing.percentiles, batch.speedup.get(name)
-            rows.add_row(
-                name,
-                str(batch.batch_size),
-                *(f"{value:.2f}" for value in (p.p10, p.p50, p.p90, p.p99)),
-                f"{batch.images_per_second[name]:.0f}",
-                interval(ratio) if ratio else "1",
-            )
-    shown += [rows, *_energy(report)]
-    reasons = [f"energy   not measured: {reason}" for reason in report.energy_reasons]
-    return [*shown, *reasons, f"report: {folder / 'report.html'}"]
-
-
-def _energy(report: BenchReport) -> list[Any]:
-    measured = [(batch.batch_size, batch.energy) for batch in report.batches if batch.energy and batch.energy.subjects]
-    if not measured:
-        return []
-    source = measured[0][1].source
-    rows = table(f"energy by {source}", "", "batch", "J/image", "above idle", "images/J", "average W", "saving (95 %)")
-    for batch_size, run in measured:
-        for name, energy in run.subjects.items():
-            joules, above = energy.joules_per_image, energy.above_idle_joules_per_image
-            ratio = interval(run.ratio(BASELINE, name)) if name != BASELINE else "1"
-            numbers = (f"{joules:.4g}", f"{above:.4g}", f"{1 / joules:.1f}", f"{energy.average_w:.0f}", ratio)
-            rows.add_row(name, str(batch_size), *numbers)
-    return [rows]
-
-
 def _profile(report: ProfileReport, folder: Path) -> list[Any]:
     profile = report.profile
-    whole = f"whole model {_three_digits(profile.model_ms)} ms, {_three_digits(profile.rest_ms)} ms outside these layers"
+    whole = f"whole model {three_digits(profile.model_ms)} ms, {three_digits(profile.rest_ms)} ms outside these layers"
     shown: list[Any] = [
         Text(f"{profile.model} on {profile.device}, {profile.dtype}, batch {profile.batch_size}: {whole}", "bold"),
         _curves("ms per call, times faster than dense; by blocks kept (to the nearest block)", profile, "ms"),
         *(_break_even(layer, sparse) for layer in profile.layers for sparse in layer.sparse),
     ]
     if profile.model_mj is not None and profile.rest_mj is not None:
-        whole = f"{_three_digits(profile.model_mj)} mJ, {_three_digits(profile.rest_mj)} mJ outside these layers"
+        whole = f"{three_digits(profile.model_mj)} mJ, {three_digits(profile.rest_mj)} mJ outside these layers"
         shown.append(f"energy by {profile.energy_source}: whole model {whole}")
         shown.append(_curves("mJ per call, times less than dense; by blocks kept (to the nearest block)", profile, "mj"))
     reasons = [f"energy   not measured: {reason}" for reason in profile.energy_reasons]
@@ -265,9 +212,9 @@ def _curves(title: str, profile: DeviceProfile, unit: str) -> Table:
             cells = dict.fromkeys(KEPT, "")
             for kept, cost in zip(sparse.kept, getattr(sparse, unit), strict=True):
                 nearest = min(KEPT, key=lambda column: abs(column - kept))
-                cells[nearest] = f"{_three_digits(cost)}\n{dense / cost:.2f}x"
-            label = f"{len(layer.names)} of {_by(layer.shape)}\n{layer.rows} rows, blocks {_by(sparse.block)}"
-            rows.add_row(label, _three_digits(dense), *cells.values())
+                cells[nearest] = f"{three_digits(cost)}\n{dense / cost:.2f}x"
+            label = f"{len(layer.names)} of {by(layer.shape)}\n{layer.rows} rows, blocks {by(sparse.block)}"
+            rows.add_row(label, three_digits(dense), *cells.values())
     return rows
 
 
@@ -279,16 +226,7 @@ def _break_even(layer: LayerProfile, sparse: SparseProfile) -> str:
         pays = "pays even with all blocks kept"
     else:
         pays = f"pays below {100 * kept:.0f} % kept"
-    return f"{_by(layer.shape)} on {layer.rows} rows, blocks {_by(sparse.block)}: sparse {pays}"
-
-
-def _by(shape: tuple[int, int]) -> str:
-    return f"{shape[0]}x{shape[1]}"
-
-
-def _three_digits(value: float) -> str:
-    decimals = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
-    return f"{value:.{decimals}f}"
+    return f"{by(layer.shape)} on {layer.rows} rows, blocks {by(sparse.block)}: sparse {pays}"
 
 
 def _export(report: ExportReport, folder: Path) -> list[Any]:
@@ -344,7 +282,7 @@ def _tune(report: TuneReport, folder: Path) -> list[Any]:
     for one in report.tuned:
         more = f" +{len(one.layers) - 1}" if len(one.layers) > 1 else ""
         rows.add_row(
-            f"{one.layers[0]}{more}\n{_by(one.shape)} in {_by(one.block)}",
+            f"{one.layers[0]}{more}\n{by(one.shape)} in {by(one.block)}",
             f"{100 * one.density:.0f} %",
             str(one.tokens),
             *([PASSES[one.kind]] * kinds),

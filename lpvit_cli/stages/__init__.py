@@ -60,7 +60,7 @@ SWEEP = Stage(
     "sweep",
     "sweep",
     "sweep",
-    (*PRUNE.depends_on, "sweep", "profile.batch_size", "bench.threads", "bench.dtype", "bench.rounds", "dtype"),
+    (*PRUNE.depends_on, "sweep", "profile.batch_size", "bench.threads", "bench.dtypes", "bench.rounds", "dtype"),
     "Prune to several budgets from one calibration.",
     timed=True,
 )
@@ -76,7 +76,7 @@ BENCH = Stage(
     "bench",
     "bench",
     ("bench", "dtype"),
-    "Measure latency and energy of dense, masked-dense and sparse.",
+    "Measure latency, memory and energy of the pruned model against dense ones; --compare checks two reports.",
     timed=True,
 )
 EXPORT = Stage(
@@ -100,7 +100,7 @@ PROFILE = Stage(
         "prune.layers",
         "profile",
         "bench.threads",
-        "bench.dtype",
+        "bench.dtypes",
         "bench.energy.window_seconds",
     ),
     "Measure what each layer takes on this device, by the fraction of its blocks kept.",

@@ -1,131 +1,198 @@
-"""bench: dense, masked-dense and sparse in one interleaved run; time, energy where a meter can be read -> RUN/bench/."""
+"""bench: the pruned model against dense ones in one interleaved run: time, memory, energy where a meter is -> RUN/bench/."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor, nn
 
+from lpvit_cli.errors import EnvironmentFault
 from lpvit_cli.measure.energy import energy_on
 from lpvit_cli.measure.machine import installed, machine
-from lpvit_cli.measure.timing import cpu_threads, time_interleaved, verdict
-from lpvit_cli.models import VisionModel, build_model, describe_device, device_of, load_model, pick_dtype
-from lpvit_cli.recipe import Recipe
+from lpvit_cli.measure.timing import Subject, TimingRun, cpu_threads, current, time_in_visits, time_interleaved, verdict
+from lpvit_cli.models import VisionModel, bench_dtypes, describe_device, device_of, type_name
+from lpvit_cli.recipe import DENSE, PRUNED, BenchSection, Recipe
+from lpvit_cli.report.bench_csv import write_csv
 from lpvit_cli.report.html import write_html
-from lpvit_cli.report.schema import BASELINE, BatchBench, BenchReport
+from lpvit_cli.report.schema import BatchBench, BenchReport
 from lpvit_cli.run import Progress, Run
-from lpvit_cli.sparse import densify, fuse, sparse_layers, trim
+from lpvit_cli.sparse import sparse_layers
 from lpvit_cli.stages import BENCH
+from lpvit_cli.stages.bench_layers import bench_layers
+from lpvit_cli.stages.bench_notes import advice, doubts
 from lpvit_cli.stages.lineage import made_by
+from lpvit_cli.stages.subjects import BASELINE, Shelf, Subjects
 from lpvit_cli.stages.tune import run_dense, tune_model
+
+VISITS = 6  # of each subject, where they must be opened and closed
+OUT_OF_MEMORY = "can't allocate memory"  # what torch's CPU allocator says, in a plain RuntimeError
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> BenchReport:
     torch.manual_seed(recipe.seed)
-    settings, device = recipe.bench, device_of(recipe)
-    dtype = pick_dtype(settings.dtype or recipe.dtype, device)
-    with cpu_threads(settings.threads):
-        source = run.model_artefact(BENCH)
-        pruned_model = load_model(source).to(device, dtype)
-        sparse = trim(pruned_model)
-        models = {
-            BASELINE: build_model(recipe.model).to(device, dtype),
-            "masked-dense": densify(pruned_model),
-            "sparse": fuse(sparse),
-        }
-        tune_model(sparse, settings.batch_sizes, ("forward",), progress, again=False)
-        measured = [_bench_batch(models, size, recipe, device, dtype, progress) for size in settings.batch_sizes]
+    device = device_of(recipe)
+    batches: list[BatchBench] = []
+    notes: list[str] = []
+    with cpu_threads(recipe.bench.threads), current(device), TemporaryDirectory() as scratch:
+        for dtype in bench_dtypes(recipe, device):
+            bench = Bench(recipe.bench, Subjects(recipe, run, device, dtype, Path(scratch)), recipe.seed, progress)
+            bench.measure_all()
+            batches += bench.batches
+            notes += bench.notes
+            del bench  # its models leave the device before those of the next type come
         pruned, finetuned = made_by(run, BENCH)
         report = BenchReport(
             device=describe_device(device),
-            notes=[*advice(measured), *_layers_run_dense(sparse, settings.batch_sizes)],
-            model=source.name,
-            dtype=str(dtype).removeprefix("torch."),
+            notes=[*dict.fromkeys(notes), *advice(batches), *doubts(batches)],
+            model=run.model_artefact(BENCH).name,
             threads=torch.get_num_threads(),
             machine=machine(),
-            versions={package: installed(package) for package in ("lpvit", "torch", "timm", "triton")},
+            versions={package: installed(package) for package in ("lpvit", "torch", "timm", "triton", "onnxruntime")},
             flops_dense=pruned.flops_dense,
             flops=pruned.flops,
-            batches=measured,
+            batches=batches,
         )
     write_html(work / "report.html", recipe.name, report, pruned, finetuned)
+    write_csv(work / "report.csv", report)
     return report
 
 
-def _layers_run_dense(model: VisionModel, batch_sizes: tuple[int, ...]) -> list[str]:
-    """What a user must know to read the ratios."""
-    layers, counts = len(sparse_layers(model)), {size: len(run_dense(model, size)) for size in batch_sizes}
-    where = ", ".join(f"{count} of {layers} at batch {size}" for size, count in counts.items() if count)
-    return [f"block-sparse layers that run as dense ones, which is faster here: {where} (see lpvit tune)"] if where else []
+@dataclass
+class Bench:
+    """All batches of one dtype."""
 
+    settings: BenchSection
+    subjects: Subjects
+    seed: int
+    progress: Progress
+    batches: list[BatchBench] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
-def _bench_batch(
-    models: dict[str, VisionModel],
-    batch_size: int,
-    recipe: Recipe,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> BatchBench:
-    """All models on the same random images; `dense` is the baseline of every ratio."""
-    settings = recipe.bench
-    model = models[BASELINE]
-    generator = torch.Generator().manual_seed(recipe.seed)
-    images = torch.randn(batch_size, *model.pretrained_cfg["input_size"], generator=generator).to(device)
-    subjects = {name: forward_of(model, images.to(dtype)) for name, model in models.items()}
-    what = f"timing batch {batch_size}"
-    timing = time_interleaved(
-        subjects,
-        device=device,
-        rounds=settings.rounds,
-        warmup_seconds=settings.warmup_seconds,
-        on_round=lambda done, total: progress(what, done, total, f"round {done}/{total}"),
-    )
-    speedup = {name: timing.ratio(BASELINE, name) for name in models if name != BASELINE}
-    sentence = verdict("sparse", "dense PyTorch", speedup["sparse"], timing, timing.subjects["sparse"])
-    energy, reasons = energy_on(
-        device,
-        subjects,
-        batch_size,
-        trials=settings.energy.trials,
-        window_s=settings.energy.window_seconds,
-        on_trial=lambda done, total: progress(f"energy, batch {batch_size}", done, total, f"trial {done}/{total}"),
-    )
-    return BatchBench(
-        batch_size=batch_size,
-        timing=timing,
-        speedup=speedup,
-        images_per_second={name: 1000 * batch_size / timed.percentiles.p50 for name, timed in timing.subjects.items()},
-        verdict=f"batch {batch_size}: {sentence}",
-        energy=energy,
-        energy_reasons=reasons,
-    )
+    def measure_all(self) -> None:
+        for asked in self.settings.batch_sizes:
+            if batch := self._fitting(asked):
+                self.batches.append(batch)
+        layers = len(sparse_layers(self.sparse))
+        dense = {batch.batch_size: len(run_dense(self.sparse, batch.batch_size)) for batch in self.batches}
+        if where := ", ".join(f"{count} of {layers} at batch {size}" for size, count in dense.items() if count):
+            self.notes.append(f"block-sparse layers that run as dense ones, which is faster here: {where} (see lpvit tune)")
 
+    @property
+    def sparse(self) -> VisionModel:
+        return self.subjects.models["sparse"]
 
-def advice(batches: list[BatchBench]) -> list[str]:
-    """Where the sparse model pays, when it does not everywhere; and how far the tails can be trusted."""
-    rounds = min(len(timed.samples_ms) for batch in batches for timed in batch.timing.subjects.values())
-    notes = [f"{rounds} rounds: p99 is close to the slowest of them"] if rounds < 100 else []
-    if any(batch.timing.busy for batch in batches):
-        return notes
-    faster = [batch.batch_size for batch in batches if batch.speedup["sparse"].low > 1]
-    slower = [batch.batch_size for batch in batches if batch.speedup["sparse"].high < 1]
-    if slower and faster and min(faster) > max(slower):
-        notes.append(
-            f"batch {max(slower)} gives a block too little work; of the batches measured, sparse pays from {min(faster)} on"
+    def _fitting(self, asked: int) -> BatchBench | None:
+        """The batch, or the largest half, quarter ... of it that fits into memory; None where that is measured anyway."""
+        size = asked
+        while (batch := self._try(size, asked)) is None:
+            if size == 1:
+                raise EnvironmentFault(
+                    f"bench: not even a batch of 1 in {type_name(self.subjects.dtype)} fits into the memory of "
+                    f"{self.subjects.device} with {len(self.subjects.models)} models",
+                    "bench fewer subjects (bench.subjects), or a smaller dtype (--dtype), or free the device",
+                )
+            size //= 2
+            if size in self.settings.batch_sizes:
+                self.notes.append(f"batch {asked} does not fit into memory: left out, as batch {size} is measured anyway")
+                return None
+        if size < asked:
+            self.notes.append(f"batch {asked} does not fit into memory: measured batch {size} instead")
+        return batch
+
+    def _try(self, size: int, asked: int) -> BatchBench | None:
+        """None: not enough memory. What the failed attempt held is free again when this returns."""
+        try:
+            return self._measure(size, asked)
+        except (torch.OutOfMemoryError, MemoryError):
+            pass
+        except RuntimeError as error:
+            if OUT_OF_MEMORY not in str(error):
+                raise
+        gc.collect()
+        if self.subjects.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def _measure(self, size: int, asked: int) -> BatchBench:
+        """All subjects on the same random images."""
+        subjects, device = self.subjects, self.subjects.device
+        generator = torch.Generator().manual_seed(self.seed)
+        images = torch.randn(size, *subjects.input_size, generator=generator).to(device, subjects.dtype)
+        tune_model(self.sparse, [size], ("forward",), self.progress, again=False)
+        prepared = subjects.prepare(images)
+        self.notes += prepared.notes
+        shelf, opened = Shelf(prepared.openers), {}
+        if not subjects.sessions:
+            opened = {name: opener() for name, opener in prepared.openers.items()}
+        timing = self._time(opened, shelf, f"timing batch {size}")
+        baseline = BASELINE if BASELINE in prepared.openers else _fastest(timing, DENSE)
+        subject = _fastest(timing, PRUNED)
+        speedup = {name: timing.ratio(baseline, name) for name in prepared.openers if name != baseline}
+        sentence = verdict(
+            subject,
+            subjects.labels[baseline],
+            speedup[subject],
+            timing,
+            timing.subjects[subject],
+            otherwise=self._below_break_even(subject, size),
         )
-    elif slower:
-        notes.append("where sparse is slower, blocks are too small or too few are gone: try taller blocks or more sparsity")
-    return notes
+        energy, reasons = energy_on(
+            device,
+            opened or shelf.subjects(),
+            size,
+            trials=self.settings.energy.trials,
+            window_s=self.settings.energy.window_seconds,
+            on_trial=lambda done, total: self.progress(f"energy, batch {size}", done, total, f"trial {done}/{total}"),
+        )
+        dtype = type_name(subjects.dtype)
+        return BatchBench(
+            batch_size=size,
+            asked_batch_size=asked,
+            dtype=dtype,
+            baseline=baseline,
+            subject=subject,
+            timing=timing,
+            speedup=speedup,
+            images_per_second={name: 1000 * size / timed.percentiles.p50 for name, timed in timing.subjects.items()},
+            peak_memory_bytes=prepared.memory_bytes,
+            verdict=f"batch {size}{f', {dtype}' if len(self.settings.dtypes) > 1 else ''}: {sentence}",
+            energy=energy,
+            energy_reasons=reasons,
+            layers=bench_layers(subjects.models, images, self.settings.rounds, self.progress) if self.settings.layers else None,
+        )
+
+    def _time(self, opened: dict[str, Subject], shelf: Shelf, what: str) -> TimingRun:
+        """`opened`: subjects that may live together; empty: one at a time, from the shelf."""
+        rounds, warmup_seconds = self.settings.rounds, self.settings.warmup_seconds
+
+        def on_round(done: int, total: int) -> None:
+            self.progress(what, done, total, f"round {done}/{total}")
+
+        if opened:
+            device = self.subjects.device
+            return time_interleaved(opened, device=device, rounds=rounds, warmup_seconds=warmup_seconds, on_round=on_round)
+        return time_in_visits(
+            {name: partial(shelf.get, name) for name in shelf.openers},
+            visits=VISITS,
+            samples=-(-rounds // VISITS),
+            threads=torch.get_num_threads(),
+            warmup_seconds=warmup_seconds / VISITS,
+            on_visit=on_round,
+        )
+
+    def _below_break_even(self, subject: str, batch_size: int) -> str:
+        """Why the zeros do not pay, where that is known."""
+        layers, dense = len(sparse_layers(self.sparse)), len(run_dense(self.sparse, batch_size))
+        if not subject.startswith("sparse") or not dense:
+            return ""
+        return f"{dense} of {layers} block-sparse layers are below the break-even sparsity at this batch and run as dense ones"
 
 
-def forward_of(model: nn.Module, images: Tensor) -> Callable[[], object]:
-    """The call that is timed."""
-
-    def forward() -> None:
-        with torch.inference_mode():
-            model(images)
-
-    return forward
+def _fastest(timing: TimingRun, names: str | tuple[str, ...]) -> str:
+    """The subject with the smallest median among those whose name begins so."""
+    candidates = [name for name in timing.subjects if name.startswith(names)]
+    return min(candidates, key=lambda name: timing.subjects[name].percentiles.p50)

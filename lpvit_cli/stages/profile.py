@@ -14,7 +14,7 @@ from lpvit_cli.measure.energy import EnergyRun, energy_on
 from lpvit_cli.measure.machine import provenance
 from lpvit_cli.measure.profile import KEPT, DeviceProfile, LayerProfile, SparseProfile
 from lpvit_cli.measure.timing import Subject, TimingRun, cpu_threads, time_interleaved
-from lpvit_cli.models import VisionModel, build_model, describe_device, device_of, pick_dtype, prunable_layers
+from lpvit_cli.models import VisionModel, bench_dtypes, build_model, describe_device, device_of, prunable_layers, type_name
 from lpvit_cli.pruning.blocks import Block, grid, require_fit
 from lpvit_cli.pruning.cost import count_flops
 from lpvit_cli.recipe import Recipe
@@ -45,7 +45,7 @@ class Layer:
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> ProfileReport:
     torch.manual_seed(recipe.seed)
     settings, device = recipe.profile, device_of(recipe)
-    dtype = pick_dtype(recipe.bench.dtype or recipe.dtype, device)
+    dtype = bench_dtypes(recipe, device)[0]
     # random weights take as long as trained ones, and need no download
     model = build_model(recipe.model.model_copy(update={"pretrained": False, "weights": None}))
     layers = distinct_layers(model, recipe, settings.batch_size)
@@ -74,7 +74,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Profi
         mj = _millijoules(energy)
         profile = DeviceProfile(
             device=describe_device(device),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=type_name(dtype),
             threads=timing.threads,
             model=recipe.model.name,
             batch_size=settings.batch_size,

@@ -9,15 +9,15 @@ import torch
 
 from lpvit_cli.errors import UsageError
 from lpvit_cli.measure.timing import TimingRun, cpu_threads, time_interleaved
-from lpvit_cli.models import device_of, load_model, pick_dtype
+from lpvit_cli.models import bench_dtypes, device_of, load_model
 from lpvit_cli.recipe import Budget, Recipe
 from lpvit_cli.report.pictures import sweep_picture
 from lpvit_cli.report.schema import BASELINE, PruneReport, SweepPoint, SweepReport
 from lpvit_cli.run import Progress, Run, replace_text
 from lpvit_cli.sparse import fuse, trim
-from lpvit_cli.stages.bench import forward_of
 from lpvit_cli.stages.plan import Plan, make_plan
 from lpvit_cli.stages.prune import prune_to, search
+from lpvit_cli.stages.subjects import forward_of
 from lpvit_cli.stages.tune import tune_model
 
 
@@ -64,7 +64,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Sweep
 def _speed(plan: Plan, folders: list[Path], progress: Progress) -> TimingRun:
     """All models of the sweep and the dense one, interleaved, on a batch of `profile.batch_size` random images."""
     recipe, device = plan.recipe, device_of(plan.recipe)
-    dtype = pick_dtype(recipe.bench.dtype or recipe.dtype, device)
+    dtype = bench_dtypes(recipe, device)[0]
     generator = torch.Generator().manual_seed(recipe.seed)
     size = (recipe.profile.batch_size, *plan.model.pretrained_cfg["input_size"])
     images = torch.randn(size, generator=generator).to(device, dtype)

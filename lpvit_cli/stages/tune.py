@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lpvit_cli.errors import UsageError
 from lpvit_cli.export.runtime import OnnxModel
 from lpvit_cli.measure.timing import cpu_threads
-from lpvit_cli.models import VisionModel, describe_device, pick_device, pick_dtype
+from lpvit_cli.models import VisionModel, describe_device, pick_device, pick_dtype, type_name
 from lpvit_cli.report.schema import TunedLayers, TuneReport
 from lpvit_cli.run import Progress
 from lpvit_cli.sparse import sparse_layers
@@ -41,7 +41,7 @@ def tune_any(
         return TuneReport(
             device=describe_device(device),
             model=model_name,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=type_name(dtype),
             threads=torch.get_num_threads() if device.type == "cpu" else None,
             tuned=tuned,
         )

@@ -11,7 +11,7 @@ import torch
 
 from lpvit_cli.measure import timing
 from lpvit_cli.measure.statistics import Ratio
-from lpvit_cli.measure.timing import TimingRun, time_interleaved, verdict
+from lpvit_cli.measure.timing import TimingRun, time_in_visits, time_interleaved, verdict
 
 CPU = torch.device("cpu")
 
@@ -203,8 +203,24 @@ def test_a_gpu_is_host_bound_when_launching_takes_most_of_its_time(
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    timed = run({"a": call}, device=torch.device("cuda")).subjects["a"]
+    current: list[torch.device] = []
+
+    class Current:
+        def __init__(self, device: torch.device):
+            self.device = device
+
+        def __enter__(self) -> None:
+            current.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    def call_there() -> None:
+        assert current == [torch.device("cuda:1")], "events belong to the GPU that is measured"
+        call()
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    timed = run({"a": call_there}, device=torch.device("cuda:1")).subjects["a"]
     assert timed.samples_ms == pytest.approx([5.0] * 6)
     assert timed.host_bound is host_bound
     assert timed.cpu_time_ms is None
@@ -213,6 +229,25 @@ def test_a_gpu_is_host_bound_when_launching_takes_most_of_its_time(
 @pytest.fixture
 def calm(clock: FakeTime) -> TimingRun:
     return replace(run({"sparse": lambda: clock.spend(0.005)}), foreign_load=0.0)
+
+
+def test_visits_warm_up_until_steady_but_no_longer_than_they_may(clock: FakeTime) -> None:
+    """Two visits of three samples: ten calls to be steady, or a call above 0.05 s when times never are."""
+    called: list[str] = []
+
+    def opened(name: str, seconds: Callable[[], float]) -> Callable[[], Callable[[], object]]:
+        def call() -> None:
+            called.append(name)
+            clock.spend(seconds())
+
+        return lambda: call
+
+    wild = iter(0.004 * (1 + n % 5) for n in range(10**6))
+    openers = {"calm": opened("calm", lambda: 0.005), "wild": opened("wild", lambda: next(wild))}
+    result = time_in_visits(openers, visits=2, samples=3, threads=1, warmup_seconds=0.1)
+    assert called.count("calm") == 2 * (10 + 3)
+    assert called.count("wild") <= 2 * (0.1 / 0.012 + 5 + 3)
+    assert [len(timed.samples_ms) for timed in result.subjects.values()] == [6, 6]
 
 
 def said(calm: TimingRun, low: float, value: float, high: float, load: float = 0.0, **flags: object) -> str:
@@ -236,6 +271,16 @@ def test_verdict_gives_the_reason_for_indecision(calm: TimingRun) -> None:
     assert "noise" in said(calm, 0.98, 1.01, 1.03, load=0.05)
     assert "vary" in said(calm, 0.9, 1.01, 1.1, variation=0.2)
     assert "0.2" not in said(calm, 1.27, 1.31, 1.35, variation=0.2)
+
+
+def test_a_known_reason_is_told_where_nothing_disturbed_the_measurement(calm: TimingRun) -> None:
+    subject = calm.subjects["sparse"]
+    run_ = replace(calm, subjects={"sparse": subject})
+    known = "2 of 8 layers are below the break-even sparsity"
+    assert verdict("sparse", "dense", Ratio(1.0, 0.9, 1.1), run_, subject, known).endswith(f": {known}")
+    shaky = replace(subject, variation=0.2)
+    assert "vary" in verdict("sparse", "dense", Ratio(1.0, 0.9, 1.1), run_, shaky, known)
+    assert known not in verdict("sparse", "dense", Ratio(1.3, 1.2, 1.4), run_, subject, known)
 
 
 def test_verdicts_on_a_busy_machine_are_doubted(calm: TimingRun) -> None:

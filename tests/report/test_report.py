@@ -11,312 +11,57 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made import (
+    ALL,
+    CPU,
+    DEAD_METER,
+    FOLDER,
+    NO_METER,
+    NVML,
+    batch_bench,
+    bench,
+    calibrate,
+    deit_base_layers,
+    energy_run,
+    evaluate,
+    export,
+    finetune,
+    gradual,
+    layer,
+    measured_bench,
+    predict,
+    prediction,
+    profile,
+    prune,
+    sweep,
+    traced_bench,
+    tuned,
+)
 from pydantic import ValidationError
 
 from lpvit_cli.console import Console
 from lpvit_cli.doctor import Finding
-from lpvit_cli.measure.accuracy import Accuracy
-from lpvit_cli.measure.energy import Energy, EnergyRun
-from lpvit_cli.measure.profile import DeviceProfile, LayerProfile, SparseProfile
-from lpvit_cli.measure.statistics import Ratio, percentiles
-from lpvit_cli.measure.timing import Timing, TimingRun
+from lpvit_cli.measure.energy import EnergyRun
+from lpvit_cli.measure.profile import SparseProfile
+from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.recipe import shipped_recipes
 from lpvit_cli.report import html
+from lpvit_cli.report.cells import giga, three_digits
 from lpvit_cli.report.html import write_html
 from lpvit_cli.report.pictures import blocks_picture, latency_picture, sweep_picture
 from lpvit_cli.report.schema import (
     REPORTS,
-    BatchBench,
     BenchReport,
     CalibrateReport,
-    Epoch,
-    EvaluateReport,
-    ExportedFile,
-    ExportedLayer,
-    ExportReport,
-    ExportSpeed,
     FinetuneReport,
-    LayerReport,
-    Parity,
-    PredictedPoint,
-    Prediction,
-    PredictionReport,
-    PredictReport,
     ProfileReport,
     PruneReport,
     Report,
-    SweepPoint,
-    SweepReport,
-    TunedLayers,
-    TuneReport,
 )
-from lpvit_cli.report.tables import findings_table, giga, recipes_table, render, summary
+from lpvit_cli.report.tables import findings_table, recipes_table, render, summary
 from lpvit_cli.stages import ALL_STAGES
 
-FOLDER = Path("runs/deit_base_50/stage")
-CPU = "AMD EPYC 9V74 80-Core Processor"
-NO_METER = "RAPL: /sys/class/powercap absent (virtual machine?)"
-DEAD_METER = "the GPU was lost"
-NVML = "NVML energy counter of NVIDIA H200, driver 570.124.06"
-FACTORS = {"dense": 1.0, "masked-dense": 1.01, "sparse": 0.75}  # times and energies relative to dense
 HOSTILE = ["[red]", "[/red]", "[bold]b[/bold]", "<script>alert(1)</script>", "a & b", "\\"]
-
-
-def timed(milliseconds: float) -> Timing:
-    samples = [milliseconds * (1 + 0.001 * k) for k in range(30)]
-    return Timing(samples, percentiles(samples), sum(samples) / 30, 0.009, 1, cpu_time_ms=None, host_bound=False)
-
-
-def metered(joules: float) -> Energy:
-    return Energy(joules, 0.8 * joules, average_w=412.3, trials_joules_per_image=[joules * (1 + 0.001 * k) for k in range(8)])
-
-
-def energy_run(joules: float) -> EnergyRun:
-    return EnergyRun(NVML, 71.5, {name: metered(joules * factor) for name, factor in FACTORS.items()})
-
-
-def batch_bench(
-    batch_size: int, milliseconds: float, energy: EnergyRun | None = None, reasons: tuple[str, ...] = (), note: str = ""
-) -> BatchBench:
-    timing = TimingRun({name: timed(milliseconds * factor) for name, factor in FACTORS.items()}, threads=2, foreign_load=0.0)
-    return BatchBench(
-        batch_size=batch_size,
-        timing=timing,
-        speedup={name: timing.ratio("dense", name) for name in FACTORS if name != "dense"},
-        images_per_second={name: 1000 * batch_size / run.percentiles.p50 for name, run in timing.subjects.items()},
-        verdict=f"batch {batch_size}: sparse is 1.33x faster than dense PyTorch (95 % interval 1.33 to 1.33){note}",
-        energy=energy,
-        energy_reasons=list(reasons),
-    )
-
-
-def bench(*batches: BatchBench, **changes: Any) -> BenchReport:
-    """Batches of 1 and 64 images; seconds a call, as a ViT-B takes on a CPU."""
-    made = batches or (batch_bench(1, 81.37, reasons=(NO_METER,)), batch_bench(64, 5234.56, reasons=(NO_METER,)))
-    facts: dict[str, Any] = {
-        "device": CPU,
-        "model": "finetuned",
-        "dtype": "float32",
-        "threads": 2,
-        "machine": {"cpu": CPU, "cores": 2, "system": "Linux", "python": "3.12.3"},
-        "versions": {"lpvit": "0.1.0", "torch": "2.7.0", "timm": "1.0.15", "triton": None},
-        "flops_dense": 35_127_656_448,
-        "flops": 17_563_828_224,
-        "batches": list(made),
-    }
-    return BenchReport(**facts | changes)
-
-
-def measured_bench() -> BenchReport:
-    return bench(batch_bench(1, 8.1, energy_run(1.2345)), batch_bench(128, 61.9, energy_run(0.2468)))
-
-
-def layer(name: str, out: int, features: int) -> LayerReport:
-    rows, columns = out // 64, features // 32
-    kept_map = ["#" * (columns // 2) + "." * (columns - columns // 2)] * rows
-    dense = 2 * 197 * out * features
-    return LayerReport(
-        name=name,
-        shape=(out, features),
-        block=(64, 32),
-        blocks=rows * columns,
-        kept_blocks=rows * (columns // 2),
-        kept_map=kept_map,
-        distortion=1.234e-05,
-        flops_dense=dense,
-        flops=dense // 2,
-        energy_uj_dense=4123.4,
-        energy_uj=2061.7,
-    )
-
-
-def deit_base_layers(depth: int = 12) -> list[LayerReport]:
-    shapes = {"attn.qkv": (2304, 768), "attn.proj": (768, 768), "mlp.fc1": (3072, 768), "mlp.fc2": (768, 3072)}
-    return [layer(f"blocks.{n}.{name}", *shape) for n in range(depth) for name, shape in shapes.items()]
-
-
-def prune(**changes: Any) -> PruneReport:
-    facts: dict[str, Any] = {
-        "device": CPU,
-        "method": "lpvit",
-        "beta": 0.25,
-        "layers": deit_base_layers(),
-        "flops_dense": 35_127_656_448,
-        "flops": 17_563_828_224,
-        "linear_kept_fraction": 0.4876,
-        "bytes_dense": 346_000_000,
-        "bytes": 181_000_000,
-        "accuracy_dense": Accuracy(81.83, 95.61, 50_000),
-        "accuracy": Accuracy(74.29, 91.52, 50_000),
-        "skipped_images": 3,
-    }
-    return PruneReport(**facts | changes)
-
-
-def finetune(**changes: Any) -> FinetuneReport:
-    facts: dict[str, Any] = {
-        "device": CPU,
-        "method": "lora_ga",
-        "rank": 16,
-        "optimizer_bytes": 21_233_664,
-        "processes": 1,
-        "best_epoch": 2,
-        "trainable_parameters": 2_654_208,
-        "all_parameters": 86_567_656,
-        "accuracy_dense": Accuracy(81.83, 95.61, 50_000),
-        "accuracy_pruned": Accuracy(74.29, 91.52, 50_000),
-        "accuracy": Accuracy(80.47, 94.98, 50_000),
-        "history": [
-            Epoch(epoch=k, loss=1.0 / k, top1=70.0 + k, validation_top1=71.0 + k, images_per_second=812.5) for k in (1, 2, 3)
-        ],
-        "skipped_images": 0,
-    }
-    return FinetuneReport(**facts | changes)
-
-
-def export(**changes: Any) -> ExportReport:
-    parity = [
-        Parity(batch_size=1, relative_error=3.21e-7, agreement=1.0, agreement_but_ties=1.0),
-        Parity(batch_size=8, relative_error=4.56e-7, agreement=0.875, agreement_but_ties=1.0),
-    ]
-    pair = TimingRun({"dense": timed(3.0), "model.onnx": timed(2.0)}, threads=2, foreign_load=0.0)
-    speed = ExportSpeed(
-        threads=2, batch_size=1, timing=pair, speedup=Ratio(1.5, 1.4, 1.6), verdict="model.onnx is 1.50x faster"
-    )
-    layers = [
-        ExportedLayer(name=f"blocks.{i}", shape=(64, 32), block=(16, 16), density=0.5, form=form, times_us={"rows": 1.0})
-        for i, form in enumerate(("rows", "dense", "rows"))
-    ]
-    file = ExportedFile(
-        format="onnx",
-        file="model.onnx",
-        bytes=103_870_370,
-        bytes_dense=346_234_567,
-        parity=parity,
-        accuracy=Accuracy(80.47, 94.98, 256),
-        layers=layers,
-        speed=speed,
-    )
-    facts: dict[str, Any] = {
-        "device": CPU,
-        "model": "finetuned",
-        "precision": "float32",
-        "accuracy_model": Accuracy(80.5, 94.98, 256),
-        "files": [file, ExportedFile(format="torch", file="model.safetensors", bytes=2**20)],
-        "versions": {"onnx": "1.18.0", "onnxruntime": None},
-    }
-    return ExportReport(**facts | changes)
-
-
-def evaluate(**changes: Any) -> EvaluateReport:
-    facts: dict[str, Any] = {"device": CPU, "model": "runs/a/pruned", "dataset": "folder/imagenet", "skipped_images": 2}
-    return EvaluateReport(**facts | {"accuracy": Accuracy(74.29, 91.52, 49_998)} | changes)
-
-
-def predict(image: str = "cat.jpg", names: list[str] | None = None) -> PredictReport:
-    prediction = Prediction(image=image, classes=[281, 285, 282], names=names, probabilities=[0.8125, 0.125, 0.0625])
-    return PredictReport(device=CPU, model="runs/a/pruned", predictions=[prediction])
-
-
-def profile(metered: bool = False) -> ProfileReport:
-    """A ViT-B's layers, of which the smallest is never faster when sparse, and the next one always."""
-    kept = [0.05, 0.1, 0.25, 0.5, 0.75, 1.0]
-    layers = []
-    for (out, columns), dense_ms in {(768, 768): 0.123, (2304, 768): 123.4, (3072, 768): 7.89}.items():
-        ms = [dense_ms * (2 + share if out == 768 else share if out == 2304 else 2 * share) for share in kept]
-        sparse = SparseProfile(block=(128, 32), kept=kept, ms=ms, mj=[40 * one for one in ms] if metered else None)
-        facts: dict[str, Any] = {"shape": (out, columns), "rows": 12608, "bias": True, "names": ["a"] * 12, "sparse": [sparse]}
-        layers.append(LayerProfile(dense_ms=dense_ms, dense_mj=40 * dense_ms if metered else None, **facts))
-    made = DeviceProfile(
-        device=CPU,
-        dtype="float32",
-        threads=2,
-        model="deit_base_patch16_224.fb_in1k",
-        batch_size=64,
-        provenance={},
-        model_ms=5234.5,
-        model_mj=209_380 if metered else None,
-        energy_source=NVML if metered else None,
-        energy_reasons=[] if metered else [NO_METER],
-        layers=layers,
-    )
-    return ProfileReport(device=CPU, profile=made)
-
-
-def calibrate() -> CalibrateReport:
-    return CalibrateReport(device=CPU, images=1024, gradient="empirical", layers=48, statistics_bytes=5 * 2**19)
-
-
-def sweep(profiled: bool = False) -> SweepReport:
-    speed = {0.5: Ratio(1.63, 1.58, 1.71), 0.7: Ratio(2.41, 2.33, 2.52)}
-    points = []
-    for (budget, top1), ratio in zip({0.5: 80.12, 0.7: 74.29}.items(), speed.values(), strict=True):
-        report = prune(accuracy=Accuracy(top1, 91.52, 50_000))
-        if profiled:
-            report = report.model_copy(update={"latency_ms_dense": 82.0, "latency_ms": 82.0 / ratio.low})
-        points.append(
-            SweepPoint(budget=budget, folder=f"{budget:g}", report=report, latency_ms=81.4 / ratio.value, speedup=ratio)
-        )
-    return SweepReport(device=CPU, kind="sparsity", batch_size=8, latency_ms_dense=81.4, points=points)
-
-
-def prediction() -> PredictionReport:
-    point = PredictedPoint(
-        budget=0.5,
-        kept_fraction=0.488,
-        kept_by_layer={"blocks.0.mlp.fc1": 0.488},
-        flops=17_600_000_000,
-        bytes=180 * 2**20,
-        energy_uj=1234.0,
-        latency_ms=41.0,
-    )
-    return PredictionReport(
-        device=CPU,
-        kind="flops",
-        flops_dense=35_100_000_000,
-        bytes_dense=330 * 2**20,
-        energy_uj_dense=2345.0,
-        latency_ms_dense=82.0,
-        points=[point, point.model_copy(update={"budget": 0.3, "latency_ms": None})],
-        reasons=["latency: no device profile: lpvit profile deit_base_50"],
-    )
-
-
-def tuned() -> TuneReport:
-    """Twelve layers of each shape, forward and backward; one layer keeps all of its blocks."""
-    layers = []
-    for kind in ("forward", "input_gradient", "weight_gradient"):
-        for name, shape, density in (
-            ("blocks.0.attn.qkv", (2304, 768), 0.31),
-            ("layers.2.blocks.10.attn.proj", (768, 768), 1.0),
-            ("blocks.11.mlp.fc2", (768, 3072), 0.3),
-        ):
-            choice, speedup = ("gathered", None) if kind == "weight_gradient" else ("dense", 1.0)
-            if name.endswith("fc2"):
-                choice = "gathered"
-            facts: dict[str, Any] = {"shape": shape, "block": (128, 32), "density": density, "tokens": 12608}
-            facts |= {"choice": choice, "times_us": {choice: 1234.5}, "speedup": speedup, "kept_tflops": 0.0801}
-            layers.append(TunedLayers(layers=[name] * 12, kind=kind, **facts))
-    return TuneReport(device=CPU, model="runs/a", dtype="float32", threads=2, tuned=layers)
-
-
-ALL: dict[str, Callable[[], Report]] = {
-    "tune": tuned,
-    "calibrate": calibrate,
-    "prune": prune,
-    "finetune": finetune,
-    "sweep": sweep,
-    "sweep with a profile": lambda: sweep(profiled=True),
-    "prediction": prediction,
-    "bench": bench,
-    "bench with energy": measured_bench,
-    "profile": profile,
-    "profile with energy": lambda: profile(metered=True),
-    "export": export,
-    "evaluate": evaluate,
-    "predict": predict,
-    "predict with names": lambda: predict(names=["tabby, tabby cat", "Egyptian cat", "tiger cat"]),
-}
 
 
 def printed(*renderables: Any, width: int = 80) -> str:
@@ -464,6 +209,14 @@ def test_recovery_shows_both_accuracies_and_what_was_trained() -> None:
     assert "parameters trained, 86,567,656" in words(shown(finetune(method="full", rank=None)))
 
 
+def test_gradual_pruning_shows_every_step_against_the_dense_model() -> None:
+    lines = [words(line) for line in shown(gradual()).splitlines()]
+    assert "0.5 0.50 0.50 0.52 61.83 % 81.83 % +0.00" in lines
+    assert "0.7 0.30 0.50 0.52 61.33 % 81.33 % -0.50" in lines
+    said = words(summary("deit_base_50", {"gradual": gradual(), "bench": bench()}, Path("runs/a")).plain)
+    assert "top-1 81.33 % (dense 81.83 %)" in said
+
+
 def test_bench_shows_verdicts_first_then_every_subject_of_every_batch() -> None:
     report = bench()
     text = shown(report, width=120)
@@ -474,7 +227,9 @@ def test_bench_shows_verdicts_first_then_every_subject_of_every_batch() -> None:
         for name, timing in batch.timing.subjects.items():
             p, ratio = timing.percentiles, batch.speedup.get(name)
             gain = f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "1"
-            numbers = f"{p.p10:.2f} {p.p50:.2f} {p.p90:.2f} {p.p99:.2f} {batch.images_per_second[name]:.0f}"
+            times = " ".join(three_digits(value) for value in (p.p10, p.p50, p.p90, p.p95, p.p99))
+            memory = "-" if name == "sparse" else "331"
+            numbers = f"{times} {three_digits(batch.images_per_second[name])} {memory}"
             assert f"{name} {batch.batch_size} {numbers} {gain}" in lines
     assert f"report: {FOLDER}/report.html" in lines
 
@@ -483,10 +238,10 @@ def test_measured_energy_is_shown_with_its_units_and_source() -> None:
     text = shown(measured_bench(), width=120)
     lines = [words(line) for line in text.splitlines()]
     assert f"energy by {NVML}" in lines
-    assert "batch J/image above idle images/J average W saving (95 %)" in lines
-    assert "dense 1 1.234 0.9876 0.8 412 1" in lines
-    assert "sparse 1 0.9259 0.7407 1.1 412 1.33 (1.33-1.33)" in lines
-    assert "sparse 128 0.1851 0.1481 5.4 412 1.33 (1.33-1.33)" in lines
+    assert "batch J/image above idle images/J W peak W J s saving (95 %)" in lines
+    assert "dense 1 1.234 0.9876 0.8 412 - - 1" in lines
+    assert "sparse 1 0.9259 0.7407 1.1 412 - - 1.33 (1.33-1.33)" in lines
+    assert "sparse 128 0.1851 0.1481 5.4 412 - - 1.33 (1.33-1.33)" in lines
     assert "not measured" not in text
 
 
@@ -504,7 +259,7 @@ def test_unmeasured_energy_is_a_reason_told_once_and_never_a_number(energy: Ener
 def test_a_batch_without_energy_does_not_hide_the_other() -> None:
     text = shown(bench(batch_bench(1, 8.1, energy_run(1.2345)), batch_bench(64, 61.9, None, (DEAD_METER,))), width=120)
     lines = [words(line) for line in text.splitlines()]
-    assert "dense 1 1.234 0.9876 0.8 412 1" in lines
+    assert "dense 1 1.234 0.9876 0.8 412 - - 1" in lines
     assert f"energy not measured: {DEAD_METER}" in lines
     assert sum(line.startswith("dense 64 ") for line in lines) == 1  # its latency, and no energy
 
@@ -636,7 +391,7 @@ def test_the_page_has_its_verdicts_and_a_picture_of_each_batch_and_of_the_blocks
 def test_pictures_are_of_their_own_numbers() -> None:
     drawn = latency_picture(batch_bench(64, 5234.56))
     assert drawn.startswith("<svg")
-    assert "<!-- Latency, batch 64 -->" in drawn
+    assert "<!-- Latency, batch 64, float32 -->" in drawn
     assert "<!-- sparse, median 3982.85 ms -->" in drawn
     blocks = blocks_picture(deit_base_layers(2))
     assert "<!-- blocks.1.mlp.fc2 -->" in blocks
@@ -665,7 +420,9 @@ def test_the_page_shows_the_numbers_of_the_reports(tmp_path: Path) -> None:
             p, ratio = timing.percentiles, batch.speedup.get(name)
             times = [f"{value:.2f}" for value in (p.p10, p.p50, p.p90, p.p95, p.p99)]
             gain = f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "1"
-            assert [name, str(batch.batch_size), *times, f"{batch.images_per_second[name]:.0f}", gain] in rows
+            memory = "not measured" if name == "sparse" else "331"
+            numbers = [f"{batch.images_per_second[name]:.0f}", memory, gain, ""]
+            assert [name, "float32", str(batch.batch_size), *times, *numbers] in rows
     expected = ["blocks.0.mlp.fc2", "768 x 3072", "64 x 32", "576 of 1152", "50.0 %", "1.23e-05", "464.78", "2061.7"]
     assert expected in rows
 
@@ -677,19 +434,23 @@ def test_the_page_of_a_run_without_recovery_has_no_column_for_it(tmp_path: Path)
     assert "recovered" not in [cell for row in rows for cell in row]
 
 
-ENERGY = ["J/image", "J/image above idle", "images/J", "average W", "saving (95 % interval)"]
+ENERGY = ["J/image", "J/image above idle", "images/J", "average W", "peak W, at least", "J s", "trace J/image", "saving (95 %)"]
+NOT = ["not measured"] * 3  # no trace
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_the_page_shows_measured_energy_with_units_and_source(tmp_path: Path) -> None:
     made = Page(page(tmp_path, measured_bench()))
     rows = made.rows
-    for batch, expected in [
-        ("batch 1", [["1.234", "0.9876", "0.8", "412", "1"], ["0.9259", "0.7407", "1.1", "412", "1.33 (1.33-1.33)"]]),
-        ("batch 128", [["0.2468", "0.1974", "4.1", "412", "1"], ["0.1851", "0.1481", "5.4", "412", "1.33 (1.33-1.33)"]]),
+    for batch, dense, sparse in [
+        ("batch 1", ["1.234", "0.9876", "0.8", "412"], ["0.9259", "0.7407", "1.1", "412"]),
+        ("batch 128", ["0.2468", "0.1974", "4.1", "412"], ["0.1851", "0.1481", "5.4", "412"]),
     ]:
-        start = rows.index([batch, *ENERGY])
-        assert [rows[start + 1], rows[start + 3]] == [["dense", *expected[0]], ["sparse", *expected[1]]]
+        start = rows.index([f"{batch}, float32", *ENERGY])
+        assert rows[start + 1] == ["dense", *dense, *NOT, "1"]
+        assert rows[start + 3] == ["sparse", *sparse, *NOT, "1.33 (1.33-1.33)"]
+    traced = Page(page(tmp_path, traced_bench())).rows
+    assert ["sparse", "0.9259", "0.7407", "1.1", "412", "472", "0.0437", "0.9351, good", "1.33 (1.33-1.33)"] in traced
     assert f"Measured by {NVML}; idle power 71.5 W" in made.text
     assert "ot measured:" not in made.text
 
@@ -708,8 +469,8 @@ def test_the_page_says_not_measured_and_why(tmp_path: Path, energy: EnergyRun | 
 def test_the_page_says_why_one_of_two_batches_has_no_energy(tmp_path: Path, first: bool) -> None:
     batches = [batch_bench(1, 8.1, energy_run(1.2345)), batch_bench(64, 61.9, None, (DEAD_METER,))]
     made = Page(page(tmp_path, bench(*(batches[::-1] if first else batches))))
-    assert ["batch 1", *ENERGY] in made.rows
-    assert ["batch 64", *ENERGY] not in made.rows
+    assert ["batch 1, float32", *ENERGY] in made.rows
+    assert ["batch 64, float32", *ENERGY] not in made.rows
     assert f"ot measured: {DEAD_METER}" in made.text
 
 
@@ -765,7 +526,7 @@ def test_reports_come_back_from_json_as_they_were(kind: str) -> None:
     report = ALL[kind]()
     text = report.model_dump_json(indent=1)
     assert type(report).model_validate_json(text) == report
-    assert json.loads(text)["schema_version"] == 1
+    assert json.loads(text)["schema_version"] == (2 if kind.startswith("bench") else 1)
 
 
 def test_a_report_with_an_unknown_key_is_refused() -> None:
@@ -783,3 +544,8 @@ def test_every_stage_has_a_report_that_can_be_rendered() -> None:
     assert set(REPORTS) == {stage.command for stage in ALL_STAGES}
     rendered = {type(make()) for make in ALL.values()}
     assert set(REPORTS.values()) <= rendered
+
+
+def test_the_documented_schema_of_a_bench_is_that_of_the_code() -> None:
+    documented = json.loads((Path(__file__).parents[2] / "docs" / "bench.schema.json").read_text())
+    assert documented == BenchReport.model_json_schema(), "run: python -m lpvit_cli.report.schema > docs/bench.schema.json"

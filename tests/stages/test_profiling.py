@@ -127,7 +127,7 @@ def test_dense_and_sparse_get_the_same_input_and_with_all_blocks_agree(tmp_path:
 def test_how_it_is_measured_follows_the_recipe(tmp_path: Path, made_up: dict[str, Any]) -> None:
     before = torch.get_num_threads()
     more = f"bench.threads={before + 1}"
-    profile = profiled(tmp_path, "profile.rounds=9", "bench.dtype=bfloat16", more, "bench.energy.window_seconds=3")
+    profile = profiled(tmp_path, "profile.rounds=9", "bench.dtypes=[bfloat16]", more, "bench.energy.window_seconds=3")
     assert (made_up["rounds"], made_up["window_s"], made_up["images_per_call"]) == (9, 3, 1)
     assert (made_up["threads"], made_up["inference"]) == (before + 1, True)
     assert torch.get_num_threads() == before
@@ -228,7 +228,7 @@ def test_it_is_skipped_while_it_holds(once: tuple[Path, Result]) -> None:
     ("options", "plan"),
     [
         (["--batch-size", "2"], "runs again (profile.batch_size: 1 -> 2)"),
-        (["--dtype", "bfloat16"], "runs again (bench.dtype: None -> bfloat16)"),
+        (["--dtype", "bfloat16"], "runs again (bench.dtypes: [] -> ['bfloat16'])"),
         (["--set", "bench.threads=1"], "runs again (bench.threads: None -> 1)"),
         (["--set", "prune.block=[60,60]"], "runs again (prune.block: [240, 60] -> [60, 60])"),
         (["--set", "model.kwargs.depth=3"], "runs again (model.kwargs.depth: 2 -> 3)"),

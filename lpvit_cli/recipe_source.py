@@ -1,0 +1,57 @@
+"""A recipe as it is written: where its keys are, and how --set changes them before they are validated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lpvit_cli.errors import UsageError
+
+PATHS = {  # keys whose values are paths
+    ("model", "weights"),
+    ("data", "root"),
+    ("prune", "profile"),
+    ("finetune", "distill", "teacher", "weights"),
+    ("bench", "baseline"),
+}
+
+
+def apply_override(content: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Set one dotted key; return it as a tuple."""
+    dotted, equals, text = override.partition("=")
+    keys = tuple(dotted.strip().split("."))
+    if not equals or not all(keys):
+        raise UsageError(f"--set {override}: not of the form key=value", "for example: --set prune.block=[64,32]")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {override}: {text!r} is not valid YAML", "quote it for your shell") from error
+    node = content
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if child is None:
+            child = node[key] = {}
+        if not isinstance(child, dict):
+            raise UsageError(f"--set {override}: {key!r} is a value, not a section", f"set it whole: --set {key}=...")
+        node = child
+    if keys[:2] == ("prune", "budget") and len(keys) == 3:
+        node.clear()  # a budget is one of several kinds: naming one replaces the other
+    if keys in PATHS and isinstance(value, str):
+        value = str(Path(value).expanduser().resolve())  # typed in a shell: from the current folder
+    node[keys[-1]] = value
+    return keys
+
+
+def key_lines(node: yaml.Node | None, at: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+    """Line of every key, by its path; a key given twice is refused."""
+    lines: dict[tuple[str, ...], int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = (*at, str(key.value))
+            if path in lines:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
+            lines[path] = key.start_mark.line + 1
+            lines |= key_lines(value, path)
+    return lines

@@ -1,0 +1,105 @@
+"""The sentences beside a bench's numbers, and what of a bench is drawn."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made import batch_bench, deit_base_layers, energy_run, layers_bench, prune, traced_bench
+
+from lpvit_cli.measure.statistics import Ratio
+from lpvit_cli.measure.timing import Timing, TimingRun
+from lpvit_cli.report.html import write_html
+from lpvit_cli.report.pictures import energy_picture, latency_picture, layers_picture, power_picture
+from lpvit_cli.report.schema import BatchBench
+from lpvit_cli.stages.bench_notes import advice, doubts
+
+SLOWER, FASTER, EQUAL = Ratio(0.8, 0.7, 0.9), Ratio(1.3, 1.2, 1.4), Ratio(1.0, 0.9, 1.1)
+
+
+def batch(size: int, ratio: Ratio = FASTER, load: float | None = 0.0, **flags: dict[str, Any]) -> BatchBench:
+    """`flags`: changes of the subjects' timings, by subject."""
+    made = batch_bench(size, 10)
+    timings: dict[str, Timing] = {name: replace(timed, **flags.get(name, {})) for name, timed in made.timing.subjects.items()}
+    timing = TimingRun(timings, threads=2, foreign_load=load)
+    return made.model_copy(update={"timing": timing, "speedup": made.speedup | {"sparse": ratio}})
+
+
+def test_advice_says_from_which_batch_on_it_pays() -> None:
+    assert advice([batch(1, SLOWER), batch(8, EQUAL), batch(64, FASTER)]) == [
+        "batch 1 gives a block too little work; of the batches measured, sparse pays from 64 on"
+    ]
+    assert advice([batch(1, FASTER), batch(8, FASTER)]) == []
+    assert "try taller blocks or more sparsity" in advice([batch(1, SLOWER), batch(8, SLOWER)])[0]
+    assert "try taller blocks" in advice([batch(1, FASTER), batch(8, SLOWER)])[0]
+    assert advice([batch(1, SLOWER, load=0.5), batch(8, FASTER)]) == [], "not on a busy machine"
+    other = batch(64, FASTER).model_copy(update={"dtype": "bfloat16"})
+    assert "try taller blocks" in advice([batch(1, SLOWER), other])[0], "of the first dtype"
+
+
+def test_doubts_name_what_is_doubtful_and_where() -> None:
+    calm = [batch(1), batch(8)]
+    assert doubts(calm) == ["30 rounds: p99 is close to the slowest of them"]
+    many = batch(1, **{name: {"samples_ms": [1.0] * 100} for name in ("dense", "masked-dense", "sparse")})
+    assert doubts([many]) == []
+    shaky = batch(8, sparse={"variation": 0.04}, dense={"variation": 0.026})
+    assert "unstable, times vary by more than 2.5%: dense, sparse at batch 8, float32" in doubts([batch(1), shaky])
+    starved = batch(1, sparse={"host_bound": True})
+    assert doubts([starved, batch(8)])[-1].endswith("(try a larger batch, or -graph): sparse at batch 1, float32")
+    assert "up to 40% of the machine" in doubts([batch(1, load=0.4), batch(8, load=0.2)])[-1]
+    assert doubts([batch(1, load=None)]) == doubts(calm)
+
+
+def test_power_is_drawn_with_every_window_and_the_idle_device() -> None:
+    (batch,) = traced_bench().batches
+    assert batch.energy is not None
+    drawn = power_picture(batch, batch.energy)
+    assert "<!-- idle, 72 W -->" in drawn
+    assert all(f"<!-- {name}, 412 W -->" in drawn for name in batch.energy.subjects)
+    without = replace(
+        batch.energy, subjects={name: replace(one, windows=[], trace=None) for name, one in batch.energy.subjects.items()}
+    )
+    bare = power_picture(batch, without)
+    count = len(re.findall(r'<g id="patch_', drawn)) - len(re.findall(r'<g id="patch_', bare))
+    assert count == 3 * 8, "three subjects, eight trials"
+
+
+def test_energy_is_drawn_with_its_interval() -> None:
+    batch = batch_bench(1, 8.1, energy_run(1.2345))
+    assert batch.energy is not None
+    drawn = energy_picture(batch, batch.energy)
+    assert all(f"<!-- {name} -->" in drawn for name in batch.energy.subjects)
+    assert drawn.count('id="LineCollection_') == 3, "an interval for each"
+
+
+def test_layers_are_drawn_with_all_else() -> None:
+    drawn = layers_picture(batch_bench(1, 8.1), layers_bench())
+    names = re.findall(r"<!-- (blocks\.\S+|all else) -->", drawn)
+    assert names == ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "all else"]
+    rest = layers_bench()
+    assert (rest.rest_ms, rest.rest_ms_dense, rest.rest_share) == (2.0, 3.0, 0.2)
+
+
+def test_each_subject_has_a_colour_of_its_own() -> None:
+    """However many there are: 14 kinds and a baseline."""
+    made = batch_bench(1, 8.1)
+    timed = made.timing.subjects["dense"]
+    timing = replace(made.timing, subjects=dict.fromkeys(("dense", "masked-dense", "sparse", *"abcdefghijkl"), timed))
+    drawn = latency_picture(made.model_copy(update={"timing": timing}))
+    colours = set(re.findall(r"stroke: (#[0-9a-f]{6}); stroke-width: 2[;\"]", drawn))
+    assert len(colours) == 15
+
+
+@pytest.mark.parametrize("gone", ["energy", "layers"])
+def test_what_was_not_measured_has_no_picture(gone: str, tmp_path: Path) -> None:
+    report = traced_bench()
+    batch = report.batches[0].model_copy(update={gone: None})
+    write_html(
+        tmp_path / "a.html", "a", report.model_copy(update={"batches": [batch]}), prune(layers=deit_base_layers(1)), None
+    )
+    page = (tmp_path / "a.html").read_text()
+    assert ("Power, batch 128" in page) is (gone != "energy")
+    assert ("Layers, batch 128" in page) is (gone != "layers")

@@ -1,0 +1,373 @@
+"""What bench compares: each kind of subject, what it reports of them, and what cannot run here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import Result, run_cli
+
+from lpvit_cli import load_model
+from lpvit_cli.errors import EnvironmentFault
+from lpvit_cli.report.schema import BenchReport
+from lpvit_cli.stages import bench as stage
+from lpvit_cli.stages import subjects
+from lpvit_cli.stages.bench import OUT_OF_MEMORY
+from lpvit_cli.stages.subjects import Shelf, Subjects
+
+QUICK = {
+    "calibrate.images": 64,
+    "prune.method": "magnitude",
+    "prune.sequential": "false",
+    "prune.reweigh": 0,
+    "finetune": "null",
+    "bench.rounds": 6,
+    "bench.warmup_seconds": 0,
+    "bench.batch_sizes": "[2]",
+    "export.form": "rows",
+}
+
+
+def options(**changes: object) -> list[str]:
+    keys = QUICK | {key.replace("__", "."): value for key, value in changes.items()}
+    return [option for key, value in keys.items() for option in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the demo's model, pruned by magnitude and exported."""
+    folder = tmp_path_factory.mktemp("run") / "quick"
+    for command in ("calibrate", "prune", "export"):
+        result = run_cli(command, "digits_vit", "-o", folder, *options())
+        assert result.code == 0, result.err
+    return folder
+
+
+def bench(folder: Path, *more: object, **changes: object) -> Result:
+    return run_cli("bench", "digits_vit", "-o", folder, *options(**changes), *more)
+
+
+def report(folder: Path) -> BenchReport:
+    return BenchReport.model_validate_json((folder / "bench" / "report.json").read_text())
+
+
+def test_subjects_of_both_runtimes_are_compared_with_the_fastest_dense_one(pruned: Path) -> None:
+    names = ["dense", "dense-onnx", "masked-dense", "sparse", "onnx"]
+    result = bench(pruned, "--layers", bench__subjects=f"[{','.join(names)}]")
+    assert result.code == 0, result.err
+    (batch,) = report(pruned).batches
+    assert list(batch.timing.subjects) == names
+    medians = {name: timed.percentiles.p50 for name, timed in batch.timing.subjects.items()}
+    assert batch.baseline == min(("dense", "dense-onnx"), key=lambda name: medians[name])
+    assert batch.subject == min(("sparse", "onnx"), key=lambda name: medians[name])
+    assert set(batch.speedup) == set(names) - {batch.baseline}
+    label = {"dense": "dense PyTorch", "dense-onnx": "dense onnxruntime"}[batch.baseline]
+    assert f"{batch.subject} is" in batch.verdict
+    assert label in batch.verdict
+    assert all(len(timed.samples_ms) == 6 for timed in batch.timing.subjects.values())
+    whole = sum(tensor.nbytes for tensor in load_model(pruned / "pruned").state_dict().values())
+    assert all(held is not None and held > whole for held in batch.peak_memory_bytes.values())
+
+    rows = list(csv.DictReader((pruned / "bench" / "report.csv").open()))
+    assert [row["subject"] for row in rows] == names
+    for row in rows:
+        assert float(row["p50_ms"]) == medians[row["subject"]]
+        assert float(row["peak_memory_bytes"]) == batch.peak_memory_bytes[row["subject"]]
+        assert row["joules_per_image"] == "", "not measured is empty, not zero"
+        ratio = batch.speedup.get(row["subject"])
+        assert row["speedup_low"] == (str(ratio.low) if ratio else "")
+
+    layers = batch.layers
+    assert layers is not None
+    sparse = load_model(pruned / "pruned")
+    assert len(layers.layers) == 9
+    assert sum(layer.share for layer in layers.layers) + layers.rest_share == pytest.approx(1)
+    for layer in layers.layers:
+        weight = sparse.get_submodule(layer.name).weight
+        values = weight.values if layer.block else weight
+        assert layer.rows == (2 if layer.name == "head" else 2 * 17)
+        if layer.shape == tuple(weight.shape):  # nothing was cut out
+            assert layer.tflops * 1e9 * layer.ms == pytest.approx(2 * layer.rows * values.numel())
+        assert layer.roofline * layer.ms > 0
+        assert (layer.runs == "linear") is (layer.block is None)
+
+
+def test_dtypes_and_batches_are_lists(pruned: Path) -> None:
+    result = bench(pruned, "--dtype", "bfloat16", bench__batch_sizes="[1,3]")
+    assert result.code == 0, result.err
+    assert [(batch.dtype, batch.batch_size) for batch in report(pruned).batches] == [("bfloat16", 1), ("bfloat16", 3)]
+    result = bench(pruned, bench__dtypes="[bfloat16,float32]", bench__batch_sizes="[3]")
+    found = report(pruned)
+    assert [batch.dtype for batch in found.batches] == ["bfloat16", "float32"]
+    assert all(batch.verdict.startswith(f"batch 3, {batch.dtype}: sparse") for batch in found.batches)
+    assert "pruned on" in result.out
+    half, full = ([batch.peak_memory_bytes["dense"] for batch in found.batches][k] for k in (0, 1))
+    assert half is not None
+    assert full is not None
+    assert half < full, "weights of half the size"
+
+
+def test_a_baseline_is_what_all_ratios_are_against(pruned: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(pruned, tmp_path / "other")
+    for baseline in (other, other / "export" / "model.onnx"):
+        result = bench(pruned, "--baseline", baseline, bench__subjects="[sparse]")
+        assert result.code == 0, result.err
+        (batch,) = report(pruned).batches
+        assert (batch.baseline, list(batch.speedup)) == ("baseline", ["sparse"])
+        assert f" {baseline.parent.name}/{baseline.name} " in batch.verdict
+        assert str(tmp_path) not in batch.model_dump_json(), "a report may be published"
+    again = bench(pruned, "--baseline", baseline, bench__subjects="[sparse]")
+    assert "up to date" in again.err
+    (other / "export" / "model.onnx").write_bytes(b"not what it was")
+    assert bench(pruned, "--baseline", baseline, bench__subjects="[sparse]").code == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "changes", "code", "says"),
+    [
+        (["--device", "cuda:7"], {}, 3, "this machine has"),
+        (["--device", "tpu"], {}, 2, "not a torch device"),
+        ([], {"bench__subjects": "[dense,dense-graph,sparse]"}, 3, "dense-graph: CUDA graphs need a GPU, this device is cpu"),
+        ([], {"bench__subjects": "[dense,sparse,onnx]", "bench__dtypes": "[bfloat16]"}, 2, "onnx: onnxruntime runs in float32"),
+        ([], {"bench__subjects": "[dense,masked-dense]"}, 2, "needs a pruned one"),
+        ([], {"bench__subjects": "[sparse]"}, 2, "needs a dense one to compare with, or a baseline"),
+        ([], {"bench__subjects": "[dense,sprase]"}, 2, "given: sprase"),
+        (["--baseline", "nowhere/run"], {}, 2, "no such model folder or file"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_cannot_run_here_is_said_before_anything_is_measured(
+    pruned: Path, more: list[str], changes: dict[str, str], code: int, says: str
+) -> None:
+    result = bench(pruned, *more, **changes)
+    assert (result.code, says in result.err) == (code, True), result.err
+    assert "timing" not in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_missing_onnx_file_names_the_command_that_makes_it(pruned: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pruned, tmp_path / "run")
+    shutil.rmtree(folder / "export")
+    result = bench(folder, bench__subjects="[dense,sparse,onnx]")
+    assert (result.code, f"run: lpvit export digits_vit --output {folder}" in result.err) == (2, True), result.err
+
+
+def test_a_device_that_is_not_there_is_told_before_what_is_missing(tmp_path: Path) -> None:
+    assert bench(tmp_path / "new", "--device", "cuda:7").code == 3
+
+
+def test_a_model_folder_of_another_architecture_is_refused(pruned: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pruned, tmp_path / "run")
+    path = folder / "pruned" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"kwargs": config["kwargs"] | {"depth": 1}}))
+    result = bench(folder)
+    assert (result.code, "'depth': 1" in result.err, "lpvit run RECIPE" in result.err) == (2, True, True), result.err
+
+
+def test_a_baseline_for_other_images_is_refused(pruned: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(pruned / "pruned", tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["preprocessing"]["input_size"] = [3, 48, 48]
+    (other / "config.json").write_text(json.dumps(config))
+    result = bench(pruned, "--baseline", other)
+    assert result.code == 2
+    assert "takes images of [3, 48, 48], the model of the recipe [3, 32, 32]" in result.err
+
+
+# too little memory
+
+
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let larger batches than `most` run out of memory, as a GPU's do."""
+    real = subjects.forward_of
+
+    def only(most: int) -> None:
+        def forward_of(model: Any, images: torch.Tensor) -> Any:
+            if len(images) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            return real(model, images)
+
+        monkeypatch.setattr(subjects, "forward_of", forward_of)
+
+    return only
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(pruned: Path, fits: Callable[[int], None]) -> None:
+    fits(3)
+    result = bench(pruned, bench__batch_sizes="[16]")
+    assert result.code == 0, result.err
+    (batch,) = report(pruned).batches
+    assert (batch.batch_size, batch.asked_batch_size) == (2, 16)
+    assert "note: batch 16 does not fit into memory: measured batch 2 instead" in result.out
+
+
+def test_halves_that_are_measured_anyway_are_not_measured_twice(pruned: Path, fits: Callable[[int], None]) -> None:
+    fits(3)
+    result = bench(pruned, bench__batch_sizes="[8,2]")
+    assert [batch.batch_size for batch in report(pruned).batches] == [2]
+    assert "batch 8 does not fit into memory: left out, as batch 2 is measured anyway" in " ".join(result.out.split())
+
+
+def test_a_batch_that_never_fits_is_an_error(pruned: Path, fits: Callable[[int], None]) -> None:
+    fits(0)
+    result = bench(pruned, bench__batch_sizes="[5]")
+    assert result.code == 3
+    assert "not even a batch of 1 in float32 fits into the memory of cpu" in result.err
+
+
+def test_too_little_memory_on_a_cpu_is_told_by_its_message() -> None:
+    with pytest.raises(RuntimeError, match=OUT_OF_MEMORY):
+        torch.empty(2**60)
+
+
+# sessions, compilers, graphs
+
+
+def test_at_most_one_session_is_open() -> None:
+    alive: set[str] = set()
+
+    class Session:
+        def __init__(self, name: str):
+            assert not alive
+            self.name = name
+            alive.add(name)
+
+        def __call__(self) -> str:
+            return self.name
+
+        def __del__(self) -> None:
+            alive.discard(self.name)
+
+    shelf = Shelf({"a": lambda: Session("a"), "b": lambda: Session("b")})
+    calls = shelf.subjects()
+    assert [calls[name]() for name in "aabba"] == list("aabba")
+    assert shelf.get("a") is shelf.get("a")
+
+
+def subjects_on(device: str, *asked: str) -> Subjects:
+    made = object.__new__(Subjects)
+    made.device, made.dtype, made.asked, made.files = torch.device(device), torch.float32, asked, {}
+    made.models = {name: torch.nn.Linear(4, 4) for name in ("dense", "masked-dense", "sparse")}  # type: ignore[misc]
+    return made
+
+
+IMAGES = torch.zeros(2, 4)
+
+
+def test_a_compiler_that_fails_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: object, dynamic: bool) -> Callable[..., None]:
+        def call(images: object) -> None:
+            raise RuntimeError("no C++ compiler found\nmore")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    made = subjects_on("cpu", "dense", "sparse-compiled")
+    with pytest.raises(EnvironmentFault, match="sparse-compiled: torch.compile fails here: no C\\+\\+ compiler found$"):
+        made.prepare(IMAGES)
+
+
+def test_too_little_memory_while_compiling_is_no_fault_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(model: object, dynamic: bool) -> Callable[..., None]:
+        def call(images: object) -> None:
+            raise torch.OutOfMemoryError
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        subjects_on("cpu", "dense-compiled").prepare(IMAGES)
+
+
+@pytest.fixture
+def pretended_graphs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """CUDA graphs whose capture counts calls, and whose replay is a call."""
+    state = SimpleNamespace(captured=[], fails=False, measured=[])
+
+    def capture(subject: Callable[[], object], pool: str) -> Callable[[], object]:
+        if state.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        state.captured.append(pool)
+        return subject
+
+    monkeypatch.setattr(subjects, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    monkeypatch.setattr(subjects, "peak_bytes", lambda call, device: state.measured.append(len(state.captured)) or 7)
+    return state
+
+
+def test_on_a_gpu_eager_models_run_as_graphs_too(pretended_graphs: SimpleNamespace) -> None:
+    made = subjects_on("cuda", "dense", "sparse-compiled-graph", "masked-dense", "sparse").prepare(IMAGES)
+    assert list(made.openers) == ["dense", "masked-dense", "sparse", "sparse-compiled-graph", "dense-graph", "sparse-graph"]
+    assert pretended_graphs.captured == ["pool"] * 3, "of one pool"
+    assert made.notes == []
+    weights = 4 * (4 * 4 + 4)
+    assert list(made.memory_bytes.values()) == [weights + 7] * 3 + [None] * 3
+    assert pretended_graphs.measured == [0, 0, 0], "before any capture: it drops what graphs would hold addresses of"
+
+
+def test_a_capture_that_fails_is_a_note_unless_it_was_asked_for(pretended_graphs: SimpleNamespace) -> None:
+    pretended_graphs.fails = True
+    made = subjects_on("cuda", "dense", "sparse").prepare(IMAGES)
+    assert list(made.openers) == list(made.memory_bytes) == ["dense", "sparse"]
+    assert made.notes[0].startswith("left out: dense-graph: cannot be captured in a CUDA graph: operation not permitted")
+    with pytest.raises(EnvironmentFault, match="sparse-graph: cannot be captured"):
+        subjects_on("cuda", "dense", "sparse-graph").prepare(IMAGES)
+
+
+def test_a_graph_is_captured_after_warming_up_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pretended CUDA: what is launched goes to the current stream, or into the graph that captures."""
+    log: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            log.append("wait")
+
+    class Within:
+        def __init__(self, what: str):
+            self.what = what
+
+        def __enter__(self) -> None:
+            log.append(self.what)
+
+        def __exit__(self, *_: object) -> None:
+            log.append(f"end {self.what}")
+
+    graph = SimpleNamespace(replay=lambda: log.append("replay"))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: Within("aside"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda captured, pool: Within(f"graph in {pool}"))
+    replay = subjects._capture(lambda: log.append("call"), "pool")
+    assert log == ["wait", "aside", *["call"] * 3, "end aside", "wait", "graph in pool", "call", "end graph in pool"]
+    replay()
+    assert log[-1] == "replay"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch sees no CUDA device")
+def test_a_bench_on_a_gpu_has_graphs_memory_and_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "energy_on", lambda *_, **__: (None, ["minutes of windows are not for a test"]))
+    synthetic = ["--set", "data.dataset=synthetic", "--set", "model.weights=null"]
+    folder, arguments = tmp_path / "run", [*options(bench__batch_sizes="[64]"), *synthetic]
+    for command in (["calibrate"], ["prune"], ["bench", "--layers"]):
+        result = run_cli(*command, "digits_vit", "-o", folder, *arguments)
+        assert result.code == 0, result.err
+    (batch,) = report(folder).batches
+    assert list(batch.timing.subjects) == ["dense", "masked-dense", "sparse", "dense-graph", "sparse-graph"]
+    held = batch.peak_memory_bytes["dense"]
+    assert held is not None
+    assert held > 2 * 1_450_000, "at least the weights, in bfloat16"
+    assert batch.layers is not None
+    assert 0 < sum(layer.ms for layer in batch.layers.layers) < batch.layers.total_ms
