@@ -60,7 +60,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Gradu
         load_model(target)
     report = GradualReport(
         device=steps[-1].recovered.device,
-        notes=list(dict.fromkeys(note for step in steps for note in (*step.pruned.notes, *step.recovered.notes))),
+        notes=[f"{step.budget:g}: {note}" for step in steps for note in (*step.pruned.notes, *step.recovered.notes)],
         kind=recipe.prune.budget.kind,
         steps=steps,
     )
