@@ -345,6 +345,26 @@ def predict(
 
 
 @app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(metavar="PRUNED", help="The model folder that was recovered, RUN/pruned.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A recovered folder, or its adapter.safetensors.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The model folder to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder.")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Add an adapter into the pruned model it was made for; every zero block stays zero."""
+    console = _console(json_, quiet, verbose)
+    with console.command():
+        from lpvit_cli.stages.merge import merge as merge_any
+
+        merge_any(base, adapter, output, overwrite)
+        console.document = {"model": str(output)}
+        console.human(f"merged {adapter} into {base}; zero blocks checked; model folder: {output}")
+
+
+@app.command()
 def tune(
     model: ModelArgument,
     batch_size: Annotated[

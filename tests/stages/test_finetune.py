@@ -116,6 +116,20 @@ def test_every_method_leaves_a_model_its_history_and_its_adapter(run: Path, meth
         assert relative(load_adapted(run / "pruned", made)(x), load_model(made)(x)) < 1e-5
 
 
+def test_an_adapter_is_merged_on_demand(run: Path) -> None:
+    assert recover(run, "finetune.lr=0.02").code == 0
+    out = run.parent / "merged"
+    for adapter in (run / "finetuned", run / "finetuned" / "adapter.safetensors"):
+        result = run_cli("merge", run / "pruned", adapter, "-o", out, "--overwrite")
+        assert result.code == 0, result.err
+        x = torch.randn(2, 3, 32, 32)
+        assert relative(load_model(out)(x), load_model(run / "finetuned")(x)) < 1e-5
+    assert "exists already" in run_cli("merge", run / "pruned", adapter, "-o", out).err
+    assert run_cli("merge", run / "pruned", adapter, "-o", run, "--overwrite").code == 2, "a run folder is no model folder"
+    assert run_cli("merge", run / "pruned", run / "pruned", "-o", run.parent / "no").code == 2
+    assert sorted(p.name for p in run.parent.iterdir()) == ["merged", "run"]
+
+
 @pytest.mark.parametrize("teacher", ["{name: vit_tiny_patch16_224, kwargs: {num_classes: 12}}"])
 def test_a_teacher_of_other_classes_is_refused(run: Path, teacher: str) -> None:
     result = recover(run, f"finetune.distill.teacher={teacher}")
