@@ -39,7 +39,6 @@ from lpvit_cli.training.trainer import optimizer_of
 
 METHODS = ("lora_ga", "lora", "full")
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-SPARSITIES = (0.7, 0.8, 0.9)
 EPOCHS, RANK, BLOCK = 6, 8, (16, 16)
 TUNING_SEED = 100
 COLORS = {"lora_ga": "#2563eb", "lora": "#d97706", "full": "#6b7280"}
@@ -76,8 +75,8 @@ def curves(args: argparse.Namespace) -> None:
     for name in args.models.split(","):
         task = makers[name]()
         steps = -(-len(task.train[0]) // 64)
-        base, rates = pruned(task, SPARSITIES[-1], TUNING_SEED), {}
-        for method in METHODS:
+        base, rates = pruned(task, args.sparsities[-1], TUNING_SEED), dict.fromkeys(METHODS, args.rate)
+        for method in METHODS if args.rate is None else ():
             tried = {}
             for rate in RATES:
                 losses, top1 = recover(task, copy.deepcopy(base), TUNING_SEED, settings(method, rate))
@@ -85,7 +84,7 @@ def curves(args: argparse.Namespace) -> None:
                 print(f"{method} lr {rate:.0e}: loss {tried[rate]:.4f}, top-1 {top1[-1]:.2f} %", flush=True)
             rates[method] = min(tried, key=tried.__getitem__)
             tuned[f"{name}, {method}"] = {f"{rate:.0e}": loss for rate, loss in tried.items()}
-        for sparsity in SPARSITIES:
+        for sparsity in args.sparsities:
             found: dict[str, list[dict[str, object]]] = {method: [] for method in METHODS}
             one_shot = []
             for seed in range(args.seeds):
@@ -117,7 +116,7 @@ def curves(args: argparse.Namespace) -> None:
                 drawn[(task.name, sparsity, method)] = [run["losses"] for run in found[method]]
             print(f"  {time.monotonic() - started:.0f} s", flush=True)
     if args.output:
-        draw(drawn, args.output.with_suffix(".svg"))
+        draw(drawn, args.sparsities, args.output.with_suffix(".svg"))
     publish(
         "recovery_curves",
         ("torch", "timm"),
@@ -139,7 +138,7 @@ def describe(row: dict[str, object]) -> str:
     return f"{where}: loss {loss:.4f}, top-1 {top1:.2f} %, LoRA's final loss after {reached} of {row['steps']} steps"
 
 
-def draw(drawn: dict[tuple[str, float, str], object], path: Path) -> None:
+def draw(drawn: dict[tuple[str, float, str], object], sparsities: list[float], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
@@ -147,10 +146,10 @@ def draw(drawn: dict[tuple[str, float, str], object], path: Path) -> None:
 
     models = list(dict.fromkeys(key[0] for key in drawn))
     figure, grid = pyplot.subplots(
-        len(models), len(SPARSITIES), figsize=(4.2 * len(SPARSITIES), 3.4 * len(models)), layout="constrained", squeeze=False
+        len(models), len(sparsities), figsize=(4.2 * len(sparsities), 3.4 * len(models)), layout="constrained", squeeze=False
     )
     for line, model in zip(grid, models, strict=True):
-        for axes, sparsity in zip(line, SPARSITIES, strict=True):
+        for axes, sparsity in zip(line, sparsities, strict=True):
             for method in METHODS:
                 runs = torch.tensor(drawn[(model, sparsity, method)])
                 steps = range(1, runs.shape[1] + 1)
@@ -295,6 +294,8 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     of_curves = commands.add_parser("curves")
     of_curves.add_argument("--models", default="digits_vit,digits_swin")
+    of_curves.add_argument("--rate", type=float, help="one learning rate for all methods, instead of each one's best")
+    of_curves.add_argument("--sparsities", type=float, nargs="+", default=(0.7, 0.8, 0.9), help="ascending")
     of_curves.add_argument("--seeds", type=int, default=3)
     of_curves.add_argument("--cache", type=Path, default=Path("runs/compare"), help="where the trained Swin is kept")
     of_curves.set_defaults(run=curves)
