@@ -58,6 +58,7 @@ def joined(on_gpus: bool) -> Iterator[None]:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
         yield
+        dist.destroy_process_group()  # not after a failure: it might wait for a process that is gone
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in LOST):
             raise
@@ -65,9 +66,6 @@ def joined(on_gpus: bool) -> Iterator[None]:
             f"process {rank()} of {world()}: another process of this job has ended or does not answer",
             "see its own message; the same command goes on from the last checkpoint, with any number of processes",
         ) from error
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def sum_(*tensors: Tensor) -> None:

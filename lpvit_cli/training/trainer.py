@@ -83,6 +83,10 @@ class Trainer:
         self.model, self.settings, self.train, self.objective, self.evaluate = model, settings, train, objective, evaluate
         self.folder, self.seed, self.device, self.precision = folder, seed, device, precision
         self.scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+        self.forward: Forward = model
+        if distributed.world() > 1:  # from now on, all have the parameters of the main process
+            devices = [device] if device.type == "cuda" else None
+            self.forward = DistributedDataParallel(model, devices, broadcast_buffers=False)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = optimizer_of(list(self.trained.values()), settings)
         self.average = {name: p.detach().clone() for name, p in self.trained.items()} if settings.ema else {}
@@ -92,10 +96,6 @@ class Trainer:
         self.log = History(folder / "history.jsonl")
         self.sums = Sums()
         self.steps_per_epoch = -(-len(train) // settings.accumulate)
-        self.forward: Forward = model
-        if distributed.world() > 1:
-            devices = [device] if device.type == "cuda" else None
-            self.forward = DistributedDataParallel(model, devices, broadcast_buffers=False)
 
     @property
     def optimizer_bytes(self) -> int:
