@@ -151,17 +151,14 @@ class Trainer:
         self.optimizer.zero_grad()
         usual, images, total = self.train.batch_size * len(batches), 0, 0.0
         for position, (x, labels) in enumerate(batches, start=1):
-            last = position == len(batches)
-            loss, hits, count = self._backward(x, labels, usual, wait=not last)
+            loss, hits, count = self._backward(x, labels, usual, wait=position < len(batches))
             images, total = images + count, total + loss
             self.sums.hits += hits
         if images:
             self._update(usual / images, step)
-        self.sums.steps, self.sums.images, self.sums.loss = (
-            self.sums.steps + 1,
-            self.sums.images + images,
-            self.sums.loss + total,
-        )
+        self.sums.steps += 1
+        self.sums.images += images
+        self.sums.loss += total
         self.log.add(step=step + 1, epoch=len(self.history) + 1, loss=total / max(1, images), lr=lr)
         return lr
 
