@@ -1,6 +1,5 @@
-"""Joules per image: differences of an energy counter over windows that begin and end on a tick of it, under steady load.
+"""Joules per image: windows of an energy counter under steady load, checked against the integral of a power trace.
 
-The counter moves in ticks (about 100 ms on NVIDIA GPUs): reading it at any other moment is wrong by up to a tick at each end.
 Subjects take turns, so that drift of temperature and clocks cancels in ratios.
 """
 
@@ -8,36 +7,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Literal
 
 from lpvit_cli.measure.meters import Meter, MeterError, open_meter
 from lpvit_cli.measure.statistics import Ratio, paired_ratio
+from lpvit_cli.measure.trace import PowerTrace, in_background
+from lpvit_cli.measure.windows import Idle, Load, Subject, Window, Windows
 
 if TYPE_CHECKING:
     import torch
 
-FEWEST_TICKS = 10
-RETRIES = 3
-LONGEST_TICK_S = 2.0
+COOL_DOWN = 0.1  # of a window, between turns
+GOOD, INCONSISTENT = 0.03, 0.1  # difference of counter and trace
 POINTS = 2000  # of a trace, in a report
-
-Subject = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Window:
-    """A valid window of one subject, both ends on ticks of the counter. Seconds count from the start of the energy run."""
-
-    begin_s: float
-    end_s: float
-    joules: float
-    images: int
-    trace_joules: float | None = None  # the power trace integrated over the window; None: no trace
-    clock_mhz: float | None = None  # of a GPU's multiprocessors, at the end
-    temperature_c: float | None = None  # at the end
-    power_capped: bool = False
+SENSORS_ERR = (
+    "power sensors err by about 5 % (13 % seen): an error of gain cancels in ratios, one of offset does not; images are random"
+)
 
 
 @dataclass(frozen=True)
@@ -86,11 +74,14 @@ class EnergyRun:
         return paired_ratio(self.subjects[baseline].trials_joules_per_image, self.subjects[subject].trials_joules_per_image)
 
 
-@dataclass(frozen=True)
-class _Window:
-    joules: float
-    seconds: float
-    calls: int
+@dataclass
+class _Turns:
+    """What a subject's turns gave."""
+
+    windows: list[Window] = field(default_factory=list)
+    spans: list[tuple[float, float]] = field(default_factory=list)  # of turns, warm-up included
+    discarded: list[str] = field(default_factory=list)
+    unsettled: int = 0
 
 
 def measure_energy(
@@ -104,23 +95,35 @@ def measure_energy(
     on_trial: Callable[[int, int], None] | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
+    polling: Callable[[Callable[[], None]], AbstractContextManager[None]] = in_background,
 ) -> EnergyRun:
-    """`trials` windows of `window_s` seconds for each subject, in turn; a ratio needs six. A meter that fails gives reasons,
-    not numbers."""
-    windows: dict[str, list[_Window]] = {name: [] for name in subjects}
+    """`trials` windows of `window_s` seconds for each subject, in turn; a ratio needs six. Before each the device cools down
+    and the load settles. A meter that fails gives reasons, not numbers. `polling` samples power meanwhile."""
+    started = clock()
+
+    def now() -> float:
+        return clock() - started
+
+    turns = {name: _Turns() for name in subjects}
+    windows, trace, facts = Windows(meter, window_s, now), PowerTrace(meter.power_w, now), meter.facts()
     try:
         synchronize()
-        idle = _valid_window(lambda: sleep(0.02), meter, window_s, clock)
-        for number in range(trials):
-            for name in list(subjects) if number % 2 == 0 else list(reversed(subjects)):
-                load = _steady_load(subjects[name], synchronize, clock)
-                windows[name].append(_valid_window(load, meter, window_s, clock))
-            if on_trial:
-                on_trial(number + 1, trials)
+        idle = windows.idle(Idle(sleep))
+        with polling(trace.sample) if meter.power_source else nullcontext():
+            for number in range(trials):
+                for name in list(subjects) if number % 2 == 0 else list(reversed(subjects)):
+                    sleep(COOL_DOWN * windows.window_s)
+                    load = Load(subjects[name], images_per_call, synchronize, now)
+                    _take_turn(turns[name], load, windows, trace)
+                if on_trial:
+                    on_trial(number + 1, trials)
     except MeterError as error:
-        return EnergyRun(meter.source, reasons=[str(error)])
+        return EnergyRun(meter.source, reasons=[str(error)], device=facts)
     idle_w = idle.joules / idle.seconds
-    return EnergyRun(meter.source, idle_w, {name: _energy(w, images_per_call, idle_w) for name, w in windows.items()})
+    found = {name: _energy(taken, images_per_call, idle_w, trace, meter) for name, taken in turns.items()}
+    notes = [*meter.notes(), *([f"the power trace broke off: {trace.fault}"] if trace.fault else [])]
+    notes += [note for name, taken in turns.items() for note in _notes(name, taken, found[name])]
+    return EnergyRun(meter.source, idle_w, found, [], notes, meter.power_source, facts)
 
 
 def energy_on(
@@ -130,6 +133,7 @@ def energy_on(
     *,
     trials: int,
     window_s: float,
+    allow_mig: bool = False,
     on_trial: Callable[[int, int], None] | None = None,
 ) -> tuple[EnergyRun | None, list[str]]:
     """As `measure_energy`, by the meter of `device`: None when it has none; and the reasons why there is no energy."""
@@ -138,7 +142,7 @@ def energy_on(
         from torch import cuda
 
         uuid, synchronize = str(cuda.get_device_properties(device).uuid), cuda.synchronize
-    meter, reasons = open_meter(device.type, uuid)
+    meter, reasons = open_meter(device.type, uuid, allow_mig)
     if meter is None:
         return None, reasons
     run = measure_energy(
@@ -147,71 +151,63 @@ def energy_on(
     return run, run.reasons
 
 
-class _Load:
-    """Calls a subject in groups of about 20 ms between synchronisations; counts the calls."""
-
-    def __init__(self, subject: Subject, synchronize: Callable[[], None], group: int):
-        self.subject, self.synchronize, self.calls_each = subject, synchronize, group
-
-    def __call__(self) -> None:
-        for _ in range(self.calls_each):
-            self.subject()
-        self.synchronize()
-
-
-def _steady_load(subject: Subject, synchronize: Callable[[], None], clock: Callable[[], float]) -> _Load:
-    _Load(subject, synchronize, 1)()
-    start = clock()
-    _Load(subject, synchronize, 3)()
-    return _Load(subject, synchronize, max(1, round(0.02 * 3 / max(1e-6, clock() - start))))
+def saving_verdict(name: str, baseline: str, run: EnergyRun, ratio: Ratio) -> str:
+    """One sentence; a saving is one only if its 95 % interval excludes 1. `baseline`, `name`: subjects of `run`."""
+    interval = f"95 % interval {ratio.low:.2f} to {ratio.high:.2f}"
+    dubious = [subject for subject in (baseline, name) if run.subjects[subject].agreement == "inconsistent"]
+    doubt = f"; doubtful, counter and power trace of {' and '.join(dubious)} are inconsistent" if dubious else ""
+    if ratio.low > 1:
+        return f"{name} saves energy: an image takes {ratio.value:.2f}x less than {baseline} ({interval}){doubt}"
+    if ratio.high < 1:
+        return f"{name} takes {1 / ratio.value:.2f}x more energy than {baseline} (saving {ratio.value:.2f}x, {interval}){doubt}"
+    return f"{name} saves no energy that can be told from noise against {baseline} ({interval}){doubt}"
 
 
-def _valid_window(load: Callable[[], None], meter: Meter, window_s: float, clock: Callable[[], float]) -> _Window:
-    """A window in which the counter rose and nothing slowed the device down; a few tries."""
-    for _ in range(1 + RETRIES):
-        window, fault = _window(load, meter, window_s, clock)
-        if window is not None:
-            return window
-    raise MeterError(f"no valid window in {1 + RETRIES} tries: {fault}")
+def _take_turn(turns: _Turns, load: Load, windows: Windows, trace: PowerTrace) -> None:
+    begin = windows.clock()
+    turns.unsettled += not windows.settle(load)
+    window, discarded = windows.valid(load)
+    turns.windows.append(replace(window, trace_joules=trace.joules(window.begin_s, window.end_s)))
+    turns.spans.append((begin, windows.clock()))
+    turns.discarded += discarded
 
 
-def _window(load: Callable[[], None], meter: Meter, window_s: float, clock: Callable[[], float]) -> tuple[_Window | None, str]:
-    start = _until_tick(load, meter, clock)
-    if start is None:
-        return None, f"the counter did not move for {LONGEST_TICK_S:g} s"
-    begin, first, _ = start
-    groups, ticks, last, now, slowed = 0, 0, first, begin, False
-    while now - begin < window_s:
-        tick = _until_tick(load, meter, clock)
-        if tick is None:
-            return None, f"the counter did not move for {LONGEST_TICK_S:g} s"
-        now, reading, steps = tick
-        groups, ticks, slowed = groups + steps, ticks + 1, slowed or reading.slowed_down
-        if reading.energy_mj < last.energy_mj:
-            return None, "the counter ran backwards"
-        last = reading
-    if slowed:
-        return None, "the device was slowed down (thermal or power brake)"
-    if ticks < FEWEST_TICKS:
-        tick_ms = 1000 * (now - begin) / ticks
-        raise MeterError(f"{window_s:g} s is under {FEWEST_TICKS} ticks of {tick_ms:.0f} ms: raise bench.energy.window_seconds")
-    joules = (last.energy_mj - first.energy_mj) / 1000
-    return _Window(joules, now - begin, groups * getattr(load, "calls_each", 1)), ""
+def _energy(turns: _Turns, images_per_call: int, idle_w: float, trace: PowerTrace, meter: Meter) -> Energy:
+    windows = turns.windows
+    peaks = [peak for w in windows if (peak := trace.peak_w(w.begin_s, w.end_s)) is not None]
+    integrals = [w.trace_joules / w.images for w in windows if w.trace_joules is not None]
+    checked = meter.has_counter and len(integrals) == len(windows)
+    per_image = [w.joules / w.images for w in windows]
+    return Energy(
+        joules_per_image=median(per_image),
+        above_idle_joules_per_image=median((w.joules - idle_w * w.seconds) / w.images for w in windows),
+        average_w=median(w.joules / w.seconds for w in windows),
+        trials_joules_per_image=per_image,
+        energy_delay_js=median(w.joules / w.images * w.seconds * images_per_call / w.images for w in windows),
+        peak_w=max(peaks, default=None),
+        trace_joules_per_image=median(integrals) if checked else None,
+        agreement=_agreement(sum(integrals) / sum(per_image)) if checked else None,
+        discarded=turns.discarded,
+        windows=windows,
+        trace=Trace(*trace.thinned(turns.spans, POINTS)) if trace.samples else None,
+    )
 
 
-def _until_tick(load: Callable[[], None], meter: Meter, clock: Callable[[], float]):  # type: ignore[no-untyped-def]
-    """Run the load until the counter moves: (time, reading, how often the load ran), or None when it stands still."""
-    before, start, steps = meter.read(), clock(), 0
-    while clock() - start < LONGEST_TICK_S:
-        load()
-        steps += 1
-        reading = meter.read()
-        if reading.energy_mj != before.energy_mj:
-            return clock(), reading, steps
-    return None
+def _agreement(ratio: float) -> Literal["good", "fair", "inconsistent"]:
+    difference = abs(ratio - 1)
+    return "good" if difference <= GOOD else "fair" if difference <= INCONSISTENT else "inconsistent"
 
 
-def _energy(windows: list[_Window], images_per_call: int, idle_w: float) -> Energy:
-    per_image = [w.joules / (w.calls * images_per_call) for w in windows]
-    above = [(w.joules - idle_w * w.seconds) / (w.calls * images_per_call) for w in windows]
-    return Energy(median(per_image), median(above), median(w.joules / w.seconds for w in windows), per_image)
+def _notes(name: str, turns: _Turns, energy: Energy) -> list[str]:
+    """What a reader of one subject's numbers should know."""
+    notes, trials = [], len(turns.windows)
+    if energy.agreement == "inconsistent":
+        counter, traced = energy.joules_per_image, energy.trace_joules_per_image
+        notes.append(f"{name}: counter and power trace are inconsistent, {counter:.4g} and {traced:.4g} J/image")
+    if capped := sum(window.power_capped for window in turns.windows):
+        notes.append(f"{name}: at the power limit in {capped} of {trials} windows, which sets its clocks")
+    if turns.discarded:
+        notes.append(f"{name}: {len(turns.discarded)} windows were measured again: {turns.discarded[-1]}")
+    if turns.unsettled:
+        notes.append(f"{name}: throughput or clock had not settled before {turns.unsettled} of {trials} windows")
+    return notes

@@ -3,7 +3,8 @@
  * cc -shared -fPIC -Wl,-soname,libnvidia-ml.so.1 -o libnvidia-ml.so.1 fake_nvml.c
  *
  * FAKE_NVML_FAIL="function=code function=code ..." (read at every call) makes functions return NVML error codes; FAKE_NVML_NAME
- * and FAKE_NVML_DRIVER rename the device, FAKE_NVML_MIG=1 turns MIG on. The counter ticks every 100 ms.
+ * and FAKE_NVML_DRIVER rename the device, FAKE_NVML_MIG=1 turns MIG on, FAKE_NVML_PROCESSES=n has n of them use it, and
+ * FAKE_NVML_GAIN=g makes power readings g times too high. The counter ticks every 100 ms.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -75,9 +76,27 @@ int nvmlDeviceGetTotalEnergyConsumption(void *d, unsigned long long *mj) {
     return status(__func__);
 }
 
-int nvmlDeviceGetPowerUsage(void *d, unsigned *mw) { (void)d; *mw = (unsigned)(1000 * shown_watts); return status(__func__); }
+static unsigned power_mw(void) {
+    const char *gain = getenv("FAKE_NVML_GAIN");
+    return (unsigned)(1000 * shown_watts * (gain ? atof(gain) : 1));
+}
+
+int nvmlDeviceGetPowerUsage(void *d, unsigned *mw) { (void)d; *mw = power_mw(); return status(__func__); }
 int nvmlDeviceGetEnforcedPowerLimit(void *d, unsigned *mw) { (void)d; *mw = 700000; return status(__func__); }
 int nvmlDeviceGetTemperature(void *d, int sensor, unsigned *c) { (void)d; (void)sensor; *c = 40; return status(__func__); }
+
+int nvmlDeviceGetClockInfo(void *d, int type, unsigned *mhz) { (void)d; *mhz = type == 2 ? 2600 : 1500; return status(__func__); }
+int nvmlDeviceGetMaxClockInfo(void *d, int type, unsigned *mhz) { (void)d; *mhz = type == 2 ? 2600 : 1980; return status(__func__); }
+int nvmlDeviceGetDeviceHandleFromMigDeviceHandle(void *d, void **board) { *board = d; return status(__func__); }
+
+int nvmlDeviceGetComputeRunningProcesses_v3(void *d, unsigned *count, void *infos) {
+    (void)d;
+    const char *running = getenv("FAKE_NVML_PROCESSES");
+    unsigned found = running ? (unsigned)atoi(running) : 0;
+    int fits = infos != NULL || found == 0;
+    *count = found;
+    return fits ? status(__func__) : 7; /* insufficient size */
+}
 
 int nvmlDeviceGetCurrentClocksEventReasons(void *d, unsigned long long *mask) {
     (void)d;
@@ -91,7 +110,7 @@ int nvmlDeviceGetFieldValues(void *d, int count, Field *fields) {
     for (int i = 0; i < count; i++) {
         fields[i].status = fields[i].field == 186 ? status("field186") : 3;
         fields[i].type = 1;
-        fields[i].value.ui = (unsigned)(1000 * shown_watts);
+        fields[i].value.ui = power_mw();
     }
     return status(__func__);
 }

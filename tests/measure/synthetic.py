@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lpvit_cli.measure.energy import EnergyRun, measure_energy
-from lpvit_cli.measure.meters import Reading
+from lpvit_cli.measure.meters import MeterError, Reading, State
+from lpvit_cli.measure.trace import PERIOD_S
 
 IDLE_W = 60.0
 READ_S = 1e-4
+STEP_S = 0.001  # of changing power
 
 
 def constant(time_s: float) -> float:
@@ -18,29 +21,61 @@ def constant(time_s: float) -> float:
 
 @dataclass
 class Board:
-    """A counter that shows the energy of its last tick. `shape(t)` modulates the power of loads."""
+    """A counter that shows the energy of its last tick, as its sensor saw it: the last `seen` of every tick. `shape(t)`
+    modulates the power of loads."""
 
     tick_s: float = 0.1
+    seen: float = 1.0
     shape: Callable[[float], float] = constant
-    now: float = 0.0
-    joules: float = 0.0
-    shown_mj: float = 1e9
     slow_until: float = 0.0  # until then the device is hot and slows its clocks down
+    capped: bool = False
+    power_gain: float = 1.0  # of power readings; the counter has none
+    power_fails_at: float = float("inf")
+    mhz: Callable[[float], float | None] = lambda time_s: None
     source: str = "synthetic"
+    has_counter: bool = True
+    power_source: str | None = "synthetic sensor"
+    fewest_calls: int = 1
 
     def __post_init__(self) -> None:
+        self.now = 0.0
+        self.joules = 0.0  # as the counter will show them at the next tick
+        self.true_joules = 0.0
+        self.shown_mj = 1e9
+        self.shown_w = IDLE_W
+        self.sensed_j = 0.0
         self.next_tick = self.tick_s
-        self.about: dict[str, str | float | None] = {}
+        self.poll: Callable[[], None] | None = None
+        self.next_poll = 0.0
 
     def spend(self, seconds: float, watts: float = IDLE_W) -> None:
         end = self.now + seconds
         while self.now < end - 1e-12:
-            step = min(0.001, end - self.now, self.next_tick - self.now)
-            self.joules += step * (watts * self.shape(self.now + step / 2) if watts != IDLE_W else watts)
-            self.now += step
+            opens = self.next_tick - self.seen * self.tick_s
+            upto = min(end, self.next_tick, opens if opens > self.now + 1e-12 else end)
+            if self.poll:
+                upto = min(upto, max(self.next_poll, self.now + 1e-9))
+            if self.shape is not constant:
+                upto = min(upto, self.now + STEP_S)
+            drawn = (upto - self.now) * watts
+            if watts != IDLE_W:
+                drawn *= self.shape((self.now + upto) / 2)
+            self.true_joules += drawn
+            if upto > opens + 1e-12:
+                self.sensed_j += drawn
+            self.now = upto
             if self.now >= self.next_tick - 1e-12:
-                self.shown_mj = 1e9 + round(1000 * self.joules)
-                self.next_tick += self.tick_s
+                self._tick()
+            if self.poll and self.now >= self.next_poll - 1e-12:
+                self.next_poll += PERIOD_S
+                self.poll()
+
+    def _tick(self) -> None:
+        seen_j, self.sensed_j = self.sensed_j, 0.0
+        self.joules += seen_j / self.seen
+        self.shown_w = seen_j / (self.seen * self.tick_s)
+        self.shown_mj = 1e9 + round(1000 * self.joules)
+        self.next_tick += self.tick_s
 
     def sleep(self, seconds: float) -> None:
         self.spend(seconds)
@@ -50,7 +85,29 @@ class Board:
 
     def read(self) -> Reading:
         self.spend(READ_S)
-        return Reading(self.shown_mj, slowed_down=self.now < self.slow_until)
+        return Reading(self.shown_mj, self.now < self.slow_until, self.capped)
+
+    def power_w(self) -> float:
+        if self.now >= self.power_fails_at:
+            raise MeterError("the sensor is gone")
+        return self.power_gain * self.shown_w
+
+    def state(self) -> State:
+        return State(self.mhz(self.now), 40.0)
+
+    def facts(self) -> dict[str, str | float | None]:
+        return {"name": "synthetic board"}
+
+    def notes(self) -> list[str]:
+        return []
+
+    @contextmanager
+    def polling(self, sample: Callable[[], None]) -> Iterator[None]:
+        self.poll, self.next_poll = sample, self.now
+        try:
+            yield
+        finally:
+            self.poll = None
 
     def measure(
         self, subjects: Mapping[str, Callable[[], object]], images: int = 8, trials: int = 6, window_s: float = 10.0
@@ -64,4 +121,5 @@ class Board:
             synchronize=lambda: None,
             clock=self.clock,
             sleep=self.sleep,
+            polling=self.polling,
         )

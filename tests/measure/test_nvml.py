@@ -21,19 +21,35 @@ UUID = "00000000-0000-0000-0000-00000000fa4e"
 
 OPEN = """
 import ctypes, json, os, sys
+from contextlib import contextmanager
 fake = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # the binding then finds it by its SONAME
 fake.fake_now.restype = ctypes.c_double
+samplers = []
 def spend(seconds, watts=60.0):
-    fake.fake_spend(ctypes.c_double(seconds), ctypes.c_double(watts))
+    while seconds > 1e-12:
+        fake.fake_spend(ctypes.c_double(min(0.05, seconds)), ctypes.c_double(watts))
+        seconds -= 0.05
+        for sample in samplers:
+            sample()
+@contextmanager
+def polling(sample):
+    samplers.append(sample)
+    yield
+    samplers.remove(sample)
 from dataclasses import asdict
 from lpvit_cli.measure.energy import measure_energy
-from lpvit_cli.measure.meters import MeterError, NvmlMeter, open_meter
+from lpvit_cli.measure.meters import MeterError, open_meter
+from lpvit_cli.measure.nvml import NvmlMeter
 """
 MEASURE = """
 def measure(meter, call, **options):
     return measure_energy({"dense": call}, 8, meter, trials=6, window_s=10.0, synchronize=lambda: None,
-                          clock=fake.fake_now, sleep=spend)
+                          clock=fake.fake_now, sleep=spend, polling=polling)
 """
+METERED = """
+meter = NvmlMeter("%s", allow_fake=True, clock=fake.fake_now, **{options})
+print(json.dumps(asdict(measure(meter, lambda: spend(0.005, 350.0)))))
+""" % UUID
 
 
 @pytest.fixture(scope="module")
@@ -104,21 +120,72 @@ def test_another_uuid_gets_no_other_board(library: Path) -> None:
     assert "NVML" in reasons(library, uuid="11111111-0000-0000-0000-00000000fa4e")[0]
 
 
+def metered(library: Path, options: str = "{}", **environment: str) -> Any:
+    """What measuring a load of 350 W, 5 ms for 8 images, comes to on the fake board."""
+    return python(OPEN + MEASURE + METERED.replace("{options}", options), str(library), **environment)
+
+
+TRUE_J = 350 * 0.005 / 8
+NO_COUNTER = "nvmlDeviceGetTotalEnergyConsumption=3"
+NO_POWER = "field186=3 nvmlDeviceGetPowerUsage=3"
+
+
 @pytest.mark.parametrize(
     ("environment", "said"),
-    [({"FAKE_NVML_MIG": "1"}, "MIG"), ({"FAKE_NVML_FAIL": "nvmlDeviceGetTotalEnergyConsumption=3"}, "no energy counter")],
-    ids=["mig", "counter not supported"],
+    [({"FAKE_NVML_MIG": "1"}, "MIG"), ({"FAKE_NVML_FAIL": f"{NO_COUNTER} {NO_POWER}"}, "neither an energy counter")],
+    ids=["mig", "neither counter nor power"],
 )
 def test_boards_that_cannot_be_metered_say_why(library: Path, environment: dict[str, str], said: str) -> None:
     assert said in reasons(library, FAKE_NVML_NAME="Board", FAKE_NVML_DRIVER="550.1", **environment)[0]
 
 
+def test_a_board_split_by_mig_is_measured_on_request_and_the_report_says_what_that_means(library: Path) -> None:
+    run = metered(library, "{'allow_mig': True}", FAKE_NVML_MIG="1")
+    assert run["subjects"]["dense"]["joules_per_image"] == pytest.approx(TRUE_J, rel=5e-3)
+    assert "split by MIG" in run["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("fail", "power_source"), [("", "NVML_FI_DEV_POWER_INSTANT"), ("field186=3", "nvmlDeviceGetPowerUsage")]
+)
+def test_without_a_counter_power_is_added_up_and_labelled(library: Path, fail: str, power_source: str) -> None:
+    run = metered(library, FAKE_NVML_FAIL=f"{NO_COUNTER} {fail}")
+    dense = run["subjects"]["dense"]
+    assert dense["joules_per_image"] == pytest.approx(TRUE_J, rel=5e-3)
+    assert run["source"].startswith(f"power-integration ({power_source})")
+    assert (dense["trace_joules_per_image"], dense["agreement"]) == (None, None), "it would be checked against itself"
+    assert any("no energy counter" in note for note in run["notes"])
+    assert any("average over a second" in note for note in run["notes"]) == bool(fail)
+
+
+@pytest.mark.parametrize(("gain", "agreement"), [("1.0", "good"), ("1.06", "fair"), ("1.2", "inconsistent")])
+def test_the_counter_is_checked_against_the_power_trace(library: Path, gain: str, agreement: str) -> None:
+    run = metered(library, FAKE_NVML_GAIN=gain)
+    dense = run["subjects"]["dense"]
+    assert dense["agreement"] == agreement
+    assert dense["joules_per_image"] == pytest.approx(TRUE_J, rel=5e-3)
+    assert dense["trace_joules_per_image"] == pytest.approx(float(gain) * TRUE_J, rel=0.01)
+    assert dense["peak_w"] == pytest.approx(350 * float(gain), rel=1e-3)
+    assert any("inconsistent" in note for note in run["notes"]) == (agreement == "inconsistent")
+    assert all(window["power_capped"] for window in dense["windows"]), "the fake is at its cap under load"
+    assert any("at the power limit in 6 of 6 windows" in note for note in run["notes"])
+
+
+def test_the_board_and_how_it_is_set_are_recorded(library: Path) -> None:
+    run = metered(library, FAKE_NVML_PROCESSES="3")
+    facts = {"name": "FAKE GPU", "driver": "000.00 FAKE", "nvml": "0.000.00", "power_limit_w": 700.0, "clock_mhz": 1500}
+    facts |= {"clock_max_mhz": 1980, "memory_clock_mhz": 2600, "memory_clock_max_mhz": 2600, "temperature_c": 40}
+    assert run["device"] == {**facts, "processes": 3}
+    assert any("2 other processes" in note for note in run["notes"])
+
+
 def test_a_board_without_mig_event_reasons_or_sensors_still_counts(library: Path) -> None:
-    code = OPEN + MEASURE + f"meter = NvmlMeter({UUID!r}, allow_fake=True)\n"
-    code += "print(json.dumps(asdict(measure(meter, lambda: spend(0.005, 350.0)))))"
-    fail = "nvmlDeviceGetMigMode=3 nvmlDeviceGetCurrentClocksEventReasons=13 field186=3 nvmlDeviceGetPowerUsage=3"
-    run = python(code, str(library), FAKE_NVML_FAIL=fail)
-    assert run["subjects"]["dense"]["joules_per_image"] == pytest.approx(350 * 0.005 / 8, rel=5e-3)
+    fail = f"nvmlDeviceGetMigMode=3 nvmlDeviceGetCurrentClocksEventReasons=13 nvmlDeviceGetClockInfo=3 {NO_POWER}"
+    run = metered(library, FAKE_NVML_FAIL=fail)
+    assert run["subjects"]["dense"]["joules_per_image"] == pytest.approx(TRUE_J, rel=5e-3)
+    assert run["power_source"] is None
+    assert run["subjects"]["dense"]["trace"] is None
+    assert any("hot windows were not left out" in note for note in run["notes"])
 
 
 def test_only_heat_and_brakes_count_as_slowed_down(library: Path) -> None:
