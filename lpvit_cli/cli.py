@@ -11,7 +11,7 @@ import typer
 
 from lpvit_cli import __version__, distributed
 from lpvit_cli.console import Console
-from lpvit_cli.errors import CheckFailed, UsageError
+from lpvit_cli.errors import CheckFailed, EnvironmentFault, UsageError
 from lpvit_cli.stages import BENCH, CALIBRATE, EXPORT, FINETUNE, GRADUAL, PROFILE, PRUNE, STAGES, SWEEP, Stage
 
 app = typer.Typer(
@@ -91,6 +91,9 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
     help_ = "Another run folder, model folder or ONNX file: all ratios are against it."
     baseline_option = typer.Option(None, "--baseline", metavar="MODEL", help=help_, hidden=other)
     layers_option = typer.Option(False, "--layers", help="Time every linear layer within the model.", hidden=other)
+    require_energy_option = typer.Option(False, "--require-energy", help="Exit 3 where no meter gave energy.", hidden=other)
+    help_ = "Measure energy on a GPU split by MIG too."
+    allow_mig_option = typer.Option(False, "--allow-mig", help=help_, hidden=other)
     help_ = "Instead of measuring: exit 4 when B is slower or thirstier than A, reports or run folders."
     compare_option = typer.Option(None, "--compare", metavar="A B", help=help_, hidden=other)
     force_option = typer.Option(False, "--force", help="Compare reports of different devices or settings.", hidden=other)
@@ -118,6 +121,8 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
         format_: list[str] | None = format_option,
         baseline: str | None = baseline_option,
         layers: bool = layers_option,
+        require_energy: bool = require_energy_option,
+        allow_mig: bool = allow_mig_option,
         compare: tuple[Path, Path] | None = compare_option,
         force: bool = force_option,
     ) -> None:
@@ -129,6 +134,8 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
                 ("--format", format_, EXPORT.command, "--format hub"),
                 ("--baseline", baseline, BENCH.command, "--baseline OTHER_RUN"),
                 ("--layers", layers, BENCH.command, "--layers"),
+                ("--require-energy", require_energy, BENCH.command, "--require-energy"),
+                ("--allow-mig", allow_mig, BENCH.command, "--allow-mig"),
                 ("--compare", compare, BENCH.command, "--compare A B"),
                 ("--force", force, BENCH.command, "--compare A B --force"),
             ):
@@ -144,6 +151,8 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
             overrides = list(set_ or [])
             overrides += [f"bench.baseline={baseline}"] * (baseline is not None)
             overrides += ["bench.layers=true"] * layers
+            overrides += ["bench.energy.required=true"] * require_energy
+            overrides += ["bench.energy.allow_mig=true"] * allow_mig
             overrides += [f"sweep=[{sweep}]"] * (sweep is not None)
             overrides += [f"export.formats=[{','.join(format_)}]"] if format_ else []
             overrides += [f"device={device}"] * (device is not None)
@@ -221,6 +230,8 @@ def _run_stages(
                 report = run.execute(stage, console.progress, resume)
                 console.human(*render(report, run.folder / stage.folder), *([""] if len(stages) > 1 else []))
             reports[stage.command] = report
+            if stage is BENCH and recipe.bench.energy.required:
+                _require_energy(report, run.folder / BENCH.folder)
         address = _push(console, run.folder / EXPORT.folder, push) if push is not None else None
     documents: dict[str, Any] = {command: report.model_dump(mode="json") for command, report in reports.items()}
     if len(stages) > 1:
@@ -252,6 +263,13 @@ def _on_gpus(recipe: Any) -> bool:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device.type == "cuda"
+
+
+def _require_energy(report: Any, folder: Path) -> None:
+    if report.energy_reasons:
+        raise EnvironmentFault(
+            f"energy was not measured: {report.energy_reasons[0]}", f"see lpvit doctor; the times are kept in {folder}"
+        )
 
 
 def _compare(console: Console, before: Path, after: Path, force: bool) -> None:

@@ -274,6 +274,8 @@ class FinetuneSection(Section):
 class EnergySection(Section):
     window_seconds: float = Field(default=10.0, gt=0)
     trials: int = Field(default=6, ge=6)
+    required: bool = False  # exit code 3 where energy could not be measured; the times are kept
+    allow_mig: bool = False  # on a GPU split by MIG, whose power is that of all its users
 
 
 class BenchSection(Section):

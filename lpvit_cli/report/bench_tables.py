@@ -8,12 +8,14 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from lpvit_cli.measure.energy import SENSORS_ERR
 from lpvit_cli.report.cells import interval, table, three_digits
 from lpvit_cli.report.schema import BatchBench, BenchReport, CompareReport
 
 
 def bench_tables(report: BenchReport, folder: Path) -> list[Any]:
-    verdicts = [Text(batch.verdict, "bold") for batch in report.batches]
+    sentences = [batch.verdict for batch in report.batches] + [batch.energy_verdict for batch in report.batches]
+    verdicts = [Text(sentence, "bold") for sentence in sentences if sentence]
     energy = _energy(report) + [f"energy   not measured: {reason}" for reason in report.energy_reasons]
     layers = [shown for batch in report.batches for shown in _layers(batch)]
     return [*verdicts, *_latency(report), *energy, *layers, f"report: {folder / 'report.html'}"]
@@ -59,7 +61,7 @@ def _energy(report: BenchReport) -> list[Any]:
                 _or_dash(energy.energy_delay_js, ".3g"),
                 interval(run.ratio(batch.baseline, name)) if name != batch.baseline else "1",
             )
-    notes = dict.fromkeys(note for _, run in measured for note in run.notes)
+    notes = dict.fromkeys([*(note for _, run in measured for note in run.notes), SENSORS_ERR])
     return [rows, *(f"energy   {note}" for note in notes)]
 
 

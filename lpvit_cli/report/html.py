@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jinja2
 
+from lpvit_cli.measure.energy import SENSORS_ERR
 from lpvit_cli.report.cells import by, interval, percent, three_digits
 from lpvit_cli.report.pictures import blocks_picture, energy_picture, latency_picture, layers_picture, power_picture
 from lpvit_cli.report.schema import BatchBench, BenchReport, FinetuneReport, PruneReport
@@ -29,7 +30,7 @@ def write_html(path: Path, recipe: str, bench: BenchReport, pruned: PruneReport,
     )
     environment.filters |= {"interval": interval, "percent": percent, "digits": three_digits, "by": by}
     page = environment.get_template("report.html.jinja").render(
-        recipe=recipe, bench=bench, pruned=pruned, finetuned=finetuned, pictures=pictures
+        sensors_err=SENSORS_ERR, recipe=recipe, bench=bench, pruned=pruned, finetuned=finetuned, pictures=pictures
     )
     path.write_text(page, encoding="utf-8")
 

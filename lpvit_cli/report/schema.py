@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from lpvit_cli.measure.accuracy import Accuracy
-from lpvit_cli.measure.energy import EnergyRun
+from lpvit_cli.measure.energy import EnergyRun, saving_verdict
 from lpvit_cli.measure.profile import DeviceProfile
 from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.measure.timing import TimingRun
@@ -207,6 +207,14 @@ class BatchBench(BaseModel):
     energy: EnergyRun | None
     energy_reasons: list[str]
     layers: LayersBench | None = None  # None: not asked for
+
+    @property
+    def energy_verdict(self) -> str | None:
+        """A sentence on the subject's energy; None: not measured."""
+        if self.energy is None or not self.energy.subjects:
+            return None
+        ratio = self.energy.ratio(self.baseline, self.subject)
+        return f"{self.title}: {saving_verdict(self.subject, self.baseline, self.energy, ratio)}"
 
     @property
     def title(self) -> str:

@@ -146,6 +146,7 @@ class Bench:
             size,
             trials=self.settings.energy.trials,
             window_s=self.settings.energy.window_seconds,
+            allow_mig=self.settings.energy.allow_mig,
             on_trial=lambda done, total: self.progress(f"energy, batch {size}", done, total, f"trial {done}/{total}"),
         )
         dtype = type_name(subjects.dtype)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -13,8 +15,9 @@ from dataclasses import asdict
 import pytest
 from synthetic import IDLE_W, Board, constant
 
-from lpvit_cli.measure.energy import EnergyRun, measure_energy
+from lpvit_cli.measure.energy import EnergyRun, measure_energy, saving_verdict
 from lpvit_cli.measure.meters import MeterError, Reading
+from lpvit_cli.measure.statistics import Ratio
 
 
 def wave(time_s: float) -> float:
@@ -45,6 +48,126 @@ def test_joules_per_image_are_right_within_half_a_percent(shape: Callable[[float
     assert ratio.low <= ratio.value <= ratio.high
     assert run.reasons == []
     json.dumps(asdict(run))
+
+
+@pytest.mark.parametrize("seen", [0.25, 1.0])
+def test_a_sensor_that_sees_a_part_of_every_tick_is_right_over_ten_seconds(seen: float) -> None:
+    """A100 and H100 are told to sample 25 % of the time; what flickers is then known from a sample."""
+    board = Board(shape=wave, seen=seen)
+    run = board.measure({"dense": lambda: board.spend(0.005, 300)})
+    spent = 300 * 0.005 / 8
+    assert run.subjects["dense"].joules_per_image == pytest.approx(spent, rel=5e-3)
+    assert run.subjects["dense"].agreement == "good"
+
+
+@pytest.mark.parametrize(("gain", "agreement"), [(0.98, "good"), (1.05, "fair"), (0.85, "inconsistent")])
+def test_counter_and_trace_are_compared(gain: float, agreement: str) -> None:
+    board = Board(power_gain=gain)
+    run = board.measure({"dense": lambda: board.spend(0.005, 300)})
+    dense = run.subjects["dense"]
+    assert dense.agreement == agreement
+    assert dense.trace_joules_per_image == pytest.approx(gain * dense.joules_per_image, rel=0.01)
+    assert (agreement == "inconsistent") == any("are inconsistent" in note for note in run.notes)
+    assert dense.peak_w == pytest.approx(gain * 300, rel=0.01)
+
+
+def test_a_trace_that_breaks_off_leaves_the_energy_and_says_so() -> None:
+    board = Board(power_fails_at=40.0)
+    run = board.measure({"dense": lambda: board.spend(0.005, 300)})
+    dense = run.subjects["dense"]
+    assert dense.joules_per_image == pytest.approx(300 * 0.005 / 8, rel=5e-3)
+    assert (dense.agreement, dense.trace_joules_per_image) == (None, None)
+    assert run.notes == ["the power trace broke off: the sensor is gone"]
+
+
+def test_windows_lie_within_their_trace_and_never_overlap() -> None:
+    board = Board()
+    run = board.measure({"dense": lambda: board.spend(0.02, 300), "sparse": lambda: board.spend(0.01, 200)})
+    windows = sorted((w for energy in run.subjects.values() for w in energy.windows), key=lambda w: w.begin_s)
+    assert len(windows) == 12
+    assert all(a.end_s < b.begin_s for a, b in itertools.pairwise(windows))
+    for name, watts in (("dense", 300), ("sparse", 200)):
+        energy = run.subjects[name]
+        assert len(energy.trace.seconds) <= 2000
+        for window in energy.windows:
+            inside = [
+                w
+                for s, w in zip(energy.trace.seconds, energy.trace.watts, strict=True)
+                if window.begin_s + 1 < s < window.end_s
+            ]
+            assert inside
+            assert max(inside) == pytest.approx(watts, rel=0.01)
+
+
+def test_energy_delay_is_joules_times_the_latency_of_the_call() -> None:
+    board = Board()
+    dense = board.measure({"dense": lambda: board.spend(0.02, 300)}, images=8).subjects["dense"]
+    assert dense.energy_delay_js == pytest.approx(300 * 0.02 / 8 * 0.02, rel=0.02)
+    assert dense.images_per_joule == pytest.approx(8 / (300 * 0.02), rel=5e-3)
+
+
+def test_a_load_that_never_settles_is_measured_and_said_to_be_unsteady() -> None:
+    board = Board(mhz=lambda time_s: 1000 + 500 * (int(time_s) % 2))
+    run = board.measure({"dense": lambda: board.spend(0.005, 300)})
+    assert any("had not settled before 6 of 6 windows" in note for note in run.notes)
+    steady = Board(mhz=lambda time_s: 1500.0)
+    assert steady.measure({"dense": lambda: steady.spend(0.005, 300)}).notes == []
+
+
+def test_windows_grow_with_a_slow_counter() -> None:
+    """At least a hundred ticks for the default of ten seconds."""
+    board = Board(tick_s=0.3)
+    windows = board.measure({"dense": lambda: board.spend(0.005, 300)}).subjects["dense"].windows
+    assert all(window.seconds >= 29.9 for window in windows)
+
+
+def test_the_interval_covers_the_truth() -> None:
+    """Draws of power differ from trial to trial; of 300 experiments 285 are expected, with a standard deviation of 3.8."""
+    generator = random.Random(0)
+    covered = 0
+    for _ in range(300):
+        board = Board(tick_s=0.02)
+        draws = dict.fromkeys(("dense", "sparse"), 1.0)
+
+        def call(name: str, watts: float, board: Board = board, draws: dict[str, float] = draws) -> Callable[[], None]:
+            return lambda: board.spend(0.02, watts * draws[name])
+
+        def renew(board: Board = board, draws: dict[str, float] = draws) -> Callable[[float], None]:
+            def sleep(seconds: float) -> None:
+                drift = generator.gauss(0, 0.02)
+                draws.update({name: math.exp(drift + generator.gauss(0, 0.01)) for name in draws})
+                board.sleep(seconds)
+
+            return sleep
+
+        subjects = {"dense": call("dense", 300), "sparse": call("sparse", 200)}
+        run = measure_energy(
+            subjects,
+            8,
+            board,
+            trials=6,
+            window_s=0.4,
+            synchronize=lambda: None,
+            clock=board.clock,
+            sleep=renew(),
+            polling=board.polling,
+        )
+        ratio = run.ratio("dense", "sparse")
+        covered += ratio.low <= 1.5 <= ratio.high
+    assert 273 <= covered <= 297
+
+
+def test_a_saving_is_one_only_if_its_interval_excludes_one() -> None:
+    board = Board()
+    run = board.measure({"dense": lambda: board.spend(0.02, 300), "sparse": lambda: board.spend(0.01, 300)})
+    assert "sparse saves energy: an image takes 2.00x less than dense" in saving_verdict(
+        "sparse", "dense", run, Ratio(2.0, 1.9, 2.1)
+    )
+    assert "no energy that can be told from noise" in saving_verdict("sparse", "dense", run, Ratio(1.02, 0.98, 1.05))
+    assert "takes 1.25x more energy than dense" in saving_verdict("sparse", "dense", run, Ratio(0.8, 0.7, 0.9))
+    off = Board(power_gain=1.5)
+    run = off.measure({"dense": lambda: off.spend(0.02, 300), "sparse": lambda: off.spend(0.01, 300)})
+    assert "doubtful" in saving_verdict("sparse", "dense", run, Ratio(2.0, 1.9, 2.1))
 
 
 def test_trials_go_there_and_back_after_an_idle_window() -> None:

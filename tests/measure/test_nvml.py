@@ -46,10 +46,10 @@ def measure(meter, call, **options):
     return measure_energy({"dense": call}, 8, meter, trials=6, window_s=10.0, synchronize=lambda: None,
                           clock=fake.fake_now, sleep=spend, polling=polling)
 """
-METERED = """
-meter = NvmlMeter("%s", allow_fake=True, clock=fake.fake_now, **{options})
+METERED = f"""
+meter = NvmlMeter("{UUID}", allow_fake=True, clock=fake.fake_now, **{{options}})
 print(json.dumps(asdict(measure(meter, lambda: spend(0.005, 350.0)))))
-""" % UUID
+"""
 
 
 @pytest.fixture(scope="module")
