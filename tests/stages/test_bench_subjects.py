@@ -172,6 +172,49 @@ def test_a_model_folder_of_another_architecture_is_refused(pruned: Path, tmp_pat
     assert (result.code, "'depth': 1" in result.err, "lpvit run RECIPE" in result.err) == (2, True, True), result.err
 
 
+def test_energy_that_is_required_and_not_to_be_had_is_exit_code_3_and_the_times_are_kept(
+    pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lpvit_cli.measure import energy
+    from lpvit_cli.measure.meters import MeterError, Reading
+
+    reasons = ["no meter here"]
+    monkeypatch.setattr(energy, "open_meter", lambda *asked: (None, reasons))
+    result = bench(pruned, "--require-energy")
+    assert result.code == 3
+    assert "energy was not measured: no meter here" in result.err
+    assert report(pruned).batches[0].energy_reasons == reasons
+    assert report(pruned).batches[0].timing.subjects["sparse"].percentiles.p50 > 0
+    assert bench(pruned).code == 0, "without the option it is a reason in the report"
+
+    class Dying:
+        """A GPU that is lost as soon as it is asked for its counter a second time."""
+
+        source, has_counter, power_source, fewest_calls = "NVML", True, None, 1
+
+        def read(self) -> Reading:
+            raise MeterError("the GPU was lost (NVML code 15)")
+
+        def power_w(self) -> float:
+            raise MeterError("no power")
+
+        def facts(self) -> dict[str, str]:
+            return {"name": "a GPU"}
+
+    monkeypatch.setattr(energy, "open_meter", lambda *asked: (Dying(), []))
+    result = bench(pruned, "--no-resume")
+    assert result.code == 0, result.err
+    assert "the GPU was lost (NVML code 15)" in result.out
+    assert report(pruned).batches[0].timing.subjects["dense"].percentiles.p50 > 0
+
+
+@pytest.mark.parametrize("change", ["window_seconds=0", "window_seconds=-1", "trials=3"])
+def test_windows_need_a_duration_and_intervals_six_trials(tmp_path: Path, change: str) -> None:
+    result = run_cli("bench", "digits_vit", "-o", tmp_path / "run", "--set", f"bench.energy.{change}")
+    assert result.code == 2
+    assert f"bench.energy.{change.split('=')[0]}: should be greater than" in result.err
+
+
 def test_a_baseline_for_other_images_is_refused(pruned: Path, tmp_path: Path) -> None:
     other = shutil.copytree(pruned / "pruned", tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
