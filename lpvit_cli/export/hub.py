@@ -29,10 +29,13 @@ def public_recipe(recipe: Recipe) -> tuple[str, list[str]]:
     """The recipe as YAML with file names for paths, and these names: they are meant from the recipe's own folder."""
     content: dict[str, Any] = recipe.model_dump(mode="json")
     names = []
-    for section, key in sorted(PATHS):
-        if path := content[section][key]:
-            content[section][key] = Path(path).name
-            names.append(f"`{section}.{key}` is `{Path(path).name}`")
+    for *sections, key in sorted(PATHS):
+        section: Any = content
+        for name in sections:
+            section = section and section[name]  # a section may be left out
+        if section and (path := section[key]):
+            section[key] = Path(path).name
+            names.append(f"`{'.'.join([*sections, key])}` is `{Path(path).name}`")
     return yaml.safe_dump(content, sort_keys=False), names
 
 

@@ -40,7 +40,7 @@ CONFIG: dict[str, Any] = {"num_classes": 5, "preprocessing": PREPROCESSING, "dat
 class Images(list[tuple[torch.Tensor, torch.Tensor]]):
     """Validation batches."""
 
-    images = 10
+    images = share = 10
 
 
 def pruned(which: str = "vit", block: tuple[int, int] = (8, 16)) -> VisionModel:

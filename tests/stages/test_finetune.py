@@ -154,7 +154,7 @@ def test_going_on_with_other_settings_names_the_key(run: Path, monkeypatch: pyte
         assert recover(run).code == 130
     result = recover(run, "finetune.lr=0.5")
     assert result.code == 2
-    assert "begun with other settings: finetune.lr was 0.001, is 0.5" in result.err
+    assert "begun with other settings: finetune.lr was 0.0003, is 0.5" in result.err
     assert "--no-resume" in result.err
     assert "resumed after step 8" in recover(run).out, "what was refused has lost nothing"
 
