@@ -170,6 +170,83 @@ def test_a_saving_is_one_only_if_its_interval_excludes_one() -> None:
     assert "doubtful" in saving_verdict("sparse", "dense", run, Ratio(2.0, 1.9, 2.1))
 
 
+def test_a_slow_counter_gets_windows_of_many_calls() -> None:
+    board = Board(fewest_calls=32)
+    windows = board.measure({"dense": lambda: board.spend(0.7, 300)}).subjects["dense"].windows
+    assert all(window.images >= 32 * 8 for window in windows)
+    board = Board(tick_s=0.001)  # RAPL: right after one call as after many
+    windows = board.measure({"dense": lambda: board.spend(0.7, 300)}).subjects["dense"].windows
+    assert all(window.seconds < 12 for window in windows)
+
+
+def test_idle_is_measured_before_power_is_polled() -> None:
+    board = Board()
+    polled: list[float] = []
+    power_w = board.power_w
+    board.power_w = lambda: (polled.append(board.now), power_w())[1]  # type: ignore[method-assign]
+    board.measure({"dense": lambda: board.spend(0.005, 300)})
+    assert polled[0] >= 10
+    assert polled[-1] - polled[0] == pytest.approx(0.05 * (len(polled) - 1), rel=0.01)
+
+
+def test_a_board_without_power_readings_has_no_trace() -> None:
+    board = Board(power_source=None)
+    dense = board.measure({"dense": lambda: board.spend(0.005, 300)}).subjects["dense"]
+    assert (dense.agreement, dense.trace, dense.peak_w) == (None, None, None)
+    assert dense.joules_per_image == pytest.approx(300 * 0.005 / 8, rel=5e-3)
+
+
+def test_added_up_power_is_no_check_of_itself() -> None:
+    board = Board(has_counter=False)
+    dense = board.measure({"dense": lambda: board.spend(0.005, 300)}).subjects["dense"]
+    assert dense.agreement is None
+    assert dense.trace is not None
+
+
+def test_a_window_at_the_power_limit_is_valid_and_said() -> None:
+    board = Board(capped=True)
+    run = board.measure({"dense": lambda: board.spend(0.005, 300)})
+    assert run.subjects["dense"].windows[0].power_capped
+    assert any("at the power limit in 6 of 6 windows" in note for note in run.notes)
+
+
+def test_a_load_warms_up_for_half_a_window_and_until_its_clock_settles() -> None:
+    board = Board(mhz=lambda time_s: 1980 - 480 * min(1.0, time_s / 20))  # falls by more than 2 % in three looks, for 20 s
+    run = board.measure({"dense": lambda: board.spend(0.005, 300)})
+    begins = [window.begin_s for window in run.subjects["dense"].windows]
+    assert 21 <= begins[0] <= 25, "idle until 10, cool-down until 11; half a window would have been over by 16"
+    assert begins[1] - begins[0] == pytest.approx(10 + 1 + 5, abs=0.5)
+    assert run.notes == []
+
+
+def test_the_device_cools_down_between_turns() -> None:
+    board = Board()
+    loads: list[tuple[float, float]] = []
+
+    def call() -> None:
+        begin = board.now
+        board.spend(0.02, 300)
+        loads.append((begin, board.now))
+
+    board.measure({"dense": call})
+    pauses = [after[0] - before[1] for before, after in itertools.pairwise(loads)]
+    assert sum(pause > 0.5 for pause in pauses) == 5
+    assert max(pauses) == pytest.approx(1.0, rel=0.05)
+
+
+def test_a_load_that_was_hot_is_measured_again_and_that_is_told() -> None:
+    board = Board()
+
+    def call() -> None:
+        board.slow_until = 20.0
+        board.spend(0.005, 300)
+
+    run = board.measure({"dense": call})
+    assert run.reasons == []
+    assert run.subjects["dense"].windows[0].begin_s >= 25
+    assert any("1 windows were measured again: the device was slowed down" in note for note in run.notes)
+
+
 def test_trials_go_there_and_back_after_an_idle_window() -> None:
     board = Board()
     log: list[tuple[str, float]] = []
