@@ -367,7 +367,7 @@ class Recipe(Section):
         if not schedule or "prune" not in info.data:
             return schedule
         prune: PruneSection = info.data["prune"]
-        if prune.budget.max_drop is not None or set(prune.patterns) & {"neurons", "heads"}:
+        if prune.budget.max_drop is not None or prune.patterns:
             raise ValueError("a schedule needs a budget other than max_drop, and no neurons or heads cut out between its steps")
         downwards = tuple(sorted(set(schedule), reverse=prune.budget.sparsity is None))
         if schedule != downwards:

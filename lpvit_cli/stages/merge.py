@@ -15,7 +15,8 @@ from lpvit_cli.stages.finetune import block_masks, require_same_masks
 
 def merge(base: Path, adapter: Path, output: Path, overwrite: bool) -> None:
     """Write the model folder `output`, whole or not at all. Raises UsageError when something is there already."""
-    if output.exists() and not (overwrite and (output / "config.json").is_file()):
+    free = overwrite and (output / "config.json").is_file() and not (output / "stage.json").exists()  # no run's artefact
+    if output.exists() and (not free or output.resolve() == base.resolve()):
         raise UsageError(f"{output}: exists already", "choose another --output, or --overwrite a model folder")
     model = load_adapted(base, adapter)
     merge_adapters(model)

@@ -187,10 +187,11 @@ class Trainer:
         gradients = [p.grad for p in parameters if p.grad is not None]
         if factor != 1:
             torch._foreach_mul_(gradients, factor)
-        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
+        norm = nn.utils.get_total_norm(gradients)
         if not self.scaler.is_enabled() and not bool(norm.isfinite()):
-            bad = next(name for name, p in self.trained.items() if p.grad is not None and not bool(p.grad.isfinite().all()))
-            self._diverged("gradients are not finite", None, bad)
+            spoiled = (name for name, p in self.trained.items() if p.grad is not None and not bool(p.grad.isfinite().all()))
+            self._diverged("gradients are not finite", None, next(spoiled, "their norm"))
+        nn.utils.clip_grads_with_norm_(parameters, self.settings.clip_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.settings.ema:
@@ -265,6 +266,7 @@ class Trainer:
     def resume(self) -> int:
         """Go on from the checkpoint, if there is one; returns how many steps are done."""
         if not self.checkpoint.is_file():
+            self.log.cut(0, 0)
             return 0
         groups, state = checkpoint.read(self.checkpoint)
         self.model.load_state_dict(groups["model"])
