@@ -131,6 +131,11 @@ class Run:
             inputs["prune.profile (content)"] = content_id(path)
         if stage in (CALIBRATE, GRADUAL):
             inputs |= self._contents
+        if stage in (FINETUNE, GRADUAL) and (finetune := self.recipe.finetune):
+            if isinstance(finetune.rank, dict):
+                inputs["finetune.rank (order)"] = list(finetune.rank)  # the first glob that matches counts
+            if finetune.distill and finetune.distill.teacher and (weights := finetune.distill.teacher.weights):
+                inputs["finetune.distill.teacher.weights (content)"] = content_id(weights)
         if stage is BENCH:
             inputs |= self._benched
         if stage is EXPORT:
