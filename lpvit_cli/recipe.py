@@ -368,7 +368,7 @@ class Recipe(Section):
             return schedule
         prune: PruneSection = info.data["prune"]
         if prune.budget.max_drop is not None or prune.patterns:
-            raise ValueError("a schedule needs a budget other than max_drop, and no neurons or heads cut out between its steps")
+            raise ValueError("a schedule needs a budget other than max_drop and no patterns, which may bring back blocks")
         downwards = tuple(sorted(set(schedule), reverse=prune.budget.sparsity is None))
         if schedule != downwards:
             raise ValueError(f"each {prune.budget.kind} must leave less than the one before: {list(downwards)}")
