@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lpvit_cli import distributed
-from lpvit_cli.errors import LpvitError, UsageError
+from lpvit_cli.errors import EnvironmentFault, ForeignLabel, LpvitError
 
 INTERRUPTED = 130
 
@@ -97,7 +97,8 @@ class Console:
             yield
         except LpvitError as error:
             code = error.exit_code
-            if distributed.is_main() or not isinstance(error, UsageError | distributed.PeerLost):
+            own = isinstance(error, EnvironmentFault | ForeignLabel) and not isinstance(error, distributed.PeerLost)
+            if distributed.is_main() or own:  # all processes meet the other errors
                 self._fail(type(error).__name__, error.message, error.hint, code)
             if self.verbose and error.__cause__:
                 traceback.print_exception(error.__cause__, file=sys.stderr)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lpvit_cli import distributed
-from lpvit_cli.errors import EnvironmentFault, UsageError, require
+from lpvit_cli.errors import EnvironmentFault, ForeignLabel, UsageError, require
 from lpvit_cli.models import VisionModel
 from lpvit_cli.randomness import seeded
 from lpvit_cli.recipe import Augment, DataSection
@@ -282,7 +282,7 @@ class Batches:
         dataset = _Guarded(self.source, self.transform, (self.seed, number) if self.augmented else None)
         shares = [batch[rank::world].tolist() for batch in whole]
         loader = DataLoader(dataset, batch_sampler=shares, num_workers=self.workers, collate_fn=_collate)
-        empty = start == 0
+        empty = start == 0 and (any(shares) or not shares)  # a share may be empty where others' are not
         for images, labels, unreadable in loader:
             self._count(unreadable, -(-len(indices) // world))
             self._require_known(labels)
@@ -303,7 +303,7 @@ class Batches:
     def _require_known(self, labels: Tensor) -> None:
         strange = [label for label in labels.tolist() if self.num_classes is not None and not 0 <= label < self.num_classes]
         if strange and self.num_classes:
-            raise UsageError(
+            raise ForeignLabel(
                 f"data: an image has label {strange[0]}, but the model has classes 0 to {self.num_classes - 1}",
                 "use the data set the model was trained on, or a model with a head for these classes",
             )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Thing = TypeVar("Thing")
 PATIENCE = timedelta(minutes=10)  # how long one process waits for another
-LOST = ("gloo", "nccl", "connection", "timed out", "socket", "peer", "rendezvous", "store")  # in torch's words
+LOST = ("gloo", "nccl", "connection closed", "connection reset")  # in the words of torch's other errors
 
 
 class PeerLost(EnvironmentFault):
@@ -75,6 +75,17 @@ def sum_(*tensors: Tensor) -> None:
 
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def from_all(things: list[Thing]) -> list[Thing]:
+    """What all processes have, one after the other (anything that pickles)."""
+    if world() == 1:
+        return things
+    import torch.distributed as dist
+
+    gathered: list[list[Thing]] = [[] for _ in range(world())]
+    dist.all_gather_object(gathered, things)
+    return [thing for some in gathered for thing in some]
 
 
 def from_main(thing: Thing) -> Thing:

@@ -18,6 +18,10 @@ class UsageError(LpvitError):
     exit_code = 2
 
 
+class ForeignLabel(UsageError):
+    """An image has a label that the model does not know; of several processes only the one that read it can tell."""
+
+
 class EnvironmentFault(LpvitError):
     """The machine lacks something: a package, a device, disk space, a readable file."""
 

@@ -91,7 +91,9 @@ def pick_device(name: str) -> torch.device:
     """The device of that name; with several processes on a machine, `auto` and `cuda` are the GPU of this one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and distributed.world() > 1:
+    if name.startswith("cuda") and distributed.world() > 1:
+        if name != "cuda":
+            raise UsageError(f"device {name!r}: under torchrun each process has a GPU of its own", "use --device cuda")
         name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)

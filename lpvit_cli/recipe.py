@@ -251,8 +251,8 @@ class FinetuneSection(Section):
 
     method: Literal["lora_ga", "lora", "full"] = "lora_ga"
     epochs: PositiveInt = 10
-    rank: PositiveInt | dict[str, PositiveInt] = 16  # for all pruned layers, or by glob: the first that matches a layer counts,
-    # a layer that none matches stays as it is
+    # for all pruned layers, or by glob: the first that matches a layer counts, a layer that none matches stays as it is
+    rank: PositiveInt | Annotated[dict[str, PositiveInt], Field(min_length=1)] = 16
     alpha: float = Field(default=16.0, gt=0)
     gamma: float = Field(default=16.0, gt=0)
     init_batches: PositiveInt = 8
@@ -269,6 +269,14 @@ class FinetuneSection(Section):
     augment: Augment | None = None
     distill: Distill | None = Distill()
     target_top1: float | None = Field(default=None, gt=0, le=100)  # stop as soon as the validation accuracy is that good
+
+    @model_validator(mode="after")
+    def _decays_to_the_pruned_model(self) -> Self:
+        if self.weight_decay and self.method == "lora_ga":
+            raise ValueError(
+                "weight_decay needs method: lora or full (LoRA-GA's factors start at full length: decay undoes it)"
+            )
+        return self
 
 
 class EnergySection(Section):
@@ -367,8 +375,10 @@ class Recipe(Section):
         if not schedule or "prune" not in info.data:
             return schedule
         prune: PruneSection = info.data["prune"]
-        if prune.budget.max_drop is not None or prune.patterns:
-            raise ValueError("a schedule needs a budget other than max_drop and no patterns, which may bring back blocks")
+        if prune.budget.max_drop is not None or prune.patterns or len(prune.blocks) > 1:
+            raise ValueError(
+                "a schedule needs a budget other than max_drop, one block shape, and no patterns: they may bring back blocks"
+            )
         downwards = tuple(sorted(set(schedule), reverse=prune.budget.sparsity is None))
         if schedule != downwards:
             raise ValueError(f"each {prune.budget.kind} must leave less than the one before: {list(downwards)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatch
 from functools import partial
 from importlib.util import find_spec
@@ -50,7 +50,8 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
         raise UsageError("finetune: this recipe turns recovery off (finetune: null)", "give it a finetune section")
     torch.manual_seed(recipe.seed)
     device = device_of(recipe)
-    precision = partial(autocast, device, pick_dtype(recipe.dtype, device))
+    dtype = pick_dtype(recipe.dtype, device)
+    precision = partial(autocast, device, dtype)
     parent, pruned = run.artefact(PRUNE), run.report(PRUNE, PruneReport)
     model = load_model(parent).to(device)
     masks, ranks = block_masks(model), ranks_of(model, settings)
@@ -63,9 +64,11 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
     objective = Objective(settings, model.num_classes, teacher_of(recipe, model, device))
     folder = run.progress_folder(FINETUNE)
 
-    if settings.method == "lora_ga" and not (folder / "checkpoint.safetensors").is_file():
+    begun = distributed.from_main((folder / "checkpoint.safetensors").is_file())
+    if settings.method == "lora_ga" and not begun:
         plain = batches(model, source, recipe.data, shuffle=True, seed=recipe.seed)
-        start_from_gradient(model, ranks, settings, plain, objective, precision, device, progress)
+        exact = nullcontext if dtype == torch.float16 else precision  # small gradients would be zero in float16
+        start_from_gradient(model, ranks, settings, plain, objective, exact, device, progress)
     else:
         adapt(model, ranks, settings.alpha)
     choose_trained(model, settings)
@@ -80,7 +83,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
         recipe.seed,
         device,
         precision,
-        torch.amp.GradScaler(device.type, enabled=pick_dtype(recipe.dtype, device) == torch.float16),
+        torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
     )
     resumed = trainer.resume()
     trainer.fit(lambda done, total, detail: progress("recovering", done, total, detail))
@@ -88,13 +91,13 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
     if ranks:
         save_adapter(work, model, parent)
     merge(model)
-    require_same_masks(masks, block_masks(model))
     recovered = evaluate_model(model, validation, recipe, device, progress, "evaluating the recovered model")
     save_model(work, model.cpu(), {**read_config(parent), "parent": str(parent)})
     require_same_masks(masks, block_masks(load_model(work)))
+    skipped = distributed.from_all(train.skipped)
     report = FinetuneReport(
         device=describe_device(device),
-        notes=_notes(trainer, train, resumed),
+        notes=_notes(trainer, skipped, resumed),
         method=settings.method,
         rank=settings.rank if ranks else None,
         trainable_parameters=sum(p.numel() for p in trainer.trained.values()),
@@ -106,7 +109,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
         accuracy=recovered,
         best_epoch=trainer.best_epoch,
         history=trainer.history,
-        skipped_images=len(train.skipped),
+        skipped_images=len(skipped),
     )
     if trainer.log.path.is_file():
         shutil.copyfile(trainer.log.path, work / "history.jsonl")
@@ -209,14 +212,14 @@ def choose_trained(model: nn.Module, settings: FinetuneSection) -> None:
         parameter.requires_grad_(chosen or (parameter.ndim == 1 and kind in settings.also_train))
 
 
-def _notes(trainer: Trainer, train: Batches, resumed: int) -> list[str]:
+def _notes(trainer: Trainer, skipped: list[str], resumed: int) -> list[str]:
     notes = [f"resumed after step {resumed}"] if resumed else []
     if trainer.target_reached and len(trainer.history) < trainer.settings.epochs:
         notes.append(f"stopped after epoch {len(trainer.history)}: finetune.target_top1 is reached")
     if trainer.best_epoch == 0 and trainer.history:
         notes.append("no epoch was better than the pruned model, which is kept: lower finetune.lr, or train longer")
-    if train.skipped:
-        notes.append(f"{len(train.skipped)} unreadable images skipped (first: {train.skipped[0]})")
+    if skipped:
+        notes.append(f"{len(skipped)} unreadable images skipped (first: {skipped[0]})")
     return notes
 
 
@@ -225,7 +228,7 @@ def block_masks(model: nn.Module) -> dict[str, Tensor]:
 
 
 def require_same_masks(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-    """The promise of this stage, checked on the weights as they are: no removed block has come back."""
+    """The promise of this stage, checked on what was written: no removed block has come back."""
     changed = [name for name in before if name not in after or not torch.equal(before[name], after[name])]
     if changed or before.keys() != after.keys():
         raise CheckFailed(

@@ -10,10 +10,13 @@ import json
 import shutil
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
-from lpvit_cli.errors import UsageError
+from torch import Tensor
+
+from lpvit_cli.errors import CheckFailed, UsageError
 from lpvit_cli.models import build_model, load_model, model_config, read_config, write_tensors
 from lpvit_cli.recipe import Budget, ModelSection, Preprocess, Recipe
 from lpvit_cli.report.pictures import gradual_picture
@@ -21,6 +24,7 @@ from lpvit_cli.report.schema import FinetuneReport, GradualReport, GradualStep, 
 from lpvit_cli.run import Progress, Run, replace_text
 from lpvit_cli.sparse import densify
 from lpvit_cli.stages import CALIBRATE, FINETUNE, GRADUAL, PRUNE
+from lpvit_cli.stages.finetune import block_masks
 
 STEP_STAGES = (CALIBRATE, PRUNE, FINETUNE)
 
@@ -50,14 +54,15 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Gradu
         )
         for value, step, (pruned, recovered) in zip(recipe.schedule, made, reports, strict=True)
     ]
-    original = build_model(recipe.model)
+    original, masks = build_model(recipe.model), []
     for step, ran in zip(steps, made, strict=True):
         source, target = ran.folder / FINETUNE.folder, work / step.folder
         target.mkdir(exist_ok=True)
         shutil.copyfile(source / "model.safetensors", target / "model.safetensors")
         described = model_config(recipe.model, original, parent=recipe.model.model_dump(mode="json"))
         replace_text(target / "config.json", json.dumps({**read_config(source), **described}, indent=1))
-        load_model(target)
+        masks.append(block_masks(load_model(target)))
+    require_nested(masks)
     report = GradualReport(
         device=steps[-1].recovered.device,
         notes=[f"{step.budget:g}: {note}" for step in steps for note in (*step.pruned.notes, *step.recovered.notes)],
@@ -67,6 +72,18 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Gradu
     if find_spec("matplotlib"):
         replace_text(work / "gradual.svg", gradual_picture(report))
     return report
+
+
+def require_nested(masks: list[dict[str, Tensor]]) -> None:
+    """What a step has removed is removed in the next one too. `masks` [out/R, in/C] by layer, step by step."""
+    for before, after in pairwise(masks):
+        for name, mask in before.items():
+            # a layer that keeps all its blocks is one block
+            back = not mask.all() and (after[name].shape != mask.shape or bool((after[name] & ~mask).any()))
+            if back:
+                raise CheckFailed(
+                    f"schedule: removed blocks of {name} came back in a later step", "please report this as a bug"
+                )
 
 
 def step_recipe(recipe: Recipe, model: ModelSection, value: float, profile: Path | None) -> Recipe:

@@ -20,14 +20,13 @@ def merge(base: Path, adapter: Path, output: Path, overwrite: bool) -> None:
         raise UsageError(f"{output}: exists already", "choose another --output, or --overwrite a model folder")
     model = load_adapted(base, adapter)
     merge_adapters(model)
-    require_same_masks(block_masks(load_model(base)), block_masks(model))
     work = output.with_name(f".{output.name}.partial")
     with writing(output):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         try:
             save_model(work, model, {**read_config(base), "parent": str(base)})
-            load_model(work)
+            require_same_masks(block_masks(load_model(base)), block_masks(load_model(work)))
             publish(work, output)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)

@@ -1,7 +1,8 @@
 """The recovery loop: AdamW or M-FAC, warm-up and cosine, clipping, a moving average, the best epoch; resumable at any step.
 
-Random numbers depend on seed and step only (randomness.py), so that a resumed recovery ends bit for bit where an uninterrupted
-one does. With several processes every one holds the same state: gradients, losses and accuracies are those of all together.
+Random numbers depend on seed and step only (randomness.py), so that a resumed recovery ends where an uninterrupted one does: bit
+for bit where the device computes the same twice, as CPUs do. With several processes every one holds the same state: gradients,
+losses and accuracies are those of all together.
 """
 
 from __future__ import annotations
@@ -43,9 +44,14 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
 
 
 def optimizer_of(parameters: list[nn.Parameter], settings: FinetuneSection) -> torch.optim.Optimizer:
+    """Norms and biases do not decay."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     if settings.optimizer == "mfac":
-        return MFAC(parameters, settings.lr, settings.mfac.window, settings.mfac.damping, settings.weight_decay)
-    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        return MFAC(groups, settings.lr, settings.mfac.window, settings.mfac.damping)
+    return torch.optim.AdamW(groups, lr=settings.lr)
 
 
 @dataclass
@@ -202,11 +208,11 @@ class Trainer:
         if x is not None:
             with self.precision():
                 where = first_nonfinite(self.model, x)
-        kept = "nothing is kept yet" if not self.checkpoint.is_file() else f"the last good state is kept in {self.checkpoint}"
+        kept = f"; the state before is kept in {self.checkpoint}" if self.checkpoint.is_file() else ""
         when = f"step {self.done + 1} (epoch {len(self.history) + 1})"
         raise CheckFailed(
             f"recovery diverged: {what} in {when}, first in {where or 'the loss'}",
-            f"lower finetune.lr, or use --dtype float32, and start anew with --no-resume; {kept}",
+            f"lower finetune.lr, or use --dtype float32, with --no-resume (which starts anew){kept}",
         )
 
     def _end_of_epoch(self) -> None:

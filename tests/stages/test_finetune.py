@@ -125,7 +125,8 @@ def test_an_adapter_is_merged_on_demand(run: Path) -> None:
         x = torch.randn(2, 3, 32, 32)
         assert relative(load_model(out)(x), load_model(run / "finetuned")(x)) < 1e-5
     assert "exists already" in run_cli("merge", run / "pruned", adapter, "-o", out).err
-    assert run_cli("merge", run / "pruned", adapter, "-o", run, "--overwrite").code == 2, "a run folder is no model folder"
+    for taken in (run, run / "pruned", run / "finetuned"):  # no model folders, or artefacts of a run
+        assert run_cli("merge", run / "pruned", adapter, "-o", taken, "--overwrite").code == 2
     assert run_cli("merge", run / "pruned", run / "pruned", "-o", run.parent / "no").code == 2
     assert sorted(p.name for p in run.parent.iterdir()) == ["merged", "run"]
 

@@ -11,10 +11,11 @@ from helpers import run_cli
 from safetensors.torch import load_file
 
 from lpvit_cli.console import Console
+from lpvit_cli.errors import CheckFailed
 from lpvit_cli.models import load_model
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.sparse import sparse_layers
-from lpvit_cli.stages.gradual import step_recipe
+from lpvit_cli.stages.gradual import require_nested, step_recipe
 
 SMALL = [
     "model.weights=null",
@@ -118,8 +119,9 @@ def test_the_teacher_stays_the_dense_model() -> None:
         ("schedule=[0.6,0.3]", "each sparsity must leave less than the one before: [0.3, 0.6]"),
         ("schedule=[0.3,0.3]", "each sparsity must leave less"),
         ("schedule=[0.3,1.5]", "less than 1"),
-        ("prune.patterns=[heads]", "no patterns, which may bring back blocks"),
-        ("prune.patterns=[balanced]", "no patterns, which may bring back blocks"),
+        ("prune.patterns=[heads]", "no patterns: they may bring back blocks"),
+        ("prune.patterns=[balanced]", "no patterns: they may bring back blocks"),
+        ("prune.block=[[16,16],[32,32]]", "one block shape"),
         ("prune.budget.max_drop=1", "a budget other than max_drop"),
         ("finetune=null", "pruning by steps needs recovery"),
         ("schedule=[]", "schedule: no budgets given"),
@@ -129,3 +131,11 @@ def test_schedules_that_cannot_be_followed(tmp_path: Path, change: str, said: st
     result = run_cli("gradual", "digits_vit", "-o", tmp_path / "run", *OPTIONS, "--set", change)
     assert result.code == 2
     assert said in result.err
+
+
+def test_a_block_that_came_back_is_found() -> None:
+    half, less, whole = torch.tensor([[True, False]]), torch.tensor([[False, False]]), torch.ones(1, 1, dtype=torch.bool)
+    require_nested([{"a": whole}, {"a": half}, {"a": less}])
+    for later in (torch.tensor([[True, True]]), torch.tensor([[False, True]]), whole):
+        with pytest.raises(CheckFailed, match="removed blocks of a came back"):
+            require_nested([{"a": half}, {"a": later}])

@@ -247,14 +247,46 @@ def test_a_loss_that_is_no_number_stops_before_it_spoils_anything(make: Callable
     with pytest.raises(CheckFailed, match=r"the loss is nan in step 6 \(epoch 2\), first in blocks\.1\.attn\.proj") as caught:
         trainer.fit(spoil)
     assert caught.value.exit_code == 4
-    assert f"the last good state is kept in {trainer.checkpoint}" in caught.value.hint
+    assert f"the state before is kept in {trainer.checkpoint}" in caught.value.hint
     again = make(epochs=3, accuracies=(2.0, 3.0))
     assert again.resume() == 3
     assert all(bool(parameter.isfinite().all()) for parameter in again.trained.values())
 
 
-def test_gradients_that_are_no_numbers_stop_it_too(make: Callable[..., Trainer]) -> None:
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_gradients_that_are_no_numbers_stop_it_too(make: Callable[..., Trainer], factor: float) -> None:
     trainer = make()
-    trainer.trained["blocks.0.mlp.fc1.lora_b"].register_hook(lambda gradient: gradient * float("inf"))
+    trainer.trained["blocks.0.mlp.fc1.lora_b"].register_hook(lambda gradient: gradient * factor)
     with pytest.raises(CheckFailed, match=r"gradients are not finite in step 1 .*blocks\.0\.mlp\.fc1\.lora_b"):
         trainer.fit(quiet)
+
+
+def test_gradients_too_large_for_their_norm_stop_it_too(make: Callable[..., Trainer]) -> None:
+    trainer = make()
+    trainer.trained["blocks.0.mlp.fc1.lora_b"].register_hook(lambda gradient: torch.full_like(gradient, 3e38))
+    with pytest.raises(CheckFailed, match="gradients are not finite in step 1 .*their norm"):
+        trainer.fit(quiet)
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_no_steps_behind(make: Callable[..., Trainer]) -> None:
+    def kill(done: int, total: int, detail: str) -> None:
+        if done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        make().fit(kill)
+    again = make()
+    assert again.resume() == 0
+    again.fit(quiet)
+    steps = [json.loads(line).get("step") for line in again.log.path.read_text().splitlines()]
+    assert [step for step in steps if step] == [1, 2, 3, 4, 5, 6]
+
+
+def test_norms_and_biases_do_not_decay(make: Callable[..., Trainer]) -> None:
+    trainer = make(method="full", weight_decay=0.1)
+    decays = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert {name: decays[id(p)] for name, p in trainer.trained.items()} == {
+        name: 0.1 if p.ndim > 1 else 0.0 for name, p in trainer.trained.items()
+    }
+    with pytest.raises(ValueError, match="weight_decay needs method: lora or full"):
+        FinetuneSection(weight_decay=0.1)
