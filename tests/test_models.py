@@ -737,6 +737,8 @@ def test_auto_is_the_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch, availa
     for name, value in {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2", "MASTER_ADDR": "here"}.items():
         monkeypatch.setenv(name, value)
     assert pick_device("auto") == torch.device("cuda:2" if available else "cpu"), "each process has a GPU of its own"
+    with pytest.raises(UsageError, match="under torchrun each process has a GPU of its own"):
+        pick_device("cuda:0")
 
 
 @pytest.mark.parametrize(

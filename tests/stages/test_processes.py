@@ -47,6 +47,16 @@ Trainer._step = dying
 """
 
 
+KNOWS_NO_LABEL = f"""
+import os
+from lpvit_cli.data import SyntheticReader
+given = SyntheticReader.__getitem__
+if os.environ["RANK"] == "1":
+    SyntheticReader.__getitem__ = lambda self, index: (given(self, index)[0], 10)
+{LPVIT}
+"""
+
+
 def start(script: str, *arguments: object) -> list[subprocess.Popen[str]]:
     """The same command in two processes, as torchrun sets them up."""
     with socket.socket() as free:
@@ -153,6 +163,22 @@ def test_a_process_that_dies_ends_the_job_and_one_process_goes_on(alone: Path, p
     assert result.code == 0, result.err
     assert "resumed after step 7" in result.out
     same_recovery(pruned, alone)
+
+
+def test_an_error_that_one_process_alone_meets_is_told_by_it(tmp_path: Path) -> None:
+    main, other = together("calibrate", "digits_vit", "-o", tmp_path / "run", *OPTIONS, script=KNOWS_NO_LABEL)
+    assert (main[0], other[0]) == (3, 2)
+    assert "an image has label 10, but the model has classes 0 to 9" in other[2]
+    assert "another process of this job has ended" in main[2]
+
+
+def test_a_batch_smaller_than_the_job_leaves_some_without_images(alone: Path, tmp_path: Path) -> None:
+    options = [*OPTIONS, "--set", "calibrate.batch_size=1"]
+    main, other = together("calibrate", "digits_vit", "-o", tmp_path / "run", *options)
+    assert (main[0], other[0]) == (0, 0), main[2] + other[2]
+    ours, theirs = (load_file(run / "calibration" / "statistics.safetensors") for run in (tmp_path / "run", alone))
+    for name, statistic in theirs.items():
+        assert relative(ours[name], statistic) < 1e-5
 
 
 @pytest.mark.parametrize("command", ["prune", "bench", "export", "run"])
