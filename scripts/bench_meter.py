@@ -17,15 +17,13 @@ from pathlib import Path
 
 from results import publish
 
-from lpvit_cli.measure.energy import measure_energy
 from lpvit_cli.measure.statistics import paired_ratio
 from lpvit_cli.measure.trace import PERIOD_S, PowerTrace, in_background
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "measure"))
-from synthetic import Board
+from synthetic import Board, coverage
 
 WATTS, CALL_S, IMAGES = 300.0, 0.005, 8
-TRIAL_DRIFT, OWN_NOISE = 0.02, 0.01  # log-normal, from trial to trial: of both subjects together, and of each
 
 
 def flicker(seed: int) -> Callable[[float], float]:
@@ -49,38 +47,6 @@ def errors(seen: float, boards: int) -> list[float]:
         spent = WATTS * CALL_S / IMAGES
         found.append(abs(energy.joules_per_image / spent - 1))
     return found
-
-
-def coverage(experiments: int) -> float:
-    generator = random.Random(0)
-    covered = 0
-    for _ in range(experiments):
-        board = Board()
-        draws = {"dense": 1.0, "sparse": 1.0}
-
-        def sleep(seconds: float, board: Board = board, draws: dict[str, float] = draws) -> None:
-            drift = generator.gauss(0, TRIAL_DRIFT)
-            draws.update({name: math.exp(drift + generator.gauss(0, OWN_NOISE)) for name in draws})
-            board.sleep(seconds)
-
-        subjects: dict[str, Callable[[], object]] = {
-            "dense": lambda board=board, draws=draws: board.spend(0.02, WATTS * draws["dense"]),
-            "sparse": lambda board=board, draws=draws: board.spend(0.02, WATTS / 1.5 * draws["sparse"]),
-        }
-        run = measure_energy(
-            subjects,
-            IMAGES,
-            board,
-            trials=6,
-            window_s=2.0,
-            synchronize=lambda: None,
-            clock=board.clock,
-            sleep=sleep,
-            polling=board.polling,
-        )
-        ratio = run.ratio("dense", "sparse")
-        covered += ratio.low <= 1.5 <= ratio.high
-    return covered / experiments
 
 
 def busy(steps: int = 3_000_000) -> float:

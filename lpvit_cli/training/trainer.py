@@ -1,8 +1,8 @@
 """The recovery loop: AdamW or M-FAC, warm-up and cosine, clipping, a moving average, the best epoch; resumable at any step.
 
 Random numbers depend on seed and step only (randomness.py), so that a resumed recovery ends where an uninterrupted one does:
-bit for bit where the device computes the same twice, as CPUs do. With several processes every one holds the same state: gradients,
-losses and accuracies are those of all together.
+bit for bit where the device computes the same twice, as CPUs do. With several processes every one holds the same state:
+gradients, losses and accuracies are those of all together.
 """
 
 from __future__ import annotations

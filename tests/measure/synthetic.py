@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,3 +125,38 @@ class Board:
             sleep=self.sleep,
             polling=self.polling,
         )
+
+
+TRIAL_DRIFT, OWN_NOISE = 0.02, 0.01  # log-normal, from trial to trial: of both subjects together, and of each
+
+
+def coverage(experiments: int, tick_s: float = 0.1, window_s: float = 2.0) -> float:
+    """Of so many experiments with six trials, the fraction whose interval holds the true ratio of energies, 1.5."""
+    generator = random.Random(0)
+    covered = 0
+    for _ in range(experiments):
+        board = Board(tick_s=tick_s)
+        draws = {"dense": 1.0, "sparse": 1.0}
+
+        def sleep(seconds: float, board: Board = board, draws: dict[str, float] = draws) -> None:
+            drift = generator.gauss(0, TRIAL_DRIFT)
+            draws.update({name: math.exp(drift + generator.gauss(0, OWN_NOISE)) for name in draws})
+            board.sleep(seconds)
+
+        def subject(name: str, watts: float, board: Board = board, draws: dict[str, float] = draws) -> Callable[[], None]:
+            return lambda: board.spend(0.02, watts * draws[name])
+
+        run = measure_energy(
+            {"dense": subject("dense", 300), "sparse": subject("sparse", 200)},
+            8,
+            board,
+            trials=6,
+            window_s=window_s,
+            synchronize=lambda: None,
+            clock=board.clock,
+            sleep=sleep,
+            polling=board.polling,
+        )
+        ratio = run.ratio("dense", "sparse")
+        covered += ratio.low <= 1.5 <= ratio.high
+    return covered / experiments

@@ -137,5 +137,5 @@ def test_a_block_that_came_back_is_found() -> None:
     half, less, whole = torch.tensor([[True, False]]), torch.tensor([[False, False]]), torch.ones(1, 1, dtype=torch.bool)
     require_nested([{"a": whole}, {"a": half}, {"a": less}])
     for later in (torch.tensor([[True, True]]), torch.tensor([[False, True]]), whole):
-        with pytest.raises(CheckFailed, match="removed blocks of a came back later"):
+        with pytest.raises(CheckFailed, match="removed blocks of a came back in a later step"):
             require_nested([{"a": half}, {"a": later}])
