@@ -239,7 +239,8 @@ class Run:
         """Progress of other settings would be lost: say which, unless what the stage reads was made again, which spoils it."""
         artefacts = {other.folder for other in ALL_STAGES}
         for folder in self.folder.glob(f".{stage.folder}.progress-*"):
-            if folder == self._progress_path(stage) or not (folder / INPUTS).is_file() or len(list(folder.iterdir())) < 2:
+            begun = any(path.suffix not in (".json", ".jsonl") for path in folder.iterdir())  # there is a state to go on from
+            if folder == self._progress_path(stage) or not (folder / INPUTS).is_file() or not begun:
                 continue
             old, new = json.loads((folder / INPUTS).read_text()), self.inputs(stage)
             changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]

@@ -165,6 +165,7 @@ def test_a_diverged_recovery_keeps_its_last_good_state(run: Path) -> None:
     assert result.code == 4
     assert "recovery diverged" in result.err
     assert not (run / "finetuned").exists()
+    assert recover(run).code == 0, "no state was kept that other settings could spoil"
 
 
 def test_labels_that_the_head_does_not_have_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
