@@ -165,7 +165,7 @@ def _finetune(report: FinetuneReport, folder: Path) -> list[Any]:
         rows.add_row(label, f"{dense:.2f} %", f"{pruned:.2f} %", f"{recovered:.2f} %", f"{recovered - dense:+.2f}")
     rank = "" if report.rank is None else f" (rank {report.rank})"
     trained = f"{report.trainable_parameters:,} parameters trained{rank}, {report.all_parameters:,} in the model"
-    epochs = f"{len(report.history)} epochs, the best is {report.best_epoch}"
+    epochs = f"{len(report.history)} epoch{'s' * (len(report.history) != 1)}, the best is {report.best_epoch}"
     return [rows, f"{epochs}; {trained}; zero blocks checked", f"model folder: {folder}"]
 
 
