@@ -97,6 +97,10 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
     help_ = "Instead of measuring: exit 4 when B is slower or thirstier than A, reports or run folders."
     compare_option = typer.Option(None, "--compare", metavar="A B", help=help_, hidden=other)
     force_option = typer.Option(False, "--force", help="Compare reports of different devices or settings.", hidden=other)
+    help_ = "Save the profile under this name for all recipes: --set prune.profile=NAME."
+    name_option = typer.Option(None, "--name", metavar="NAME", help=help_, hidden=command != PROFILE.command)
+    help_ = "Save it with the power model of these run folders, benched at several sparsities; repeatable."
+    fit_option = typer.Option(None, "--fit", metavar="RUN", help=help_, hidden=command != PROFILE.command)
     help_ = "A recipe file, or the name of a shipped one."
     recipe_argument = typer.Argument(... if other else None, metavar="RECIPE", help=help_)
 
@@ -125,6 +129,8 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
         allow_mig: bool = allow_mig_option,
         compare: tuple[Path, Path] | None = compare_option,
         force: bool = force_option,
+        name: str | None = name_option,
+        fit: list[Path] | None = fit_option,
     ) -> None:
         console = _console(json_, quiet, verbose)
         with console.command():
@@ -138,6 +144,8 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
                 ("--allow-mig", allow_mig, BENCH.command, "--allow-mig"),
                 ("--compare", compare, BENCH.command, "--compare A B"),
                 ("--force", force, BENCH.command, "--compare A B --force"),
+                ("--name", name, PROFILE.command, "--name NAME"),
+                ("--fit", fit, PROFILE.command, "--name NAME --fit RUN --fit OTHER_RUN"),
             ):
                 if given and command != owner:
                     raise UsageError(
@@ -146,6 +154,8 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
             if compare is not None:
                 _compare(console, *compare, force)
                 return
+            if force:
+                raise UsageError("--force is for --compare", "run: lpvit bench --compare A B --force")
             if recipe is None:
                 raise UsageError(f"{command}: which recipe?", f"run: lpvit {command} RECIPE, or: lpvit {command} --compare A B")
             overrides = list(set_ or [])
@@ -163,7 +173,9 @@ def _add_recipe_command(command: str, stages: tuple[Stage, ...], summary: str) -
             if batch_size is not None:
                 overrides.append(BATCH_SIZE_KEYS.get(command, "data.batch_size={}").format(batch_size))
             stages_ = stages if sweep is None else (SWEEP,)
-            _run_stages(console, stages_, recipe, overrides, output, resume, overwrite, smoke, dry_run, push)
+            if name is not None or fit:
+                _require_savable(name, fit or [], smoke)
+            _run_stages(console, stages_, recipe, overrides, output, resume, overwrite, smoke, dry_run, push, name, fit or [])
 
 
 def _run_stages(
@@ -177,6 +189,8 @@ def _run_stages(
     smoke: bool,
     dry_run: bool,
     push: str | None,
+    name: str | None,
+    fit: list[Path],
 ) -> None:
     from lpvit_cli.recipe import Recipe
 
@@ -232,13 +246,15 @@ def _run_stages(
             reports[stage.command] = report
             if stage is BENCH and recipe.bench.energy.required:
                 _require_energy(report, run.folder / BENCH.folder)
-        address = _push(console, run.folder / EXPORT.folder, push) if push is not None else None
+        more: dict[str, Any] = {"pushed": _push(console, run.folder / EXPORT.folder, push)} if push is not None else {}
+        if name is not None:
+            more["saved"] = _save_profile(console, reports[PROFILE.command].profile, name, fit)
     documents: dict[str, Any] = {command: report.model_dump(mode="json") for command, report in reports.items()}
     if len(stages) > 1:
         console.human(summary(recipe.name, reports, run.folder))
         console.document = documents
     else:
-        console.document = documents[stages[0].command] | ({"pushed": address} if address else {})
+        console.document = documents[stages[0].command] | more
 
 
 def _require_together(stages: tuple[Stage, ...]) -> None:
@@ -281,6 +297,30 @@ def _compare(console: Console, before: Path, after: Path, force: bool) -> None:
     console.human(*render(report, after))
     if any(change.worse for change in report.changes):
         raise CheckFailed(f"{after} is worse than {before}", "the lines above say where; measure again on a quiet machine")
+
+
+def _require_savable(name: str | None, fit: list[Path], smoke: bool) -> None:
+    """What can be told before minutes of measuring."""
+    from lpvit_cli.recipe_source import is_profile_name
+    from lpvit_cli.stages.compare import read_report
+
+    if smoke:
+        raise UsageError("--name: a rehearsal (--smoke) has a small random model", "leave one of the two out")
+    if name is None:
+        raise UsageError("--fit: which name is the profile to be saved under?", "add: --name NAME")
+    if not is_profile_name(name):
+        raise UsageError(f"--name {name}: not a name", "use letters, digits, - and _")
+    for run in fit:
+        read_report(run)
+
+
+def _save_profile(console: Console, profile: Any, name: str, fit: list[Path]) -> dict[str, Any]:
+    from lpvit_cli.report.tables import power_lines
+    from lpvit_cli.stages.power import save_profile
+
+    saved, path = save_profile(profile, name, fit)
+    console.human(*power_lines(saved), f"saved as {name} ({path}): prune for it with --set prune.profile={name}")
+    return {"name": name, "path": str(path), "profile": saved.model_dump(mode="json")}
 
 
 def _with_hub(recipe: Any, repository: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 
+from lpvit_cli.errors import LpvitError
 from lpvit_cli.measure.machine import cpu_name, installed
 from lpvit_cli.measure.meters import open_meter
 
@@ -55,7 +56,26 @@ def examine() -> list[Finding]:
         findings.append(
             Finding(name, meter is not None, "readable" if meter else "; ".join(reasons), "energy is reported as not measured")
         )
+    findings += _profiles()
     for package, use in OPTIONAL.items():
         found = installed(package)
         findings.append(Finding(package, bool(found), found or f"not installed; needed for {use}", f"pip install {package}"))
     return findings
+
+
+def _profiles() -> list[Finding]:
+    """The saved device profiles."""
+    from lpvit_cli.measure.profile import DeviceProfile, saved_profiles
+
+    findings = []
+    for path in saved_profiles():
+        name = f"profile {path.stem}"
+        try:
+            saved = DeviceProfile.load(path)
+        except LpvitError as error:
+            findings.append(Finding(name, False, error.message, error.hint))
+        else:
+            energy = f"energy by {saved.energy_source}" if saved.energy_source else "no energy"
+            where = f"{saved.model} on {saved.device}, {saved.dtype}, batch {saved.batch_size}"
+            findings.append(Finding(name, True, f"{where}; {energy}"))
+    return findings or [Finding("device profiles", False, "none saved", "lpvit profile RECIPE --name NAME")]

@@ -25,7 +25,7 @@ from pydantic import (
 
 from lpvit_cli.errors import UsageError
 from lpvit_cli.recipe_errors import explain
-from lpvit_cli.recipe_source import apply_override, key_lines
+from lpvit_cli.recipe_source import apply_override, is_profile_name, key_lines
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Block = tuple[PositiveInt, PositiveInt]
@@ -176,7 +176,8 @@ class PruneSection(Section):
     patterns: tuple[Literal["balanced", "neurons", "heads"], ...] = ()  # balanced: equal counts in every block row; neurons,
     # heads: whole hidden neurons (in groups of the block's width) and attention heads, cut out of both layers
     budget: Budget = Budget(flops=0.5)
-    profile: Path | None = None  # a profile.json of `lpvit profile`, for budgets in ms and mJ; None: that of this run
+    profile: Path | None = None  # the name of a saved device profile (lpvit profile --name), or a profile.json, for budgets in
+    # ms and mJ and for predictions; None: that of this run
     beta: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
     min_keep: Fraction = 0.05  # of each layer's blocks
     layers: Layers = Layers()
@@ -184,8 +185,8 @@ class PruneSection(Section):
 
     @field_validator("profile")
     @classmethod
-    def _beside_the_recipe(cls, path: Path | None, info: ValidationInfo) -> Path | None:
-        return _resolved(path, info)
+    def _named_or_beside_the_recipe(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        return path if path and is_profile_name(str(path)) else _resolved(path, info)
 
     @field_validator("block", mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ PATHS = {  # keys whose values are paths
     ("finetune", "distill", "teacher", "weights"),
     ("bench", "baseline"),
 }
+
+
+def is_profile_name(text: str) -> bool:
+    """Whether this is the name of a saved device profile, and no path."""
+    return re.fullmatch(r"[A-Za-z0-9_-]+", text) is not None
 
 
 def apply_override(content: dict[str, Any], override: str) -> tuple[str, ...]:
@@ -38,7 +44,7 @@ def apply_override(content: dict[str, Any], override: str) -> tuple[str, ...]:
         node = child
     if keys[:2] == ("prune", "budget") and len(keys) == 3:
         node.clear()  # a budget is one of several kinds: naming one replaces the other
-    if keys in PATHS and isinstance(value, str):
+    if keys in PATHS and isinstance(value, str) and not (keys == ("prune", "profile") and is_profile_name(value)):
         value = str(Path(value).expanduser().resolve())  # typed in a shell: from the current folder
     node[keys[-1]] = value
     return keys

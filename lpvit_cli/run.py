@@ -29,6 +29,7 @@ from lpvit_cli import __version__, distributed
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.measure.machine import installed
 from lpvit_cli.recipe import Recipe
+from lpvit_cli.recipe_source import is_profile_name
 from lpvit_cli.stages import ALL_STAGES, BENCH, CALIBRATE, EXPORT, FINETUNE, GRADUAL, PROFILE, PRUNE, SWEEP, Stage
 
 INPUTS = "inputs.json"  # in a progress folder: what it depends on
@@ -150,7 +151,12 @@ class Run:
 
     def profile_path(self) -> Path | None:
         """The device profile that pruning reads: the one the recipe names, or this run's where the budget needs one."""
-        return self.folder / PROFILE.folder / "profile.json" if self._needs_own_profile else self.recipe.prune.profile
+        given = self.recipe.prune.profile
+        if given is not None and is_profile_name(str(given)):
+            from lpvit_cli.measure.profile import named_profile
+
+            return named_profile(str(given))
+        return self.folder / PROFILE.folder / "profile.json" if self._needs_own_profile else given
 
     @property
     def _needs_own_profile(self) -> bool:

@@ -62,9 +62,13 @@ _loaded: dict[str, Tuned] | None = None
 _changes = 0
 
 
+def cache_folder() -> Path:
+    """$LPVIT_CACHE, or lpvit/ of the user's cache folder."""
+    return Path(os.environ.get("LPVIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lpvit")
+
+
 def path() -> Path:
-    folder = os.environ.get("LPVIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lpvit"
-    return Path(folder) / "tuned.json"
+    return cache_folder() / "tuned.json"
 
 
 def find(key: str) -> Tuned | None:

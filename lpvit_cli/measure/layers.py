@@ -1,4 +1,4 @@
-"""How long each linear layer takes within a model: hooks around the layers, in passes of the whole model.
+"""How long each linear layer takes within a model, and what it moves: hooks around the layers, in passes of the whole model.
 
 On a GPU the hooks record events, so that nothing is waited for within a pass; where the host cannot keep up, a layer's time
 holds its launch too.
@@ -7,7 +7,7 @@ holds its launch too.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +73,7 @@ class LayerWatch:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], result: Tensor) -> None:
             self._marks[name].append(self._mark())
             if name != PASS and name not in self.traffic:
-                tensors = [inputs[0], result, named.get("residual"), *module.parameters(), *module.buffers()]
-                moved = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+                moved = _bytes_of((*inputs, *named.values(), result)) + _stored_bytes(module)
                 self.traffic[name] = Traffic(inputs[0].flatten(0, -2).shape[0], moved)
 
         return hook
@@ -90,3 +89,34 @@ def watch_in_turn(watches: list[LayerWatch], rounds: int, on_round: Callable[[in
                 watch.samples_ms = {name: [] for name in watch.samples_ms}
         if number >= 0:
             on_round(number + 1, rounds)
+
+
+def moved_bytes(model: nn.Module, images: Tensor) -> int:
+    """What one call moves at least: all weights as stored, once, and what every innermost module takes and gives.
+
+    What attention moves between its modules is not in it.
+    """
+    moved = _stored_bytes(model)
+
+    def count(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], result: Any) -> None:
+        nonlocal moved
+        if not any(result is given for given in inputs):  # nothing is done by Identity, nor by Dropout now
+            moved += _bytes_of((*inputs, *named.values(), result))
+
+    innermost = [module for module in model.modules() if not any(module.children())]
+    handles = [module.register_forward_hook(count, with_kwargs=True) for module in innermost]
+    try:
+        with torch.inference_mode():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return moved
+
+
+def _stored_bytes(module: nn.Module) -> int:
+    return _bytes_of((*module.parameters(), *module.buffers()))
+
+
+def _bytes_of(values: Iterable[Any]) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))

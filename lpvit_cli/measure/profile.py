@@ -1,7 +1,8 @@
 """A device profile: what one device takes for each prunable layer of a model, by the fraction of its blocks kept.
 
-Every number was measured on that device; between measured fractions it is interpolated. Layers are timed one by one, their
-weights in the cache where it holds them: what a whole model takes beyond its prunable layers is `rest_ms`.
+Times were measured on that device, energies too or by its power model; between fractions they are interpolated. Layers are
+timed one by one, their weights in the cache where it holds them: what a whole model takes beyond its prunable layers is
+`rest_ms`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
+from lpvit_kernels.tuned import cache_folder
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, computed_field, model_validator
 from torch import Tensor
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.measure.power import PowerModel, Work
 
-FORMAT, FORMAT_VERSION = "lpvit-profile", 1
+FORMAT, FORMAT_VERSION = "lpvit-profile", 2
 KEPT = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # fractions of blocks that are measured, to the nearest whole block
+PROFILES = "profiles"  # in the cache folder
 AGAIN = "make it again: lpvit profile RECIPE"
 
 Cost = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -65,6 +69,13 @@ class LayerProfile(BaseModel):
     dense_mj: Cost | None
     sparse: list[SparseProfile]
 
+    def work(self, kept: float, value_bytes: int) -> Work:
+        """Of a call with a fraction of the blocks kept."""
+        out, columns = self.shape
+        weights = kept * out * columns
+        moved = weights + out * self.bias + self.rows * (columns + out)
+        return Work(round(self.rows * weights), round(value_bytes * moved))
+
 
 class DeviceProfile(BaseModel):
     """`model_ms` and `model_mj` are of one call of the whole dense model on `batch_size` images; mj None: not measured."""
@@ -72,7 +83,7 @@ class DeviceProfile(BaseModel):
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
     format: Literal["lpvit-profile"] = "lpvit-profile"
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     device: str
     dtype: str
     threads: PositiveInt  # CPU threads
@@ -81,6 +92,8 @@ class DeviceProfile(BaseModel):
     provenance: dict[str, Any]
     model_ms: Cost
     model_mj: Cost | None
+    model_work: Work
+    power: PowerModel | None = None  # None: energies are as measured
     energy_source: str | None
     energy_reasons: list[str]  # why there is no energy
     layers: list[LayerProfile]
@@ -99,6 +112,32 @@ class DeviceProfile(BaseModel):
         if self.model_mj is None or any(mj is None for _, mj in layers):
             return None
         return max(0.0, self.model_mj - sum(count * mj for count, mj in layers if mj is not None))
+
+    def with_power(self, power: PowerModel, source: str) -> DeviceProfile:
+        """The same times, and by a power model what energy goes with them."""
+
+        def millijoules(ms: float, work: Work) -> float:
+            return 1e3 * power.joules(work, ms / 1e3)
+
+        def with_energy(layer: LayerProfile) -> LayerProfile:
+            size = getattr(torch, self.dtype).itemsize
+            sparse = [
+                one.model_copy(
+                    update={"mj": [millijoules(ms, layer.work(k, size)) for k, ms in zip(one.kept, one.ms, strict=True)]}
+                )
+                for one in layer.sparse
+            ]
+            return layer.model_copy(update={"dense_mj": millijoules(layer.dense_ms, layer.work(1.0, size)), "sparse": sparse})
+
+        return self.model_copy(
+            update={
+                "model_mj": millijoules(self.model_ms, self.model_work),
+                "power": power,
+                "energy_source": source,
+                "energy_reasons": [],
+                "layers": [with_energy(layer) for layer in self.layers],
+            }
+        )
 
     def linear_ms(self, shape: tuple[int, int], rows: int, block: tuple[int, int], kept: Tensor) -> Tensor:
         """Milliseconds per call of a layer `shape` (out, in) on `rows` rows of x, at each fraction of blocks `kept`.
@@ -140,7 +179,9 @@ class DeviceProfile(BaseModel):
         try:
             content = json.loads(Path(path).read_text())
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise UsageError(f"{path}: no such device profile", "make one: lpvit profile RECIPE") from error
+            names = ", ".join(sorted(path.stem for path in saved_profiles()))
+            known = f"saved here are {names}; or " if names else ""
+            raise UsageError(f"{path}: no such device profile", f"{known}make one: lpvit profile RECIPE --name NAME") from error
         except OSError as error:
             raise EnvironmentFault(f"{path}: cannot be read: {error.strerror}", "give a profile.json you may read") from error
         except ValueError as error:
@@ -148,9 +189,10 @@ class DeviceProfile(BaseModel):
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UsageError(f"{path}: not a device profile", "give the profile.json that `lpvit profile RECIPE` writes")
         version = content.get("format_version")
-        if isinstance(version, int) and version > FORMAT_VERSION:
+        if isinstance(version, int) and version != FORMAT_VERSION:
             raise EnvironmentFault(
-                f"{path}: has format_version {version}, this lpvit reads up to {FORMAT_VERSION}", f"update lpvit, or {AGAIN}"
+                f"{path}: has format_version {version}, this lpvit reads {FORMAT_VERSION}",
+                f"update lpvit, or {AGAIN}" if version > FORMAT_VERSION else AGAIN,
             )
         try:
             return cls.model_validate(content)
@@ -158,6 +200,15 @@ class DeviceProfile(BaseModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise EnvironmentFault(f"{path}: damaged: {where}: {first['msg']}", AGAIN) from error
+
+
+def named_profile(name: str) -> Path:
+    """Where `lpvit profile --name` keeps a profile for all recipes of this user."""
+    return cache_folder() / PROFILES / f"{name}.json"
+
+
+def saved_profiles() -> list[Path]:
+    return sorted((cache_folder() / PROFILES).glob("*.json"))
 
 
 def _between(kept: Tensor, fractions: list[float], costs: list[float], dense: float) -> Tensor:

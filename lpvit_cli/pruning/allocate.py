@@ -55,15 +55,20 @@ def lower_hull(x: list[float], y: list[float]) -> list[int]:
 
 
 def automatic_beta(curves: Mapping[str, Sequence[Curve]]) -> float:
-    """The paper's scale: mean over layers of max D' over mean of max |P'|, by removed fraction, D' on the convex hull."""
+    """The paper's scale: mean over layers of max D' over mean of max |P'|, by removed fraction, on the convex hulls: a measured
+    energy jumps where a layer stops being dense, which no removal alone is worth."""
     steepest_d, steepest_p = 0.0, 0.0
     for curve in (curve for options in curves.values() for curve in options):
-        blocks = len(curve.distortion) - 1
-        distortion = curve.distortion[: curve.most_removals + 1].tolist()
-        hull = lower_hull(list(range(len(distortion))), distortion)
-        steepest_d += max(((distortion[b] - distortion[a]) / (b - a) * blocks for a, b in pairwise(hull)), default=0.0)
-        steepest_p += float(curve.energy.diff().abs().max()) * blocks
+        blocks = len(curve.energy) - 1
+        steepest_d += blocks * max(_slopes(curve.distortion[: curve.most_removals + 1]), default=0.0)
+        steepest_p += blocks * max(0.0, *(-slope for slope in _slopes(curve.energy)))
     return max(0.0, steepest_d) / (steepest_p or 1.0)
+
+
+def _slopes(costs: Tensor) -> list[float]:
+    """Of the lower convex hull, a removal each."""
+    y = costs.tolist()
+    return [(y[b] - y[a]) / (b - a) for a, b in pairwise(lower_hull(list(range(len(y))), y))]
 
 
 def allocate(curves: Mapping[str, Sequence[Curve]], budget: float, beta: float | Literal["auto"] = "auto") -> dict[str, Choice]:

@@ -7,6 +7,7 @@ two FLOPs (papers that call a multiply-add one FLOP print half of it).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +30,13 @@ class ModelFlops:
     attention: dict[str, int]
 
 
-def count_flops(model: VisionModel, layers: dict[str, nn.Linear]) -> ModelFlops:
-    """Count on the meta device, where attention is plain matrix products (the CPU's fused attention escapes the counter)."""
+def count_flops(model: VisionModel, layers: Iterable[str]) -> ModelFlops:
+    """Count on the meta device, where attention is plain matrix products (the CPU's fused attention escapes the counter).
+
+    `layers`: names of linear layers, block-sparse ones too, whose tokens are told.
+    """
     tokens: dict[str, int] = {}
-    meta = _meta_copy(model)
+    meta = _meta_copy(model).float()
     for name in layers:
         meta.get_submodule(name).register_forward_hook(
             lambda _, x, y, name=name: tokens.__setitem__(name, tokens.get(name, 0) + x[0].numel() // x[0].shape[-1])

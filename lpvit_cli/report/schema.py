@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lpvit_cli.measure.accuracy import Accuracy
 from lpvit_cli.measure.energy import EnergyRun, saving_verdict
+from lpvit_cli.measure.power import Work
 from lpvit_cli.measure.profile import DeviceProfile
 from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.measure.timing import TimingRun
@@ -206,6 +207,7 @@ class BatchBench(BaseModel):
     verdict: str
     energy: EnergyRun | None
     energy_reasons: list[str]
+    work: dict[str, Work] = {}  # of a call; dense and sparse, eager and as graphs: what a compiler makes of them is not known
     layers: LayersBench | None = None  # None: not asked for
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from lpvit_cli.measure.power import Estimate
 from lpvit_cli.measure.profile import KEPT, DeviceProfile, LayerProfile, SparseProfile
 from lpvit_cli.report.bench_tables import bench_tables, compare_table
 from lpvit_cli.report.cells import by, giga, interval, percent, size, table, three_digits
@@ -201,6 +202,25 @@ def _profile(report: ProfileReport, folder: Path) -> list[Any]:
         shown.append(_curves("mJ per call, times less than dense; by blocks kept (to the nearest block)", profile, "mj"))
     reasons = [f"energy   not measured: {reason}" for reason in profile.energy_reasons]
     return [*shown, *reasons, f"profile: {folder / 'profile.json'}"]
+
+
+def power_lines(profile: DeviceProfile) -> list[str]:
+    """The power model of a profile, and what it makes of the model."""
+    power = profile.power
+    if power is None or profile.model_mj is None or profile.rest_mj is None:
+        return []
+    terms = (("multiply-add", power.e_mac_pj, "pJ"), ("byte moved", power.e_byte_pj, "pJ"), ("static", power.static_w, "W"))
+    return [
+        f"energy by {profile.energy_source}",
+        *(f"  {what:<12} {_estimate(found, unit)}" for what, found, unit in terms),
+        f"  error of the fit {power.median_error:.1%} (median), {power.largest_error:.1%} at most; by it the whole model takes "
+        f"{three_digits(profile.model_mj)} mJ, {three_digits(profile.rest_mj)} mJ outside these layers",
+    ]
+
+
+def _estimate(found: Estimate, unit: str) -> str:
+    value, low, high = (three_digits(number) for number in (found.value, found.low, found.high))
+    return f"{value} {unit} (95 % interval {low} to {high})"
 
 
 def _curves(title: str, profile: DeviceProfile, unit: str) -> Table:

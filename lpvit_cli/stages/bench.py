@@ -25,7 +25,8 @@ from lpvit_cli.stages import BENCH
 from lpvit_cli.stages.bench_layers import bench_layers
 from lpvit_cli.stages.bench_notes import advice, doubts
 from lpvit_cli.stages.lineage import made_by
-from lpvit_cli.stages.subjects import BASELINE, Shelf, Subjects
+from lpvit_cli.stages.power import work_of
+from lpvit_cli.stages.subjects import BASELINE, GRAPH, Shelf, Subjects
 from lpvit_cli.stages.tune import run_dense, tune_model
 
 VISITS = 6  # of each subject, where they must be opened and closed
@@ -150,6 +151,7 @@ class Bench:
             on_trial=lambda done, total: self.progress(f"energy, batch {size}", done, total, f"trial {done}/{total}"),
         )
         dtype = type_name(subjects.dtype)
+        work = {name: work_of(subjects.models[name], images) for name in ("dense", "sparse")}
         return BatchBench(
             batch_size=size,
             asked_batch_size=asked,
@@ -163,6 +165,7 @@ class Bench:
             verdict=f"batch {size}{f', {dtype}' if len(self.settings.dtypes) > 1 else ''}: {sentence}",
             energy=energy,
             energy_reasons=reasons,
+            work={name: work[model] for name in prepared.openers if (model := name.removesuffix(GRAPH)) in work},
             layers=bench_layers(subjects.models, images, self.settings.rounds, self.progress) if self.settings.layers else None,
         )
 

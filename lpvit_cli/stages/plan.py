@@ -26,7 +26,8 @@ from lpvit_cli.measure.accuracy import Accuracy
 from lpvit_cli.measure.profile import DeviceProfile
 from lpvit_cli.models import VisionModel, build_model, device_of, prunable_layers
 from lpvit_cli.pruning.allocate import Choice, Curve, allocate, automatic_beta
-from lpvit_cli.pruning.cost import BYTES_PER_VALUE, ModelFlops, count_flops
+from lpvit_cli.pruning.blocks import Block
+from lpvit_cli.pruning.cost import BYTES_PER_VALUE, LayerCost, ModelFlops, count_flops
 from lpvit_cli.pruning.fisher import GRADIENT_METHODS, block_scores
 from lpvit_cli.pruning.parts import Option, Part, make_part
 from lpvit_cli.pruning.patterns import find_pairs
@@ -59,13 +60,13 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of a pruned model; energy of the prunable layers by the recipe's power model, latency by the device profile."""
+    """Of a pruned model; `energy_uj` of the prunable layers, for one image."""
 
     flops: int
     kept_fraction: float  # of the prunable weights
     bytes: int
     energy_uj: float
-    latency_ms: float | None
+    latency_ms: float | None  # by the device profile
 
 
 @dataclass
@@ -143,9 +144,30 @@ class Plan:
                 removal = option.removal
                 keep = math.ceil(self.settings.min_keep * removal.steps - 1e-9)
                 most = removal.steps - (max(1, keep) if part.pair else keep)
-                kept_cost = self._kept_cost(name, option, budget)
-                curves[name].append(Curve(removal.distortion, removal.along(option.cost.energy_pj), kept_cost, most))
+                kept_cost, energy = self._kept_cost(name, option, budget), self._energy_along(name, option)
+                curves[name].append(Curve(removal.distortion, energy, kept_cost, most))
         return curves
+
+    # energy: by the device profile where that has any, else by the recipe's power model
+
+    @property
+    def energy_profile(self) -> DeviceProfile | None:
+        """The device profile, if it knows energies and all that is pruned: it has no layers without neurons or heads."""
+        whole = not any(part.pair for part in self.parts.values())
+        return self.profile if self.profile and self.profile.rest_mj is not None and whole else None
+
+    def energy_uj(self, name: str, block: Block, mask: Tensor, cost: LayerCost) -> float:
+        """Predicted energy of a layer for one image with the masked blocks kept, in microjoules."""
+        if self.energy_profile is None:
+            return cost.predicted_energy_uj(mask)
+        rows = self.flops.tokens[name] * self.energy_profile.batch_size
+        mj = self.energy_profile.linear_mj(cost.shape, rows, block, mask.double().mean())
+        return 1e3 * float(mj) / self.energy_profile.batch_size
+
+    def _energy_along(self, name: str, option: Option) -> Tensor:
+        if self.energy_profile is None:
+            return option.removal.along(option.cost.energy_pj)
+        return self._kept_cost(name, option, Budget(energy_mj=1))
 
     # what a budget counts: along a layer's removals, in the rest of the model, and as the user's number
 
@@ -192,7 +214,8 @@ class Plan:
         """What a pruning will cost, from its masks where they are made, else from the plan's."""
         masks = plan.masks or plan.planned_masks()
         kept = {name: plan.option(name).cost.weights[masks[name]].sum() for name in self.parts}
-        energy = sum(plan.option(name).cost.predicted_energy_uj(masks[name]) for name in self.parts)
+        options = {name: plan.option(name) for name in self.parts}
+        energy = sum(self.energy_uj(name, one.block, masks[name], one.cost) for name, one in options.items())
         gone = sum(float(plan.option(name).cost.flops[~masks[name]].sum()) for name in self.parts)
         latency = None
         if self.profile is not None and not any(part.pair for part in self.parts.values()):
@@ -209,8 +232,9 @@ class Plan:
 
     @property
     def energy_uj_dense(self) -> float:
-        costs = [part.options[0].cost for part in self.parts.values()]
-        return sum(cost.predicted_energy_uj(torch.ones_like(cost.weights, dtype=torch.bool)) for cost in costs)
+        options = {name: part.options[0] for name, part in self.parts.items()}
+        whole = {name: torch.ones_like(one.cost.weights, dtype=torch.bool) for name, one in options.items()}
+        return sum(self.energy_uj(name, one.block, whole[name], one.cost) for name, one in options.items())
 
     @property
     def bytes_dense(self) -> int:

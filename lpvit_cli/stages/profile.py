@@ -21,6 +21,7 @@ from lpvit_cli.recipe import Recipe
 from lpvit_cli.report.schema import ProfileReport
 from lpvit_cli.run import Progress, Run
 from lpvit_cli.sparse import BlockSparseLinear
+from lpvit_cli.stages.power import work_of
 
 PROFILE_FILE = "profile.json"
 WARMUP_SECONDS = 0.1  # for each of some thirty subjects
@@ -81,6 +82,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Profi
             provenance=provenance("lpvit", "torch", "timm", "triton"),
             model_ms=ms[MODEL],
             model_mj=mj.get(MODEL),
+            model_work=work_of(model, images),
             energy_source=energy.source if energy and mj else None,
             energy_reasons=reasons,
             layers=[_layer_profile(layer, blocks, ms, mj) for layer in layers],

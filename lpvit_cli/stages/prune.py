@@ -136,11 +136,11 @@ def layer_reports(plan: Plan, pruned: Pruned) -> list[LayerReport]:
         for layer, mask in part.masks(name, masks[name]).items():
             cost = part.costs[block][layer]
             shape = block if layer == name else (part.pair.width, cost.shape[1]) if part.pair else block
-            made[layer] = _layer_report(layer, shape, mask, pruned.distortion(name), cost)
+            made[layer] = _layer_report(plan, layer, shape, mask, pruned.distortion(name), cost)
     return [made[layer] for layer in plan.layers]
 
 
-def _layer_report(name: str, block: Block, mask: Tensor, distortion: float, cost: LayerCost) -> LayerReport:
+def _layer_report(plan: Plan, name: str, block: Block, mask: Tensor, distortion: float, cost: LayerCost) -> LayerReport:
     whole = torch.ones_like(mask)
     return LayerReport(
         name=name,
@@ -152,8 +152,8 @@ def _layer_report(name: str, block: Block, mask: Tensor, distortion: float, cost
         distortion=distortion,
         flops_dense=int(cost.flops.sum()),
         flops=int(cost.flops[mask].sum()),
-        energy_uj_dense=cost.predicted_energy_uj(whole),
-        energy_uj=cost.predicted_energy_uj(mask),
+        energy_uj_dense=plan.energy_uj(name, block, whole, cost),
+        energy_uj=plan.energy_uj(name, block, mask, cost),
     )
 
 
@@ -174,7 +174,9 @@ def _notes(plan: Plan) -> list[str]:
     images, used = next(iter(plan.statistics.values())).images, images_in_sequence(plan)
     if plan.by_obs and plan.settings.sequential and used < images:
         notes.append(f"pruned in sequence on {used} of the {images} calibration images: no more fit into memory at once")
-    if len({plan.flops.tokens[name] for name in plan.layers}) == 1:
+    if plan.energy_profile is not None:
+        notes.append(f"energy is predicted by the profile of {plan.energy_profile.device}: {plan.energy_profile.energy_source}")
+    elif len({plan.flops.tokens[name] for name in plan.layers}) == 1:
         notes.append(
             "every layer sees the same number of tokens, so a block costs the same power everywhere: beta changes nothing"
         )

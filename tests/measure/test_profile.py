@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lpvit_cli.errors import EnvironmentFault, LpvitError, UsageError
+from lpvit_cli.measure.power import Work
 from lpvit_cli.measure.profile import DeviceProfile, LayerProfile, SparseProfile
 
 BLOCK, KEPT = (64, 32), [0.1, 0.25, 0.5, 1.0]
@@ -38,6 +39,7 @@ def profile(mj: bool = True, **changes: Any) -> DeviceProfile:
         "provenance": {"date": "today"},
         "model_ms": 20.0,
         "model_mj": 700.0 if mj else None,
+        "model_work": Work(macs=10**9, moved_bytes=10**6),
         "energy_source": "RAPL" if mj else None,
         "energy_reasons": [] if mj else [NO_METER],
         "layers": [layer(mj), layer(mj, names=["head"], rows=1, dense_ms=1.0, dense_mj=20.0 if mj else None)],
@@ -119,7 +121,7 @@ def test_a_file_comes_back_as_it_was(tmp_path: Path, mj: bool) -> None:
     profile(mj).save(tmp_path / "profile.json")
     assert DeviceProfile.load(tmp_path / "profile.json") == profile(mj)
     content = json.loads((tmp_path / "profile.json").read_text())
-    assert (content["format"], content["format_version"]) == ("lpvit-profile", 1)
+    assert (content["format"], content["format_version"]) == ("lpvit-profile", 2)
     assert (content["rest_ms"], content["rest_mj"]) == (9, 380 if mj else None)
 
 
@@ -139,12 +141,13 @@ def refused(path: Path) -> LpvitError:
         ("[]", UsageError, "not a device profile"),
         ('{"format": "lpvit-model"}', UsageError, "not a device profile"),
         (
-            '{"format": "lpvit-profile", "format_version": 2, "new": 1}',
+            '{"format": "lpvit-profile", "format_version": 3, "new": 1}',
             EnvironmentFault,
-            "format_version 2, this lpvit reads up",
+            "format_version 3, this lpvit reads 2",
         ),
-        ('{"format": "lpvit-profile", "format_version": "1"}', EnvironmentFault, "damaged: format_version: "),
-        ('{"format": "lpvit-profile", "format_version": 1}', EnvironmentFault, "damaged: device: Field required"),
+        ('{"format": "lpvit-profile", "format_version": 1}', EnvironmentFault, "format_version 1, this lpvit reads 2"),
+        ('{"format": "lpvit-profile", "format_version": "2"}', EnvironmentFault, "damaged: format_version: "),
+        ('{"format": "lpvit-profile", "format_version": 2}', EnvironmentFault, "damaged: device: Field required"),
     ],
 )
 def test_files_that_are_no_profile_are_refused(tmp_path: Path, text: str, kind: type, told: str) -> None:

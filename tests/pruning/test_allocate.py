@@ -113,11 +113,15 @@ def test_automatic_beta_is_of_the_hull_of_what_may_be_removed() -> None:
     assert automatic_beta({"a": forbidden}) == pytest.approx(2 * 3 / (2 * 3))
 
 
-def test_automatic_beta_takes_the_steepest_power() -> None:
-    """Blocks of unequal energy, as ragged ones are: power falls by 1 and then by 4."""
-    ragged = curve([2, 2])
-    ragged = Curve(ragged.distortion, torch.tensor([5.0, 4.0, 0.0]).double(), ragged.kept_cost, ragged.most_removals)
-    assert automatic_beta({"a": ragged}) == pytest.approx(2 / 4)
+@pytest.mark.parametrize(
+    ("energy", "steepest"),
+    [([5.0, 4.0, 0.0], 2.5), ([5.0, 1.0, 0.0], 4.0), ([5.0, 9.0, 2.0], 1.5), ([5.0, 6.0, 5.5], None)],
+    ids=["ragged", "the large block first", "sparse costs more until half is gone", "sparse never pays"],
+)
+def test_automatic_beta_takes_the_steepest_power_that_removals_are_worth(energy: list[float], steepest: float | None) -> None:
+    even = curve([2, 2])
+    made = Curve(even.distortion, torch.tensor(energy).double(), even.kept_cost, even.most_removals)
+    assert automatic_beta({"a": made}) == pytest.approx(2 * 2 / (2 * steepest if steepest else 1))
 
 
 @pytest.mark.parametrize(

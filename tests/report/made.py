@@ -9,6 +9,7 @@ from typing import Any
 
 from lpvit_cli.measure.accuracy import Accuracy
 from lpvit_cli.measure.energy import Energy, EnergyRun, Trace, Window
+from lpvit_cli.measure.power import Work
 from lpvit_cli.measure.profile import DeviceProfile, LayerProfile, SparseProfile
 from lpvit_cli.measure.statistics import Ratio, percentiles
 from lpvit_cli.measure.timing import Timing, TimingRun
@@ -284,6 +285,7 @@ def profile(metered: bool = False) -> ProfileReport:
         provenance={},
         model_ms=5234.5,
         model_mj=209_380 if metered else None,
+        model_work=Work(macs=64 * 17_582_740_224, moved_bytes=4_200_000_000),
         energy_source=NVML if metered else None,
         energy_reasons=[] if metered else [NO_METER],
         layers=layers,

@@ -13,6 +13,7 @@ from helpers import Result, run_cli
 from stages.plans import plan_of, quiet
 
 from lpvit_cli.errors import UsageError
+from lpvit_cli.measure.power import Work
 from lpvit_cli.measure.profile import DeviceProfile, LayerProfile, SparseProfile
 from lpvit_cli.recipe import Budget
 from lpvit_cli.sparse import sparse_layers
@@ -66,6 +67,7 @@ def profile(
         provenance={},
         model_ms=model,
         model_mj=7 * model if mj else None,
+        model_work=Work(macs=10**6, moved_bytes=10**5),
         energy_source="made up" if mj else None,
         energy_reasons=[] if mj else [NO_METER],
         layers=[layer(shape, names) for shape, names in layers.items()],

@@ -21,6 +21,7 @@ from lpvit_cli.console import Console
 from lpvit_cli.measure import energy as energy_module
 from lpvit_cli.measure.energy import Energy, EnergyRun
 from lpvit_cli.measure.meters import MeterError, Reading
+from lpvit_cli.measure.power import Work
 from lpvit_cli.measure.profile import DeviceProfile
 from lpvit_cli.measure.statistics import percentiles
 from lpvit_cli.measure.timing import Subject, Timing, TimingRun
@@ -162,7 +163,7 @@ def test_pretrained_weights_are_not_asked_for(tmp_path: Path, made_up: dict[str,
 def test_doubts_are_told() -> None:
     timing = TimingRun({"a": Timing([1.0], percentiles([1.0]), 1, 0, 1, None, host_bound=True)}, 1, foreign_load=0.5)
     facts: dict[str, Any] = {"device": "d", "dtype": "float32", "threads": 1, "model": "m", "batch_size": 1, "provenance": {}}
-    facts |= {"model_mj": None, "energy_source": None, "energy_reasons": [], "layers": []}
+    facts |= {"model_work": Work(1, 1), "model_mj": None, "energy_source": None, "energy_reasons": [], "layers": []}
     busy, host = stage.advice(timing, DeviceProfile(model_ms=1, **facts))
     assert "other processes used 50%" in busy
     assert "1 of 1 times are the host's" in host

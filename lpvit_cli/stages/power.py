@@ -1,0 +1,93 @@
+"""The power model of a device from bench reports at several sparsities, as millijoules of a device profile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+from torch import Tensor
+
+from lpvit_cli.errors import UsageError
+from lpvit_cli.measure.energy import Energy
+from lpvit_cli.measure.layers import moved_bytes
+from lpvit_cli.measure.power import Point, Work, fit_power
+from lpvit_cli.measure.profile import DeviceProfile, named_profile
+from lpvit_cli.models import VisionModel
+from lpvit_cli.pruning.cost import count_flops
+from lpvit_cli.report.schema import BatchBench, BenchReport
+from lpvit_cli.run import replace_text, writing
+from lpvit_cli.sparse import sparse_layers
+from lpvit_cli.stages.compare import read_report
+from lpvit_cli.stages.tune import run_dense
+
+
+def work_of(model: VisionModel, images: Tensor) -> Work:
+    """What a call of a dense or block-sparse model on images [n, 3, H, W] executes, as its layers run on their device."""
+    layers = sparse_layers(model)
+    flops = count_flops(model, layers)
+    macs, moved = len(images) * flops.total // 2, moved_bytes(model, images)
+    for name in run_dense(model, len(images)):
+        removed = layers[name].in_features * layers[name].out_features - layers[name].values.numel()
+        macs += len(images) * flops.tokens[name] * removed
+        moved += removed * images.element_size()
+    return Work(macs, moved)
+
+
+def save_profile(profile: DeviceProfile, name: str, fit: Sequence[Path]) -> tuple[DeviceProfile, Path]:
+    """Keep a profile for all recipes; with bench reports or run folders to `fit`, with the energies of their power model.
+
+    Raises what `with_fitted_power` raises, and EnvironmentFault where it cannot be written.
+    """
+    if fit:
+        profile = with_fitted_power(profile, {run: read_report(run) for run in fit})
+    path = named_profile(name)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, profile.model_dump_json(indent=1))
+    return profile, path
+
+
+def with_fitted_power(profile: DeviceProfile, runs: Mapping[Path, BenchReport]) -> DeviceProfile:
+    """The profile with the energies of a power model that is fitted to `runs`, by where they are from.
+
+    Raises UsageError where a run is of another device or dtype, has no energy, or all are of one sparsity.
+    """
+    points = []
+    for path, report in runs.items():
+        if (report.device, report.threads) != (profile.device, profile.threads):
+            raise UsageError(
+                f"{path} is of {report.device} with {report.threads} CPU threads, the profile of {profile.device} with "
+                f"{profile.threads}",
+                "bench and profile on one device, with the same bench.threads",
+            )
+        batches = [batch for batch in report.batches if batch.dtype == profile.dtype]
+        if not batches:
+            raise UsageError(
+                f"{path} is in {', '.join(report.dtypes)}, the profile in {profile.dtype}",
+                "bench and profile with the same --dtype",
+            )
+        found = [point for batch in batches for point in _points(batch)]
+        if not found:
+            reasons = [*report.energy_reasons, "it was made before bench counted multiply-adds and bytes"]
+            raise UsageError(
+                f"{path} has no energy of known work: {reasons[0]}", "bench again, where a meter can be read: lpvit doctor"
+            )
+        points += found
+    if len({report.flops / report.flops_dense for report in runs.values()}) < 2:
+        raise UsageError(
+            "a power model needs runs of at least two sparsities, these have one",
+            "bench a model pruned to another budget, and give both: --fit RUN --fit OTHER_RUN",
+        )
+    sources = {batch.energy.source for report in runs.values() for batch in report.batches if batch.energy}
+    power = fit_power(points)
+    return profile.with_power(power, f"a power model fitted to {power.points} measured calls ({'; '.join(sorted(sources))})")
+
+
+def _points(batch: BatchBench) -> Iterator[Point]:
+    """One for each subject with counted work."""
+    energies: dict[str, Energy] = batch.energy.subjects if batch.energy else {}
+    for name in batch.work.keys() & energies.keys():
+        calls = [(window.images / batch.batch_size, window) for window in energies[name].windows]
+        seconds = median(window.seconds / count for count, window in calls)
+        yield Point(batch.work[name], seconds, energies[name].joules_per_image * batch.batch_size)
