@@ -213,6 +213,8 @@ def _run_stages(
         stages = (GRADUAL, *(stage for stage in stages if stage not in (CALIBRATE, PRUNE, FINETUNE)))
     if len(stages) > 1 and recipe.prune.profile is None and recipe.prune.budget.needs_profile:
         stages = (PROFILE, *stages)
+    if "onnx" in recipe.bench.subjects:
+        stages = tuple(sorted(stages, key=lambda stage: stage is BENCH))  # it measures the file that export writes
     if dry_run:
         plan = {stage.command: _plan(run.changes(stage), resume) for stage in stages}
         plan |= {"push": f"to {push}"} if push is not None else {}

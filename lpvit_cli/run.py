@@ -306,8 +306,14 @@ class Run:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def report(self, stage: Stage, schema: Any) -> Any:
-        """The report of an artefact, as its pydantic class."""
-        return schema.model_validate_json((self.folder / stage.folder / "report.json").read_text())
+        """The report of an artefact, as its pydantic class; an EnvironmentFault where another lpvit has written it."""
+        path = self.folder / stage.folder / "report.json"
+        try:
+            return schema.model_validate_json(path.read_text())
+        except (OSError, ValueError) as error:
+            raise EnvironmentFault(
+                f"{path}: not a report of this version of lpvit", f"make it again: {self.command(stage)} --no-resume"
+            ) from error
 
 
 def publish(work: Path, target: Path) -> None:

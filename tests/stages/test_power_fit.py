@@ -248,3 +248,20 @@ def test_force_is_refused_where_nothing_is_compared(tmp_path: Path) -> None:
     result = run_cli("bench", "digits_vit", "-o", tmp_path / "run", "--force")
     assert result.code == 2
     assert "--force is for --compare" in result.err
+
+
+def test_a_report_of_another_version_is_told_with_the_way_to_make_it_again(benched: dict[float, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(benched[0.3], folder)
+    path = folder / "pruned" / "report.json"
+    path.write_text(path.read_text().replace('"flops_dense"', '"flops_of_old"', 1))
+    result = command("prune", folder, changes=("prune.budget.sparsity=0.3",))
+    assert result.code == 3
+    assert "report.json: not a report of this version" in json.loads(result.out)["error"]["message"]
+    assert "lpvit prune digits_vit" in json.loads(result.out)["error"]["hint"]
+
+
+def test_a_run_exports_before_it_measures_the_exported_file(tmp_path: Path) -> None:
+    asked = ("--set", "bench.subjects=[dense,sparse,onnx]", "--dry-run", "--json")
+    result = run_cli("run", "digits_vit", "-o", tmp_path / "run", *asked)
+    assert list(json.loads(result.out)["stages"])[-2:] == ["export", "bench"]
