@@ -295,7 +295,7 @@ def open_profile(recipe: Recipe, run: Run) -> DeviceProfile | None:
     if recipe.prune.budget.energy_mj is not None and profile.rest_mj is None:
         raise UsageError(
             f"prune.budget: energy_mj: no meter has filled this profile: {'; '.join(profile.energy_reasons)} ({path})",
-            "run `lpvit profile` where a power meter can be read, or give a latency_ms or flops budget",
+            "run `lpvit profile` where a power meter can be read, or with --fit, or give a latency_ms or flops budget",
         )
     return profile
 

@@ -55,11 +55,10 @@ def with_fitted_power(profile: DeviceProfile, runs: Mapping[Path, BenchReport]) 
     """
     points = []
     for path, report in runs.items():
-        if (report.device, report.threads) != (profile.device, profile.threads):
+        if report.device != profile.device:
             raise UsageError(
-                f"{path} is of {report.device} with {report.threads} CPU threads, the profile of {profile.device} with "
-                f"{profile.threads}",
-                "bench and profile on one device, with the same bench.threads",
+                f"{path} is of {report.device}, the profile of {profile.device}",
+                "bench and profile on one device, a CPU with the same bench.threads",
             )
         batches = [batch for batch in report.batches if batch.dtype == profile.dtype]
         if not batches:
