@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from lpvit_cli.measure.energy import EnergyRun
 from lpvit_cli.measure.profile import DeviceProfile
 from lpvit_cli.models import VisionModel
 from lpvit_cli.report.schema import BenchReport
+from lpvit_cli.report.tables import power_lines
 from lpvit_cli.sparse import densify, sparse_layers
 from lpvit_cli.stages import power as stage
 from lpvit_cli.stages import subjects as subjects_module
@@ -265,3 +267,11 @@ def test_a_run_exports_before_it_measures_the_exported_file(tmp_path: Path) -> N
     asked = ("--set", "bench.subjects=[dense,sparse,onnx]", "--dry-run", "--json")
     result = run_cli("run", "digits_vit", "-o", tmp_path / "run", *asked)
     assert list(json.loads(result.out)["stages"])[-2:] == ["export", "bench"]
+
+
+def test_the_terminal_tells_the_coefficients_with_their_intervals(fitted: Path) -> None:
+    first, mac, byte, static, error = power_lines(DeviceProfile.load(fitted / "profiles" / "board.json"))
+    assert first == "energy by a power model fitted to 8 measured calls (synthetic)"
+    for line, what, unit in ((mac, "multiply-add", "pJ"), (byte, "byte moved", "pJ"), (static, "static", "W")):
+        assert re.fullmatch(rf"  {what} +[\d.]+ {unit} \(95 % interval [\d.]+ to [\d.]+\)", line)
+    assert re.search(r"error of the fit \d\.\d% \(median\), \d\.\d% at most; by it the whole model takes \d+ mJ", error)
