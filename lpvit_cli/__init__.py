@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 __all__ = ["Recipe", "__version__", "load_model"]
 
 if TYPE_CHECKING:
-    from lpvit_cli.models import load_model
+    from lpvit_cli.models.folder import load_model
     from lpvit_cli.recipe import Recipe
 
 
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return Recipe
     if name == "load_model":
-        from lpvit_cli.models import load_model
+        from lpvit_cli.models.folder import load_model
 
         return load_model
     raise AttributeError(f"module 'lpvit_cli' has no attribute {name!r}")

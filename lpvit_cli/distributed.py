@@ -6,12 +6,12 @@ In one process every function here is the identity, and torch is not imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from lpvit_cli.errors import EnvironmentFault
+from lpvit_cli.errors import EnvironmentFault, LpvitError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,7 @@ def joined(on_gpus: bool) -> Iterator[None]:
         ) from error
 
 
-def sum_(*tensors: Tensor) -> None:
+def all_reduce(*tensors: Tensor) -> None:
     """Add up each tensor over all processes, in place."""
     if world() > 1:
         import torch.distributed as dist
@@ -77,7 +77,7 @@ def sum_(*tensors: Tensor) -> None:
             dist.all_reduce(tensor)
 
 
-def from_all(things: list[Thing]) -> list[Thing]:
+def all_gather(things: list[Thing]) -> list[Thing]:
     """What all processes have, one after the other (anything that pickles)."""
     if world() == 1:
         return things
@@ -88,7 +88,7 @@ def from_all(things: list[Thing]) -> list[Thing]:
     return [thing for some in gathered for thing in some]
 
 
-def from_main(thing: Thing) -> Thing:
+def broadcast(thing: Thing) -> Thing:
     """What the main process has (anything that pickles); also where the others wait for it."""
     if world() == 1:
         return thing
@@ -97,3 +97,20 @@ def from_main(thing: Thing) -> Thing:
     things = [thing]
     dist.broadcast_object_list(things, src=0)
     return things[0]
+
+
+def on_main(work: Callable[[], Thing]) -> Thing:
+    """Do this in the main process alone; every process gets the result (anything that pickles), or raises the LpvitError."""
+    if world() == 1:
+        return work()
+    result: list[Thing] = []
+    error: LpvitError | None = None
+    if is_main():
+        try:
+            result = [work()]
+        except LpvitError as caught:
+            error = caught
+    result, error = broadcast((result, error))
+    if error is not None:
+        raise error
+    return result[0]

@@ -27,15 +27,16 @@ from results import publish
 
 from lpvit_cli.export.choose import choose_forms
 from lpvit_cli.export.forms import FORMS, forms_of
-from lpvit_cli.export.layer import Layer
-from lpvit_cli.export.onnx import dense_graph, save_onnx
+from lpvit_cli.export.graph import dense_graph, save_onnx
+from lpvit_cli.export.layer import ExportLayer
 from lpvit_cli.export.rewrite import rewrite
-from lpvit_cli.export.runtime import session
 from lpvit_cli.measure.machine import cpu_name, installed
 from lpvit_cli.measure.timing import Subject, TimingRun, time_in_visits
-from lpvit_cli.models import VisionModel, prunable_layers
-from lpvit_cli.recipe import Layers
-from lpvit_cli.stages.tune import layer_tokens
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.models.protocol import VisionModel
+from lpvit_cli.recipe.prune import Layers
+from lpvit_cli.targets.onnxruntime import session
+from lpvit_cli.targets.tuning import layer_tokens
 
 MODELS = {"DeiT-B": "deit_base_patch16_224", "DeiT-S": "deit_small_patch16_224"}
 VISITS, SAMPLES = 3, 4
@@ -103,19 +104,19 @@ class Bench:
             )
         return made
 
-    def _layers(self, case: Case) -> dict[str, Layer]:
+    def _layers(self, case: Case) -> dict[str, ExportLayer]:
         """The model's layers with random blocks kept."""
         generator = torch.Generator().manual_seed(0)
         layers = {}
         for name, linear in prunable_layers(self._model(case.model), Layers()).items():
             grid = [-(-size // side) for size, side in zip(linear.weight.shape, case.block, strict=True)]
             mask = torch.rand(grid, generator=generator) >= case.sparsity
-            layers[name] = Layer(
+            layers[name] = ExportLayer(
                 name, BlockSparseMatrix.from_dense(linear.weight.detach(), case.block, mask), linear.bias.detach()
             )
         return layers
 
-    def _forms(self, case: Case, form: str, layers: dict[str, Layer]) -> dict[str, str]:
+    def _forms(self, case: Case, form: str, layers: dict[str, ExportLayer]) -> dict[str, str]:
         if form != "auto":
             return {name: form if form in forms_of(layer) else "dense" for name, layer in layers.items()}
         model = self._model(case.model)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from results import publish
 
+from lpvit_cli.measure.energy.trace import PERIOD_S, PowerTrace, in_background
 from lpvit_cli.measure.statistics import paired_ratio
-from lpvit_cli.measure.trace import PERIOD_S, PowerTrace, in_background
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "measure"))
 from synthetic import Board, coverage

@@ -30,10 +30,13 @@ def measure(model_name: str, images: int, block: tuple[int, int]) -> dict[str, o
     import torch
 
     from lpvit_cli.curvature import collect
-    from lpvit_cli.models import build_model, prunable_layers
-    from lpvit_cli.recipe import Budget, Recipe
-    from lpvit_cli.stages.plan import build_plan
-    from lpvit_cli.stages.pruned_model import prune_model
+    from lpvit_cli.models.families.timm import build_model
+    from lpvit_cli.models.layers import prunable_layers
+    from lpvit_cli.pruning.engine import prune_model
+    from lpvit_cli.pruning.plan import build_plan
+    from lpvit_cli.recipe.model import ModelSection
+    from lpvit_cli.recipe.prune import Budget, PruneSection
+    from lpvit_cli.tasks.classification import Classification
 
     row: dict[str, object] = {"model": model_name, "images": images, "block": list(block)}
 
@@ -44,18 +47,17 @@ def measure(model_name: str, images: int, block: tuple[int, int]) -> dict[str, o
         row[f"{step}_peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
         start, cpu_start = time.monotonic(), time.process_time()
 
-    settings = {"name": "cost", "device": "cpu", "model": {"name": model_name}, "data": {"dataset": "digits"}}
-    recipe = Recipe.model_validate(settings | {"prune": {"block": block}})
+    settings, task, device = PruneSection(block=block), Classification(), torch.device("cpu")
     torch.manual_seed(0)
     start, cpu_start = time.monotonic(), time.process_time()
-    model = build_model(recipe.model)
-    layers = prunable_layers(model, recipe.prune.layers)
+    model = build_model(ModelSection(name=model_name))
+    layers = prunable_layers(model, settings.layers)
     batches = [(torch.randn(BATCH, 3, 224, 224), torch.randint(1000, (BATCH,))) for _ in range(images // BATCH)]
     finished("model_and_images")
-    gradient, device = recipe.calibrate.gradient, torch.device("cpu")
-    statistics = collect(model, layers, batches, gradient, recipe.seed, device, lambda done: None)
+    statistics = collect(model, layers, batches, task.loss("empirical", 0), device, lambda done: None)
     finished("calibrate")
-    plan = build_plan(recipe, model, statistics, batches, None, None, lambda *_: None)
+    facts = {"task": task, "gradient": "empirical", "seed": 0, "device": device, "progress": lambda *_: None}
+    plan = build_plan(settings, model, layers, statistics, batches, example=batches[0][0][:1], **facts)
     finished("curves")
     _, pruned = prune_model(plan, Budget(sparsity=BUDGET), lambda *_: None)
     finished("prune")

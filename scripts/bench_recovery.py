@@ -22,20 +22,21 @@ from statistics import mean, median
 
 import torch
 from results import publish
-from tasks import CPU, Task, recover, swin_task, vit_task
+from tasks import CPU, Task, plan_of, recover, swin_task, vit_task
 from torch import nn
 from torch.nn import functional as F
 
 from lpvit_cli.curvature import collect
-from lpvit_cli.lora import adapt, kept_gradients, lora_ga_factors
 from lpvit_cli.measure.statistics import paired_ratio
-from lpvit_cli.models import prunable_layers
-from lpvit_cli.recipe import Budget, FinetuneSection, Layers, Recipe
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.pruning.engine import prune_model
+from lpvit_cli.recipe.finetune import FinetuneSection
+from lpvit_cli.recipe.prune import Budget, Layers
+from lpvit_cli.recovery.lora import adapt, kept_gradients, lora_ga_factors
+from lpvit_cli.recovery.start import choose_trained
+from lpvit_cli.recovery.trainer import optimizer_of
 from lpvit_cli.sparse import sparse_layers, sparsify
-from lpvit_cli.stages.finetune import choose_trained
-from lpvit_cli.stages.plan import build_plan
-from lpvit_cli.stages.pruned_model import prune_model
-from lpvit_cli.training.trainer import optimizer_of
+from lpvit_cli.tasks.classification import calibration_loss
 
 METHODS = ("lora_ga", "lora", "full")
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -50,12 +51,10 @@ COLORS = {"lora_ga": "#2563eb", "lora": "#d97706", "full": "#6b7280"}
 def pruned(task: Task, sparsity: float, seed: int) -> nn.Module:
     calibration = task.calibration(seed)
     gathered = copy.deepcopy(task.model)
-    statistics = collect(gathered, prunable_layers(gathered, Layers()), calibration, "sampled", seed, CPU, lambda done: None)  # type: ignore[arg-type]
-    recipe = Recipe.model_validate(
-        {"name": task.name, "seed": seed, "model": {"name": task.name}, "data": {"dataset": "digits"}, "device": "cpu"}
-        | {"prune": {"block": BLOCK, "min_keep": 0.0}, "calibrate": {"gradient": "sampled"}}
-    )
-    plan = build_plan(recipe, task.model, statistics, calibration, None, None, lambda *_: None)  # type: ignore[arg-type]
+    statistics = collect(
+        gathered, prunable_layers(gathered, Layers()), calibration, calibration_loss("sampled", seed), CPU, lambda done: None
+    )  # type: ignore[arg-type]
+    plan = plan_of(task.model, statistics, calibration, "sampled", seed, block=BLOCK)
     return prune_model(plan, Budget(sparsity=sparsity), lambda *_: None)[0]
 
 

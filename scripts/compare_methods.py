@@ -17,19 +17,22 @@ from pathlib import Path
 
 import torch
 from results import publish
-from tasks import CPU, Task, recover, swin_task, vit_task
+from tasks import CPU, Task, plan_of, recover, swin_task, vit_task
 from torch import Tensor, nn
 
 from lpvit_cli.curvature import LayerStatistics, collect
-from lpvit_cli.models import prunable_layers
+from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.pruning.allocate import Curve, allocate
+from lpvit_cli.pruning.block_obs import compensated
 from lpvit_cli.pruning.blocks import Block, block_elements
-from lpvit_cli.pruning.saliency import METHODS, Removal
-from lpvit_cli.pruning.surgeon import compensated
-from lpvit_cli.recipe import Budget, FinetuneSection, Layers, Recipe
+from lpvit_cli.pruning.engine import prune_model
+from lpvit_cli.pruning.methods.obs import obs
+from lpvit_cli.pruning.plan import Plan
+from lpvit_cli.pruning.removal import Removal
+from lpvit_cli.recipe.finetune import FinetuneSection
+from lpvit_cli.recipe.prune import Budget, Layers
 from lpvit_cli.sparse import sparsify
-from lpvit_cli.stages.plan import Plan, build_plan
-from lpvit_cli.stages.pruned_model import prune_model
+from lpvit_cli.tasks.classification import calibration_loss
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 RECOVERED = ("magnitude, global", "wanda, uniform", "taylor", "lpvit", "block Fisher", "M-FAC", "obs")  # the rest: ablations
@@ -50,10 +53,11 @@ def methods(task: Task, layers: dict[str, nn.Linear], seed: int, block: Block) -
     calibration = task.calibration(seed)
     gathered = copy.deepcopy(task.model)
     found = prunable_layers(gathered, Layers())  # type: ignore[arg-type]
-    statistics = collect(gathered, found, calibration, "sampled", seed, CPU, lambda done: None)
+    statistics = collect(gathered, found, calibration, calibration_loss("sampled", seed), CPU, lambda done: None)
 
     def removals(name: str) -> dict[str, Removal]:
-        return {layer: METHODS[name](module.weight.detach(), statistics[layer], block) for layer, module in layers.items()}
+        plan = plan_of(task.model, statistics, calibration, "sampled", seed, block=block, method=name)
+        return {layer: plan.method.removal(layer, block, balanced=False) for layer in layers}
 
     def least_squares(name: str, mask: Tensor) -> Tensor:
         return compensated(layers[name].weight.detach(), statistics[name].hessian, mask, block)
@@ -62,18 +66,13 @@ def methods(task: Task, layers: dict[str, nn.Linear], seed: int, block: Block) -
         """obs, S of each layer [out, out] changed."""
         other: dict[str, LayerStatistics] = copy.deepcopy(statistics)
         for layer in other.values():
-            layer.output_outer = change(layer.output_outer)
-        orders = {name: METHODS["obs"](module.weight.detach(), other[name], block) for name, module in layers.items()}
+            layer.G = change(layer.G)
+        orders = {name: obs(module.weight.detach(), other[name], block) for name, module in layers.items()}
         return Method(orders, weights=least_squares)
 
     def engine(gradient: str = "sampled", **settings: object) -> Method:
-        prune = {"block": block, "min_keep": 0.0, "beta": 0.0, **settings}
-        model = {"name": task.name}
-        recipe = Recipe.model_validate(
-            {"name": task.name, "seed": seed, "model": model, "data": {"dataset": "digits"}, "prune": prune}
-            | {"device": "cpu", "calibrate": {"gradient": gradient}}
-        )
-        return Method({}, plan=build_plan(recipe, task.model, statistics, calibration, None, None, lambda *_: None))
+        plan = plan_of(task.model, statistics, calibration, gradient, seed, **{"block": block, "beta": 0.0, **settings})
+        return Method({}, plan=plan)
 
     return {
         "magnitude, uniform": lambda: Method(removals("magnitude"), uniform=True),

@@ -16,32 +16,37 @@ from results import publish
 from tasks import CPU, Task, swin_task, vit_task
 from torch import Tensor
 
-from lpvit_cli.curvature import class_probabilities, collect, divergence
-from lpvit_cli.models import prunable_layers
-from lpvit_cli.pruning.saliency import METHODS
-from lpvit_cli.pruning.surgeon import compensated
-from lpvit_cli.recipe import Layers
+from lpvit_cli.curvature import collect
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.pruning.block_obs import compensated
+from lpvit_cli.pruning.methods.obs import obs
+from lpvit_cli.recipe.prune import Layers
+from lpvit_cli.tasks.classification import Classification
 
 REMOVED = (0.25, 0.5, 0.7, 0.8, 0.9)
 BLOCK = (16, 16)
+TASK = Classification()
 
 
 def points(task: Task, seed: int = 0) -> list[dict[str, object]]:
     model = copy.deepcopy(task.model)
     layers = prunable_layers(model, Layers())
     calibration = task.calibration(seed)
-    statistics = collect(model, layers, calibration, "sampled", seed, CPU, lambda done: None)
+    statistics = collect(model, layers, calibration, TASK.loss("sampled", seed), CPU, lambda done: None)
     images = {"calibration": calibration, "validation": task.val}
-    dense = {which: class_probabilities(model, batches, CPU) for which, batches in images.items()}
+    dense = {which: TASK.outputs(model, batches, CPU) for which, batches in images.items()}
     rows = []
     for name, layer in layers.items():
         weight, hessian = layer.weight.detach().clone(), statistics[name].hessian
-        removal = METHODS["obs"](weight, statistics[name], BLOCK)
+        removal = obs(weight, statistics[name], BLOCK)
         for fraction in REMOVED:
             removed = round(fraction * removal.steps)
             layer.weight.data = compensated(weight, hessian, removal.mask(removed), BLOCK)
             row = {"layer": name, "removed": fraction, "predicted": float(removal.distortion[removed])}
-            rows.append(row | {which: divergence(model, dense[which], batches, CPU) for which, batches in images.items()})
+            rows.append(
+                row
+                | {which: TASK.divergence(TASK.outputs(model, batches, CPU), dense[which]) for which, batches in images.items()}
+            )
         layer.weight.data = weight
     return rows
 

@@ -10,22 +10,45 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lpvit_cli.data import Batch, Batches, DigitsReader
-from lpvit_cli.lora import adapt, merge
-from lpvit_cli.measure.accuracy import Accuracy, accuracy
-from lpvit_cli.models import build_model, write_tensors
-from lpvit_cli.recipe import FinetuneSection, ModelSection, Recipe
+from lpvit_cli.curvature import LayerStatistics
+from lpvit_cli.data.batches import Batch, Batches
+from lpvit_cli.data.readers import DigitsReader
+from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.models.tensors import write_tensors
+from lpvit_cli.pruning.plan import Plan, build_plan
+from lpvit_cli.recipe import Recipe
+from lpvit_cli.recipe.finetune import FinetuneSection
+from lpvit_cli.recipe.model import ModelSection
+from lpvit_cli.recipe.prune import PruneSection
+from lpvit_cli.recovery.history import read_losses
+from lpvit_cli.recovery.lora import adapt, merge
+from lpvit_cli.recovery.objective import Objective
+from lpvit_cli.recovery.start import choose_trained, start_from_gradient
+from lpvit_cli.recovery.trainer import Trainer
 from lpvit_cli.sparse import sparse_layers
-from lpvit_cli.stages.finetune import choose_trained, start_from_gradient
-from lpvit_cli.training.history import read_losses
-from lpvit_cli.training.objective import Objective
-from lpvit_cli.training.trainer import Trainer
+from lpvit_cli.tasks.classification import Accuracy, Classification, accuracy
 
 CPU = torch.device("cpu")
 SWIN = ModelSection(
     name="swin_tiny_patch4_window7_224",
     kwargs={"img_size": (32, 64), "window_size": 4, "embed_dim": 64, "depths": (2, 4), "num_heads": (2, 4), "num_classes": 10},
 )
+
+
+def plan_of(
+    model: nn.Module,
+    statistics: dict[str, LayerStatistics],
+    calibration: list[Batch],
+    gradient: str,
+    seed: int,
+    **prune: object,
+) -> Plan:
+    """The plan of a trained model on the CPU; `prune`: what differs from a recipe's defaults."""
+    settings = PruneSection.model_validate(prune)
+    layers = prunable_layers(model, settings.layers)
+    facts = {"task": Classification(), "gradient": gradient, "seed": seed, "device": CPU, "progress": lambda *_: None}
+    return build_plan(settings, model, layers, statistics, calibration, example=calibration[0][0][:1], **facts)  # type: ignore[arg-type]
 
 
 @dataclass

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lpvit_cli import Recipe
-from lpvit_cli.data import batches, open_images
-from lpvit_cli.measure.accuracy import accuracy
-from lpvit_cli.models import build_model
+from lpvit_cli.data.batches import batches
+from lpvit_cli.data.readers import open_images
+from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.tasks.classification import accuracy
 
 WEIGHTS = Path(__file__).parent.parent / "configs" / "weights" / "digits_vit.safetensors"
 

@@ -91,8 +91,8 @@ def test_bad_input(lpvit: Cli, arguments: list[str], code: int, message: str, hi
     ("change", "message"),
     [
         ("prune.block=[2048,32]", "2048x32 is larger than layer blocks.0.attn.qkv (720x240, out x in)"),
-        ("prune.budget.sparsity=0.96", "sparsity 0.96 cannot be reached: with min_keep 0.05 it can be from 0 to 0.9166"),
-        ("prune.budget.flops=0.01", "flops 0.01 cannot be reached: with min_keep 0.05 it can be from 0.12"),
+        ("prune.budget.sparsity=0.96", "sparsity 0.96 cannot be reached: with min_keep 0.25 it can be from 0 to 0.75"),
+        ("prune.budget.flops=0.01", "flops 0.01 cannot be reached: with min_keep 0.25 it can be from 0.28"),
         ("prune.layers.include=[nothing.*]", "no linear layer matches"),
     ],
 )
@@ -102,7 +102,7 @@ def test_impossible_pruning_leaves_the_calibration_and_nothing_else(lpvit: Cli, 
     result = lpvit("calibrate", *calibration, *layers)
     if not layers:
         assert result.code == 0, result.err
-        result = lpvit("prune", *calibration, "--set", change)
+        result = lpvit("prune", *calibration, "--set", "prune.min_keep=0.25", "--set", change)
     assert result.code == 2
     assert message in result.err
     assert {p.name for p in Path("run").iterdir()} <= {".lock", "recipe.yaml", "calibration"}
@@ -124,7 +124,7 @@ def test_a_bug_is_a_traceback_and_exit_code_1(lpvit: Cli, monkeypatch: pytest.Mo
     def broken() -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr("lpvit_cli.doctor.examine", broken)
+    monkeypatch.setattr("lpvit_cli.commands.doctor.examine", broken)
     result = lpvit("doctor", "--json")
     assert result.code == 1
     assert "Traceback" in result.err
@@ -148,7 +148,7 @@ def test_dry_run_writes_nothing(lpvit: Cli, tmp_path: Path) -> None:
     assert "sparsity: 0.5" in result.out
     assert list(tmp_path.iterdir()) == []
     document = json.loads(lpvit("run", "digits_vit", "--dry-run", "--json").out)
-    assert document["recipe"]["prune"]["min_keep"] == 0.05
+    assert document["recipe"]["prune"]["min_keep"] == 0
     assert document["stages"] == dict.fromkeys((stage.command for stage in STAGES), "runs")
 
 
@@ -157,7 +157,7 @@ def test_dry_run_writes_nothing(lpvit: Cli, tmp_path: Path) -> None:
     [
         ("calibrate", "calibrate.batch_size"),
         ("bench", "bench.batch_sizes"),
-        ("profile", "profile.batch_size"),
+        ("profile", "target.batch_size"),
         ("run", "data.batch_size"),
     ],
 )
@@ -167,7 +167,7 @@ def test_options_are_recipe_keys(lpvit: Cli, command: str, key: str) -> None:
     section, name = key.split(".")
     assert recipe[section][name] == ([5] if name == "batch_sizes" else 5)
     assert (recipe["seed"], recipe["device"]) == (7, "cpu")
-    assert (recipe["bench"]["dtypes"] if command in ("bench", "profile") else [recipe["dtype"]]) == ["bfloat16"]
+    assert (recipe["target"]["precision"] if command in ("bench", "profile") else recipe["dtype"]) == "bfloat16"
 
 
 def test_finetune_can_be_left_out(lpvit: Cli) -> None:
@@ -181,7 +181,7 @@ def test_recipes_are_listed_shown_and_validated(lpvit: Cli) -> None:
     table = lpvit("recipes", "list").out
     assert all(name in table for name in listed)
     assert lpvit("recipes", "show", "digits_vit").out.startswith("# lpvit run digits_vit\n")
-    assert json.loads(lpvit("recipes", "show", "digits_vit", "--json").out)["prune"]["min_keep"] == 0.05
+    assert json.loads(lpvit("recipes", "show", "digits_vit", "--json").out)["prune"]["min_keep"] == 0
     assert lpvit("recipes", "validate", "deit_base_70").out == "deit_base_70: valid\n"
     result = lpvit("recipes", "validate", "deit_base_70", "--set", "prune.blocks=1", "--json")
     assert (result.code, json.loads(result.out)["error"]["hint"]) == (2, "did you mean 'block'?")
@@ -222,7 +222,7 @@ def test_missing_optional_package(
 
 
 def test_doctor_names_what_is_there_and_how_to_get_what_is_not(lpvit: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lpvit_cli.doctor.installed", lambda package: None if package == "matplotlib" else "1.2.3")
+    monkeypatch.setattr("lpvit_cli.commands.doctor.installed", lambda package: None if package == "matplotlib" else "1.2.3")
     findings = {finding["what"]: finding for finding in json.loads(lpvit("doctor", "--json").out)}
     assert {"lpvit", "torch", "CPU", "triton", "GPU energy (NVML)", "CPU energy (RAPL)", "onnxruntime"} <= findings.keys()
     assert findings["matplotlib"]["ok"] is False

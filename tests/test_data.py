@@ -19,20 +19,13 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from lpvit_cli import data as data_module
-from lpvit_cli.data import (
-    Batches,
-    DigitsReader,
-    SyntheticReader,
-    batches,
-    class_names,
-    open_images,
-    read_image,
-    require_same_classes,
-    transform_for,
-)
+from lpvit_cli.data import readers as data_module
+from lpvit_cli.data.batches import Batches, batches
+from lpvit_cli.data.readers import DigitsReader, SyntheticReader, class_names, open_images, require_same_classes
+from lpvit_cli.data.transforms import read_image, transform_for
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.recipe import Augment, DataSection
+from lpvit_cli.recipe.data import DataSection
+from lpvit_cli.recipe.finetune import Augment
 
 HALF, IMAGENET = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 INSECTS = {"wasp": 2, "ant": 3, "bee": 1}

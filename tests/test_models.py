@@ -27,22 +27,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lpvit_cli
-from lpvit_cli.data import transform_for
+from lpvit_cli.data.transforms import transform_for
+from lpvit_cli.devices import autocast, pick_device, pick_dtype
 from lpvit_cli.errors import EnvironmentFault, LpvitError, UsageError
-from lpvit_cli.models import (
-    autocast,
-    build_model,
-    load_model,
-    model_config,
-    pick_device,
-    pick_dtype,
-    prunable_layers,
-    read_tensors,
-    save_model,
-    shrink,
-    write_tensors,
-)
-from lpvit_cli.recipe import Layers, ModelSection
+from lpvit_cli.models.families.timm import build_model, shrink
+from lpvit_cli.models.folder import load_model, model_config, save_model
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.models.tensors import read_tensors, write_tensors
+from lpvit_cli.recipe.model import ModelSection
+from lpvit_cli.recipe.prune import Layers
 from lpvit_cli.sparse import BlockSparseLinear, densify, sparse_layers, sparsify
 
 VIT = "vit_tiny_patch16_224"

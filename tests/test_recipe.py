@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from lpvit_cli import Recipe
 from lpvit_cli.errors import UsageError
-from lpvit_cli.recipe import shipped_recipes
+from lpvit_cli.recipe.shipped import shipped_recipes
 
 MINIMAL = "model: {name: vit_tiny_patch16_224}\ndata: {dataset: digits}\n"
 
@@ -128,12 +128,12 @@ def test_unknown_name_suggests_a_shipped_recipe() -> None:
 
 def test_overrides_win_and_errors_name_them(tmp_path: Path) -> None:
     recipe = Recipe.load(
-        written(tmp_path, MINIMAL), ["prune.block=[16,8]", "model.kwargs.depth=3", "finetune=null", "bench.threads=1"]
+        written(tmp_path, MINIMAL), ["prune.block=[16,8]", "model.kwargs.depth=3", "finetune=null", "target.threads=1"]
     )
     assert recipe.prune.block == (16, 8)
     assert recipe.model.kwargs == {"depth": 3}
     assert recipe.finetune is None
-    assert recipe.bench.threads == 1
+    assert recipe.target.threads == 1
     assert problem(tmp_path, MINIMAL, "seed=-1")[0].startswith("--set seed=-1: seed: should be greater than or equal to 0")
     assert problem(tmp_path, MINIMAL, "prune.blok=1") == (
         "--set prune.blok=1: prune.blok: unknown key",

@@ -12,15 +12,25 @@ import pytest
 from safetensors import SafetensorError
 
 from lpvit_cli import Recipe
-from lpvit_cli import run as run_module
 from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.files import content_id, digest, publish, replace_text, writing
+from lpvit_cli.pipeline import run as run_module
+from lpvit_cli.pipeline.run import Run
+from lpvit_cli.pipeline.stage import Stage
+from lpvit_cli.recipe.section import note_reads
 from lpvit_cli.report.schema import CalibrateReport
-from lpvit_cli.run import Run, content_id, digest, publish, replace_text, writing
-from lpvit_cli.stages import BENCH, CALIBRATE, FINETUNE, PRUNE, Stage
+from lpvit_cli.stages import BENCH, CALIBRATE, FINETUNE, PRUNE, run_of
+
+READS = {  # what each stage reads at least
+    "calibration": ["model.name", "model.weights", "data.root", "calibrate.images", "prune.layers.include"],
+    "pruned": ["prune.min_keep", "prune.budget"],
+    "finetuned": ["finetune.rank", "finetune.lr"],
+    "bench": ["bench.rounds"],
+}
 
 
 def make(folder: Path, *overrides: str) -> Run:
-    return Run(Recipe.load("digits_vit", overrides), folder)
+    return run_of(Recipe.load("digits_vit", overrides), folder)
 
 
 def report() -> CalibrateReport:
@@ -29,10 +39,11 @@ def report() -> CalibrateReport:
 
 @pytest.fixture
 def work_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let every stage do `body(work)` instead of its real work."""
+    """Let every stage read its keys of the recipe and do `body(work)` instead of its real work."""
 
     def use(body: Callable[[Path], object]) -> None:
         def function(recipe: Recipe, run: Run, work: Path, progress: object) -> CalibrateReport:
+            note_reads(READS[work.name.split(".")[1]])
             (work / "data").write_text("half")
             body(work)
             return report()
@@ -57,7 +68,7 @@ def test_published_artefact_is_skipped_until_its_inputs_change(tmp_path: Path, w
         assert run.changes(PRUNE) == []
     other = make(tmp_path / "r", "prune.min_keep=0.2")
     assert other.changes(CALIBRATE) == []
-    assert other.changes(PRUNE) == ["prune.min_keep: 0.05 -> 0.2"]
+    assert other.changes(PRUNE) == ["prune.min_keep: 0.0 -> 0.2"]
     earlier = make(tmp_path / "r", "calibrate.images=7")
     assert earlier.changes(CALIBRATE) == ["calibrate.images: 1437 -> 7"]
     assert earlier.changes(PRUNE) == ["calibration: calibrate.images: 1437 -> 7"]
@@ -159,9 +170,9 @@ def test_progress_survives_only_for_the_same_inputs(tmp_path: Path, work_of: Cal
         run.execute(CALIBRATE, quiet)
         kept, stale = run.progress_folder(PRUNE), run.folder / ".pruned.progress-0000"
         seen = []
-        work_of(lambda work: seen.extend(p.name for p in run.folder.glob(".pruned.progress-*")))
+        work_of(lambda work: seen.extend(p.name for p in run.folder.glob(".pruned.progress*")))
         for resume in (True, False):
-            kept.mkdir(exist_ok=True)
+            run.progress_folder(PRUNE)
             stale.mkdir()
             run.execute(PRUNE, quiet, resume=resume)
     assert seen == [kept.name]
@@ -173,7 +184,7 @@ def test_folder_of_another_recipe_is_refused_and_taken_over_on_request(tmp_path:
     run = make(tmp_path / "r")
     with run.open():
         run.execute(CALIBRATE, quiet)
-    other = Run(Recipe.load("deit_small_50"), tmp_path / "r")
+    other = run_of(Recipe.load("deit_small_50"), tmp_path / "r")
     with pytest.raises(UsageError, match="holds a run of recipe 'digits_vit', not 'deit_small_50'"), other.open():
         pass
     assert (tmp_path / "r" / "calibration").is_dir()
@@ -301,7 +312,7 @@ def test_names_that_yaml_quotes_are_recognised(tmp_path: Path, name: str) -> Non
 def test_taking_a_folder_over_removes_the_progress_of_its_former_run(tmp_path: Path) -> None:
     with make(tmp_path / "r").open():
         (tmp_path / "r" / ".finetuned.progress-0000").mkdir()
-    with Run(Recipe.load("deit_small_50"), tmp_path / "r").open(overwrite=True):
+    with run_of(Recipe.load("deit_small_50"), tmp_path / "r").open(overwrite=True):
         assert not (tmp_path / "r" / ".finetuned.progress-0000").exists()
 
 
@@ -348,7 +359,7 @@ def test_another_pruned_model_makes_the_recovered_one_stale(tmp_path: Path, work
         for stage in (CALIBRATE, PRUNE, FINETUNE):
             run.execute(stage, quiet)
     assert run.changes(FINETUNE) == []
-    assert make(tmp_path / "r", "prune.min_keep=0.2").changes(FINETUNE) == ["pruned: prune.min_keep: 0.05 -> 0.2"]
+    assert make(tmp_path / "r", "prune.min_keep=0.2").changes(FINETUNE) == ["pruned: prune.min_keep: 0.0 -> 0.2"]
 
 
 def test_a_machine_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,7 +383,7 @@ def test_taking_over_spares_folders_lpvit_did_not_make(tmp_path: Path) -> None:
 
 def test_taking_over_waits_for_the_lock(tmp_path: Path, work_of: Callable[..., None]) -> None:
     work_of(lambda work: None)
-    run, other = make(tmp_path / "r"), Run(Recipe.load("deit_small_50"), tmp_path / "r")
+    run, other = make(tmp_path / "r"), run_of(Recipe.load("deit_small_50"), tmp_path / "r")
     with run.open():
         run.execute(CALIBRATE, quiet)
         with pytest.raises(EnvironmentFault, match="another lpvit is working"), other.open(overwrite=True):
@@ -398,7 +409,7 @@ def test_a_bench_does_not_hold_on_another_machine(
     with run.open():
         for stage in (CALIBRATE, PRUNE, BENCH):
             run.execute(stage, quiet)
-    monkeypatch.setattr("lpvit_cli.models.describe_device", lambda device: "a faster one")
+    monkeypatch.setattr("lpvit_cli.devices.describe_device", lambda device: "a faster one")
     (change,) = run.changes(BENCH) or [""]
     assert change.endswith("-> a faster one")
     assert run.changes(PRUNE) == []

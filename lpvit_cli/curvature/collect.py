@@ -11,24 +11,22 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from lpvit_cli import distributed
 from lpvit_cli.curvature.inputs import observe_inputs
-from lpvit_cli.curvature.loss import Gradient, calibration_loss
 from lpvit_cli.curvature.outputs import observe_outputs
 from lpvit_cli.curvature.statistics import LayerStatistics
 from lpvit_cli.errors import CheckFailed, UsageError
+from lpvit_cli.tasks.base import Loss
 
 
 def collect(
     model: nn.Module,
     layers: dict[str, nn.Linear],
     batches: Iterable[tuple[Tensor, Tensor]],
-    gradient: Gradient,
-    seed: int,
+    loss: Loss,
     device: torch.device,
     on_batch: Callable[[int], None],
 ) -> dict[str, LayerStatistics]:
-    """Statistics of `layers` over `batches` (images [n, 3, H, W], labels [n]). `on_batch` is told the images done.
+    """Statistics of `layers` over `batches` (images [n, C, H, W], labels [n]) under `loss`. `on_batch` is told the images done.
 
     With several processes, each with batches of its own, those of all images together.
 
@@ -43,9 +41,8 @@ def collect(
         sums = LayerStatistics(
             torch.zeros(columns, columns, device=device), torch.zeros(rows, rows, device=device), torch.empty(0), 0, 0
         )
-        handles += [observe_inputs(layer, sums), observe_outputs(layer, sums.output_outer)]
+        handles += [observe_inputs(layer, sums), observe_outputs(layer, sums.G)]
         statistics[name] = sums
-    loss = calibration_loss(gradient, seed + distributed.rank())
     images = 0
     try:
         for x, labels in batches:

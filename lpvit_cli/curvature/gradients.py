@@ -6,7 +6,7 @@ few rows of a few layers at a time, each time in one pass over the m images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -14,8 +14,8 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from lpvit_cli.curvature.loss import Gradient, calibration_loss
 from lpvit_cli.errors import UsageError
+from lpvit_cli.tasks.base import Loss
 
 MEMORY_BYTES = 2 * 2**30  # for the gradients that exist at once
 BYTES = 4  # float32
@@ -42,16 +42,16 @@ def single_images(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> list[
 
 @dataclass
 class ImageGradients:
-    """dL/dW of every image for itself; `images` as of `single_images`, `gradient` and `seed` as of `calibration_loss`.
+    """dL/dW of every image for itself; `images` as of `single_images`.
 
-    Every pass draws the same labels. Between passes the model is on the CPU, in evaluation mode.
+    `new_loss` makes the loss anew for every pass, so that each draws the same labels. Between passes the model is on
+    the CPU, in evaluation mode.
     """
 
     model: nn.Module
     layers: dict[str, nn.Linear]  # of the model
     images: list[tuple[Tensor, Tensor]]
-    gradient: Gradient
-    seed: int
+    new_loss: Callable[[], Loss]
     device: torch.device
 
     def stream(self, heights: dict[str, int], memory_bytes: int = MEMORY_BYTES) -> Iterator[tuple[str, slice, Tensor]]:
@@ -83,7 +83,7 @@ class ImageGradients:
     def _of_each_image(self, names: list[str]) -> Iterator[tuple[Tensor, ...]]:
         self.model.eval().to(self.device)
         weights = [self.layers[name].weight.requires_grad_() for name in names]
-        loss = calibration_loss(self.gradient, self.seed)
+        loss = self.new_loss()
         try:
             for image, label in self.images:
                 yield torch.autograd.grad(loss(self.model(image.to(self.device)), label), weights)

@@ -14,7 +14,7 @@ def observe_inputs(layer: nn.Linear, into: LayerStatistics) -> RemovableHandle:
 
     def observe(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].detach().flatten(0, -2).float()
-        into.input_outer.addmm_(x.T, x)
+        into.A.addmm_(x.T, x)
         into.tokens += len(x)
 
     return layer.register_forward_pre_hook(observe)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lpvit_cli.curvature.loss import Loss
+from lpvit_cli.tasks.base import Loss
 
 
 def observe_outputs(layer: nn.Module, into: Tensor) -> RemovableHandle:

@@ -14,17 +14,20 @@ from torch import Tensor
 
 from lpvit_cli import distributed
 from lpvit_cli.errors import EnvironmentFault
-from lpvit_cli.models import write_tensors
+from lpvit_cli.models.tensors import write_tensors
 
-FIELDS = ("input_outer", "output_outer", "gradient")
+FIELDS = {"A": "input_outer", "G": "output_outer", "gradient": "gradient"}  # and what they are called in files
 
 
 @dataclass
 class LayerStatistics:
-    """Statistics of one linear layer, W [out, in], x [tokens, in], per-image loss gradient d [tokens, out]; float32."""
+    """Statistics of one linear layer, W [out, in], x [tokens, in], per-image loss gradient d [tokens, out]; float32.
 
-    input_outer: Tensor  # [in, in]: sum over tokens of x^T x
-    output_outer: Tensor  # [out, out]: sum over tokens of d^T d, for a loss summed (not averaged) over images
+    `A` and `G` are the Kronecker factors of K-FAC (arXiv 1503.05671), as sums.
+    """
+
+    A: Tensor  # [in, in]: sum over tokens of x^T x
+    G: Tensor  # [out, out]: sum over tokens of d^T d, for a loss summed (not averaged) over images
     gradient: Tensor  # [out, in]: sum over images of dL/dW = sum over tokens of d^T x
     tokens: int  # tokens summed over, all images together
     images: int
@@ -37,18 +40,18 @@ class LayerStatistics:
     def sum_over_processes(self) -> None:
         """Statistics of all processes together, in place."""
         counts = torch.tensor([self.tokens, self.images])
-        distributed.sum_(self.input_outer, self.output_outer, self.gradient, counts)
+        distributed.all_reduce(self.A, self.G, self.gradient, counts)
         self.tokens, self.images = counts.tolist()
 
     @property
     def hessian(self) -> Tensor:
         """H = 2/N sum x^T x [in, in], N tokens: Hessian of the layer's mean squared error, the same for each output."""
-        return self.input_outer * (2 / self.tokens)
+        return self.A * (2 / self.tokens)
 
     @property
     def output_moment(self) -> Tensor:
         """S = 1/N sum d^T d [out, out]: output-gradient second moment."""
-        return self.output_outer / self.tokens
+        return self.G / self.tokens
 
     @property
     def mean_gradient(self) -> Tensor:
@@ -64,7 +67,7 @@ class LayerStatistics:
     @property
     def not_finite(self) -> str | None:
         """A field that holds NaN or infinite values."""
-        return next((field for field in FIELDS if not bool(getattr(self, field).isfinite().all())), None)
+        return next((stored for field, stored in FIELDS.items() if not bool(getattr(self, field).isfinite().all())), None)
 
     def to(self, device: torch.device) -> LayerStatistics:
         return LayerStatistics(**{f: getattr(self, f).to(device) for f in FIELDS}, tokens=self.tokens, images=self.images)
@@ -75,8 +78,9 @@ class LayerStatistics:
 
 
 def save_statistics(path: Path, statistics: dict[str, LayerStatistics]) -> None:
-    tensors = {f"{name}.{field}": getattr(layer, field).contiguous() for name, layer in statistics.items() for field in FIELDS}
+    tensors: dict[str, Tensor] = {}
     for name, layer in statistics.items():
+        tensors |= {f"{name}.{stored}": getattr(layer, field).contiguous() for field, stored in FIELDS.items()}
         tensors[f"{name}.counts"] = torch.tensor([layer.tokens, layer.images])
     write_tensors(path, tensors)
 
@@ -88,7 +92,7 @@ def load_statistics(path: Path, names: list[str]) -> dict[str, LayerStatistics]:
             statistics = {}
             for name in names:
                 tokens, images = file.get_tensor(f"{name}.counts").tolist()
-                fields = {field: file.get_tensor(f"{name}.{field}") for field in FIELDS}
+                fields = {field: file.get_tensor(f"{name}.{stored}") for field, stored in FIELDS.items()}
                 statistics[name] = LayerStatistics(**fields, tokens=tokens, images=images)
                 if field := statistics[name].not_finite:
                     raise ValueError(f"{field} of {name} holds NaN or infinite values")

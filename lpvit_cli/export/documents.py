@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from timm.data import resolve_model_data_config
 
-from lpvit_cli.models import VisionModel
+from lpvit_cli.models.protocol import VisionModel
 
 
 def document(template: str, **values: Any) -> str:

@@ -19,7 +19,7 @@ from onnx_ir.tape import Tape
 from torch import Tensor
 from torch.nn import functional as F
 
-from lpvit_cli.export.layer import Layer, Row
+from lpvit_cli.export.layer import ExportLayer, Row
 
 MICROSOFT = "com.microsoft"  # where onnxruntime keeps the int8 product with a float result
 BATCH_SIZES = 8  # of `batched`: block rows are padded to one of so many counts
@@ -28,7 +28,7 @@ BATCH_SIZES = 8  # of `batched`: block rows are padded to one of so many counts
 class Builder:
     """Nodes and initializers being made for one layer."""
 
-    def __init__(self, layer: Layer):
+    def __init__(self, layer: ExportLayer):
         self.tape, self.layer = Tape(), layer
 
     def op(self, name: str, *inputs: ir.Value | None, domain: str = "", **attributes: int | str | Sequence[int]) -> ir.Value:
@@ -140,7 +140,7 @@ def batched(b: Builder, x: ir.Value) -> ir.Value:
 FORMS: dict[str, Callable[[Builder, ir.Value], ir.Value]] = {"dense": dense, "rows": rows, "chain": chain, "batched": batched}
 
 
-def forms_of(layer: Layer) -> list[str]:
+def forms_of(layer: ExportLayer) -> list[str]:
     """Those that can be told apart for this layer."""
     if layer.weight.density == 1:
         return ["dense"]

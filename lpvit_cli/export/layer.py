@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lpvit_cli.measure.timing import TimingRun
-from lpvit_cli.run import Progress
+from lpvit_cli.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Layer:
+class ExportLayer:
     """What is written; `x_range`: smallest and largest input, for static int8."""
 
     name: str
@@ -71,28 +71,31 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Choice:
+class FormChoice:
     """The fastest form of layers that timing cannot tell apart; medians in microseconds, by form."""
 
     form: str
     times_us: dict[str, float]
 
     @classmethod
-    def fastest(cls, run: TimingRun) -> Choice:
+    def fastest(cls, run: TimingRun) -> FormChoice:
         """Of the forms that were timed."""
         times = {form: 1e3 * timed.percentiles.p50 for form, timed in run.subjects.items()}
         return cls(min(times, key=times.__getitem__), times)
 
 
 def choose_by_kind(
-    layers: Mapping[str, Layer], tokens: Mapping[str, int], progress: Progress, choose: Callable[[Layer, int], Choice]
-) -> dict[str, Choice]:
+    layers: Mapping[str, ExportLayer],
+    tokens: Mapping[str, int],
+    progress: Progress,
+    choose: Callable[[ExportLayer, int], FormChoice],
+) -> dict[str, FormChoice]:
     """`choose`(layer, rows of x) for each layer. Layers of equal shape, block and density are timed once."""
     kinds: dict[object, list[str]] = {}
     for name, layer in layers.items():
         kept = round(20 * layer.weight.density)
         kinds.setdefault((layer.weight.shape, layer.weight.block, kept, layer.int8, tokens[name]), []).append(name)
-    chosen: dict[str, Choice] = {}
+    chosen: dict[str, FormChoice] = {}
     for done, names in enumerate(kinds.values()):
         progress("choosing forms", done, len(kinds), f"{names[0]}, {tokens[names[0]]} tokens")
         choice = choose(layers[names[0]], tokens[names[0]])

@@ -1,122 +1,66 @@
-"""Running a .pt2 file in torch: an exported program, or one compiled ahead of time."""
+"""A model as a torch.export program of torch's own operators: runs in plain torch, without lpvit."""
 
 from __future__ import annotations
 
-import io
-import json
-import re
-import zipfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+import copy
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn import functional as F
 
-from lpvit_cli.errors import EnvironmentFault
-from lpvit_cli.export.runtime import METADATA_KEY, ExportedModel
+from lpvit_cli.export.layer import ExportLayer
+from lpvit_cli.models.protocol import VisionModel
 
-EXTRA_FILE = f"{METADATA_KEY}.json"  # of an exported program; a compiled one has it as a string among its metadata
-AGAIN = "copy the file again, or export it again with `lpvit export`"
-EXPECTED = re.compile(
-    r"models/model\.json|data/(weights|constants)/((weight|tensor)_\d+|model_(weights|constants)_config\.json)"
-    r"|data/sample_inputs/model\.pt|extra/.+|archive_\w+|byteorder|\.data/\w+"
-)
-OPERATOR = re.compile(r"torch\.ops\.aten\.\w+\.\w+|_operator\.\w+")
-SIZE = re.compile(
-    r"(\b(Symbol|Integer|Add|Mul|Pow|Mod|PythonMod|FloorDiv|CleanDiv|CeilDiv|Min|Max|positive|nonnegative|integer|True|False"
-    r"|[su]\d+|\d+)\b|[\s(),='+*/-])*"
-)
+FORMS = ("dense", "rows")
 
 
-class TorchProgram(ExportedModel):
-    """`model(images [n, 3, H, W]) -> logits [n, classes]` on the CPU, preprocessing in `pretrained_cfg` as in timm.
+class BlockRows(nn.Module):
+    """y = x W^T + b in torch's operators: per block row, the slices of x that it needs are gathered for one small product.
 
-    torch.export.load unpickles parts of a file and evaluates texts in it, and has no switch against that. So what lpvit never
-    writes is refused before: pickled weights and constants, other operators than torch's own, sizes that are no arithmetic.
-    A compiled file is machine code, which nobody can check: like any program, open only one that you trust.
-
-    Raises EnvironmentFault when the file is damaged, is not of lpvit's making, or cannot run in this torch or on this CPU.
+    Of the ways to write it this is the fastest on a CPU: at 197 tokens, 3072 x 768 and 70 % removed in 128x32 blocks 2.5x
+    faster than dense, where one batched product for all rows, and a product per block, have 1.9x.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, layer: ExportLayer):
         super().__init__()
-        metadata, compiled = _inspect(path)
-        self.adopt(path, {METADATA_KEY: metadata})
-        try:  # a bound method: as a submodule, an exported program would refuse eval()
-            self.run: Callable[[Tensor], Tensor] = (
-                _load_compiled(path) if compiled else torch.export.load(path).module().__call__
-            )
-        except Exception as error:  # torch raises many kinds: another version's format, another machine's code
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            raise EnvironmentFault(
-                f"{path}: torch {torch.__version__} cannot load it: {reason[0]}", "export it again with this torch, here"
-            ) from error
+        rows, (_, self.width), (_, self.columns) = layer.merged_rows, layer.weight.block, layer.weight.grid
+        self.padding = self.columns * self.width - layer.weight.shape[1]
+        self.factors = nn.ParameterList(row.factor(self.width) for row in rows)  # [kept C, R] each
+        self.biases = None if layer.bias is None else nn.ParameterList(row.bias for row in rows)
+        for i, row in enumerate(rows):
+            self.register_buffer(f"kept_{i}", torch.tensor(row.columns))
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.run(images.float().cpu().contiguous())
-
-
-def _load_compiled(path: Path) -> Callable[[Tensor], Tensor]:
-    from torch._inductor import aoti_load_package
-
-    run: Callable[[Tensor], Tensor] = aoti_load_package(str(path))
-    return run
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        slices = (F.pad(x, (0, self.padding)) if self.padding else x).reshape(-1, self.columns, self.width)
+        pieces = []
+        for i, factor in enumerate(self.factors):
+            part = slices.index_select(1, self.get_buffer(f"kept_{i}")).flatten(1)  # [tokens, kept C]
+            pieces.append(part @ factor if self.biases is None else torch.addmm(self.biases[i], part, factor))
+        return torch.cat(pieces, dim=1).unflatten(0, x.shape[:-1])
 
 
-def _inspect(path: Path) -> tuple[str, bool]:
-    """What lpvit wrote about the model, and whether the file is compiled. Loads nothing; raises EnvironmentFault."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-            parts = {name.partition("/")[2]: name for name in archive.namelist()}  # they lie in one folder
-            texts = {part: archive.read(name).decode() for part, name in parts.items() if part.endswith(".json")}
-            sample = archive.read(parts["data/sample_inputs/model.pt"]) if "data/sample_inputs/model.pt" in parts else b""
-    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, ValueError, NotImplementedError, RuntimeError) as error:
-        raise EnvironmentFault(f"{path}: not a readable .pt2 file: {error}", AGAIN) from error
-    if damaged:
-        raise EnvironmentFault(f"{path}: damaged: {damaged} does not fit its checksum", AGAIN)
-    foreign = EnvironmentFault(
-        f"{path}: was not written by lpvit: nothing in it says how to prepare images",
-        "use `lpvit export --set export.formats=[pt2]`",
-    )
-    compiled = next((text for part, text in texts.items() if part.startswith("data/aotinductor/model/")), None)
-    try:
-        if compiled is not None:
-            return json.loads(compiled)[METADATA_KEY], True
-        metadata = texts[f"extra/{EXTRA_FILE}"]
-        odd = next(_odd_parts(parts, texts, sample), None)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise foreign from error
-    if odd:
-        raise EnvironmentFault(f"{path}: {odd}: lpvit writes no such thing, and loading it could run any code", AGAIN)
-    return metadata, False
+def as_module(layer: ExportLayer, form: str) -> nn.Module:
+    """`layer` in one of FORMS."""
+    if form == "rows":
+        return BlockRows(layer)
+    dense = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=False, device="meta")
+    dense.weight = nn.Parameter(layer.weight.to_dense().detach())
+    dense.register_parameter("bias", None if layer.bias is None else nn.Parameter(layer.bias.detach()))
+    return dense
 
 
-def _odd_parts(parts: dict[str, str], texts: dict[str, str], sample: bytes) -> Iterator[str]:
-    """What is not as in the exported programs that lpvit writes."""
-    yield from (f"holds {part!r}" for part in parts if not EXPECTED.fullmatch(part))
-    for kind in ("weights", "constants"):
-        for name, payload in json.loads(texts[f"data/{kind}/model_{kind}_config.json"])["config"].items():
-            if payload["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", payload["path_name"]):
-                yield f"{name} is pickled"
-    try:
-        torch.load(io.BytesIO(sample), weights_only=True)
-    except Exception:  # whatever it is, torch.export.load would go on and unpickle it
-        yield "its sample inputs hold more than tensors"
-    graph = json.loads(texts["models/model.json"])
-    if graph.get("guards_code"):
-        yield "holds Python code"
-    for key, value in _entries(graph):
-        if key == "target" and isinstance(value, str) and not OPERATOR.fullmatch(value):
-            yield f"calls {value!r}"
-        if key == "expr_str" and not SIZE.fullmatch(value):
-            yield f"has the size {value!r}"
+def plain(model: VisionModel, layers: Mapping[str, ExportLayer], forms: Mapping[str, str]) -> VisionModel:
+    """A copy of `model` in eval mode without gradients, each of `layers` in its form."""
+    made = copy.deepcopy(model)
+    for name, layer in layers.items():
+        made.set_submodule(name, as_module(layer, forms[name]))
+    return made.eval().requires_grad_(False)
 
 
-def _entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key and its value in nested JSON."""
-    if isinstance(value, dict):
-        yield from value.items()
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _entries(inner)
+def export_program(model: VisionModel) -> ExportedProgram:
+    """images [batch, 3, H, W] float32 -> logits [batch, classes]; any batch. `model` holds torch's operators only."""
+    images = torch.zeros(2, *model.pretrained_cfg["input_size"])
+    with torch.no_grad():
+        return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))

@@ -11,7 +11,7 @@ from onnx_ir import convenience
 
 from lpvit_cli.errors import CheckFailed
 from lpvit_cli.export.forms import FORMS, MICROSOFT, Builder
-from lpvit_cli.export.layer import Layer
+from lpvit_cli.export.layer import ExportLayer
 
 INSIDE = "model"  # what a module that wraps the model calls it
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter writes which module a node came from
@@ -62,7 +62,7 @@ def _module(node: ir.Node) -> str:
     return scopes[-2].removeprefix(f"{INSIDE}.") if len(scopes) > 1 else ""
 
 
-def rewrite(model: ir.Model, layers: Mapping[str, Layer], forms: Mapping[str, str]) -> None:
+def rewrite(model: ir.Model, layers: Mapping[str, ExportLayer], forms: Mapping[str, str]) -> None:
     """Write each layer in its form, in place."""
     for name, place in find_linears(model, layers).items():
         b = Builder(layers[name])

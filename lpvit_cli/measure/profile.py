@@ -18,13 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from torch import Tensor
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.measure.power import PowerModel, Work
+from lpvit_cli.measure.energy.power import PowerModel, Work
 
 FORMAT, FORMAT_VERSION = "lpvit-profile", 2
 KEPT = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # fractions of blocks that are measured, to the nearest whole block
+PROFILE_FILE = "profile.json"  # in a run folder
 PROFILES = "profiles"  # in the cache folder
 AGAIN = "make it again: lpvit profile RECIPE"
-
 Cost = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Kept = Annotated[float, Field(gt=0, le=1)]
 Shape = tuple[PositiveInt, PositiveInt]

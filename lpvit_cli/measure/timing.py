@@ -18,7 +18,6 @@ UNSTABLE = 0.025  # coefficient of variation above which a subject is called uns
 HOST_BOUND = 0.8  # share of the GPU's time spent on enqueueing above which the host is the bottleneck
 BUSY = 0.1  # share of the machine used by others above which it is called busy
 SHORTEST_SAMPLE_S = 2e-3  # shorter calls are repeated within a sample
-
 Subject = Callable[[], object]
 
 

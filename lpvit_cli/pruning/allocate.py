@@ -28,8 +28,8 @@ class Curve:
     most_removals: int  # min_keep allows no more
 
 
-class Choice(NamedTuple):
-    """What a layer gets: which of its curves, and how many removals along it."""
+class CurvePoint(NamedTuple):
+    """Where a layer ends: which of its curves, and how many removals along it."""
 
     curve: int
     removed: int
@@ -38,7 +38,7 @@ class Choice(NamedTuple):
 class _Point(NamedTuple):
     saved: float
     price: float
-    choice: Choice
+    at: CurvePoint
 
 
 def lower_hull(x: list[float], y: list[float]) -> list[int]:
@@ -71,7 +71,9 @@ def _slopes(costs: Tensor) -> list[float]:
     return [(y[b] - y[a]) / (b - a) for a, b in pairwise(lower_hull(list(range(len(y))), y))]
 
 
-def allocate(curves: Mapping[str, Sequence[Curve]], budget: float, beta: float | Literal["auto"] = "auto") -> dict[str, Choice]:
+def allocate(
+    curves: Mapping[str, Sequence[Curve]], budget: float, beta: float | Literal["auto"] = "auto"
+) -> dict[str, CurvePoint]:
     """Removals per layer so that the kept cost, summed over layers, is at most `budget`, and no more than one block below.
 
     All curves of a layer start at the same cost. Raises UsageError when min_keep makes the budget impossible.
@@ -95,7 +97,7 @@ def allocate(curves: Mapping[str, Sequence[Curve]], budget: float, beta: float |
         for a, b in pairwise(hull):  # slopes ascend along a hull; rounding must not reorder equal ones
             slope = max(slope, (layer[b].price - layer[a].price) / (layer[b].saved - layer[a].saved))
             segments.append((slope, name, a, b))
-    chosen = {name: layer[0].choice for name, layer in points.items()}
+    chosen = {name: layer[0].at for name, layer in points.items()}
     for _, name, a, b in sorted(segments, key=lambda s: s[0]):
         if cost <= allowed:
             break
@@ -103,9 +105,9 @@ def allocate(curves: Mapping[str, Sequence[Curve]], budget: float, beta: float |
         nearest: dict[int, _Point] = {}  # of each curve, the first point that meets the budget
         for point in layer[a + 1 : b + 1]:
             if cost - (point.saved - layer[a].saved) <= allowed:
-                nearest.setdefault(point.choice.curve, point)
+                nearest.setdefault(point.at.curve, point)
         end = min(nearest.values(), key=lambda p: p.price, default=layer[b])
-        chosen[name] = end.choice
+        chosen[name] = end.at
         cost -= end.saved - layer[a].saved
     return chosen
 
@@ -117,7 +119,7 @@ def _points(options: Sequence[Curve], beta: float) -> list[_Point]:
         last = curve.most_removals + 1
         saved = (curve.kept_cost[0] - curve.kept_cost[:last]).tolist()
         price = (curve.distortion[:last] + beta * curve.energy[:last]).tolist()
-        found += [_Point(s, p, Choice(index, k)) for k, (s, p) in enumerate(zip(saved, price, strict=True))]
+        found += [_Point(s, p, CurvePoint(index, k)) for k, (s, p) in enumerate(zip(saved, price, strict=True))]
     start, *others = found
     points = [start]
     for point in sorted((p for p in others if p.saved > 0), key=lambda p: (p.saved, p.price)):

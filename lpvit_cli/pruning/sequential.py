@@ -18,9 +18,9 @@ from threading import Thread, current_thread
 import torch
 from torch import Tensor, nn
 
+from lpvit_cli.pruning.block_obs import compensated, removal_order
 from lpvit_cli.pruning.blocks import Block, grid
-from lpvit_cli.pruning.saliency import Removal
-from lpvit_cli.pruning.surgeon import compensated, removal_order
+from lpvit_cli.pruning.removal import Removal
 
 CPU_BYTES = 4 * 2**30  # for the waiting forward passes
 GPU_SHARE = 0.4  # of the GPU's memory, for the same

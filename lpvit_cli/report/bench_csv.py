@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lpvit_cli.report.schema import BatchBench, BenchReport
+from lpvit_cli.bench.results import BatchBench
+from lpvit_cli.report.schema import BenchReport
 
 
 def write_csv(path: Path, report: BenchReport) -> None:

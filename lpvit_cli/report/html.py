@@ -8,10 +8,11 @@ from pathlib import Path
 
 import jinja2
 
-from lpvit_cli.measure.energy import SENSORS_ERR
-from lpvit_cli.report.cells import by, interval, percent, three_digits
+from lpvit_cli.bench.results import BatchBench
+from lpvit_cli.measure.energy.run import SENSORS_ERR
+from lpvit_cli.numbers import by, interval, percent, three_digits
 from lpvit_cli.report.pictures import blocks_picture, energy_picture, latency_picture, layers_picture, power_picture
-from lpvit_cli.report.schema import BatchBench, BenchReport, FinetuneReport, PruneReport
+from lpvit_cli.report.schema import BenchReport, FinetuneReport, PruneReport
 
 KEPT = "Kept blocks of every layer: a cell is a block, output features down, input features across, dark where it is kept."
 

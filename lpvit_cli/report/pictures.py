@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from lpvit_cli.measure.energy import EnergyRun
+from lpvit_cli.bench.results import BatchBench, LayersBench
+from lpvit_cli.measure.energy.run import EnergyRun
 from lpvit_cli.measure.statistics import paired_ratio
-from lpvit_cli.report.schema import BatchBench, FinetuneReport, GradualReport, LayerReport, LayersBench, SweepReport
+from lpvit_cli.report.schema import FinetuneReport, GradualReport, LayerReport, SweepReport
 
 COLORS = {"dense": "#6b7280", "masked-dense": "#d97706", "sparse": "#2563eb"}
 OTHERS = [

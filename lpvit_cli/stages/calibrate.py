@@ -6,39 +6,34 @@ from pathlib import Path
 
 import torch
 
+from lpvit_cli import distributed
 from lpvit_cli.curvature import collect, save_statistics
-from lpvit_cli.data import Batches, batches, open_images
-from lpvit_cli.models import VisionModel, build_model, describe_device, device_of, prunable_layers
+from lpvit_cli.data.splits import calibration_batches
+from lpvit_cli.devices import describe_device
+from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.pipeline.run import Run
+from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.report.schema import CalibrateReport
-from lpvit_cli.run import Progress, Run
+from lpvit_cli.tasks.classification import Classification
 
 STATISTICS = "statistics.safetensors"
 
 
-def calibration_batches(recipe: Recipe, model: VisionModel) -> Batches:
-    """The same images every time, for the same recipe."""
-    source = open_images(recipe.data, recipe.data.train_split, model)
-    settings = recipe.calibrate
-    return batches(
-        model, source, recipe.data, batch_size=settings.batch_size, shuffle=True, seed=recipe.seed, limit=settings.images
-    )
-
-
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> CalibrateReport:
     torch.manual_seed(recipe.seed)
-    device = device_of(recipe)
     model = build_model(recipe.model)
     layers = prunable_layers(model, recipe.prune.layers)
-    images = calibration_batches(recipe, model)
+    images = calibration_batches(recipe.data, recipe.calibrate, recipe.seed, model)
+    loss = Classification().loss(recipe.calibrate.gradient, recipe.seed + distributed.rank())
     total = images.share
     statistics = collect(
         model,
         layers,
         images,
-        recipe.calibrate.gradient,
-        recipe.seed,
-        device,
+        loss,
+        run.device,
         lambda done: progress("calibrating", done, total, f"{done}/{total} images"),
     )
     save_statistics(work / STATISTICS, statistics)
@@ -49,7 +44,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Calib
     if images.skipped:
         notes.append(f"{len(images.skipped)} unreadable images skipped (first: {images.skipped[0]})")
     return CalibrateReport(
-        device=describe_device(device),
+        device=describe_device(run.device),
         notes=notes,
         images=used,
         gradient=recipe.calibrate.gradient,

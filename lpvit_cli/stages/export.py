@@ -2,101 +2,103 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from lpvit_cli.errors import UsageError, require
+from lpvit_cli.data.splits import calibration_batches, validation_batches
+from lpvit_cli.errors import UsageError
+from lpvit_cli.export.formats.base import Format
+from lpvit_cli.export.source import DENSE_FOLDER, Publication, Source
 from lpvit_cli.measure.machine import cpu_name, installed
-from lpvit_cli.models import load_model, read_config
+from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.folder import load_model, read_config
+from lpvit_cli.pipeline.run import Run
+from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
-from lpvit_cli.report.schema import ExportedFile, ExportReport
-from lpvit_cli.run import Progress, Run
+from lpvit_cli.recipe.model import ModelSection
+from lpvit_cli.registry import FORMATS
+from lpvit_cli.report.schema import ExportReport
 from lpvit_cli.sparse import order_neurons, trim
-from lpvit_cli.stages import EXPORT
-from lpvit_cli.stages.evaluate import validation_batches
-from lpvit_cli.stages.export_hub import write_hub
-from lpvit_cli.stages.export_pt2 import require_compiler, write_aoti, write_pt2
-from lpvit_cli.stages.export_triton_server import write_triton_server
-from lpvit_cli.stages.exporting import DENSE_FOLDER, Source
+from lpvit_cli.stages import BENCH, EXPORT
 from lpvit_cli.stages.lineage import made_by
-
-FLOAT32_ONLY = {"pt2", "aoti", "openvino"}
-MADE_OF_ONNX = {"openvino", "triton-server"}
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> ExportReport:
-    settings = recipe.export
-    if settings.precision != "float32" and not FLOAT32_ONLY.isdisjoint(settings.formats):
-        raise UsageError(
-            f"export.precision: {', '.join(sorted(FLOAT32_ONLY & set(settings.formats)))} is written in float32 only, "
-            f"not in {settings.precision}",
-            "leave them out of export.formats, or add --set export.precision=float32",
-        )
-    asked = set(settings.formats)
-    formats = asked | ({"onnx"} if asked & MADE_OF_ONNX else set())
-    _require_all(formats)
-    folder = run.model_artefact(EXPORT)
-    original = load_model(folder)
-    model = trim(original)
-    order_neurons(model)
-    pruned, recovered = made_by(run, EXPORT)
-    validation = validation_batches(recipe, original)
-    source = Source(recipe, run, folder, read_config(folder), original, model, validation, (recovered or pruned).accuracy)
-    for format_, write in WRITERS.items():
-        if format_ in formats:
-            source.files.append(write(source, work, progress))
+    asked = recipe.export.formats
+    formats = _with_what_they_need(asked)
+    _require_precision(formats, recipe.file_precision)
+    for format_ in formats.values():
+        format_.require()
+    source = _source(recipe, run)
+    for name, format_ in formats.items():
+        before = len(source.notes)
+        source.files.append(format_.write(source, work, progress))
+        source.notes_by_format[name] = source.notes[before:]
     shutil.rmtree(work / DENSE_FOLDER, ignore_errors=True)
-    if formats != asked:
-        source.notes.append(f"{', '.join(sorted(asked & MADE_OF_ONNX))} needs the ONNX file: it was written too")
+    if unasked := [name for name in formats if name not in asked]:
+        needing = sorted(name for name in asked if formats[name].made_of in unasked)
+        source.notes.append(f"{', '.join(needing)} needs the ONNX file: it was written too")
     return ExportReport(
         device=cpu_name(),
         notes=source.notes,
-        model=folder.name,
-        precision=settings.precision,
-        accuracy_model=(recovered or pruned).accuracy,
+        model=source.folder.name,
+        precision=source.precision,
+        accuracy_model=source.accuracy,
         files=source.files,
         versions={package: installed(package) for package in ("lpvit", "torch", "timm", "onnx", "onnxruntime", "openvino")},
     )
 
 
-def _require_all(formats: set[str]) -> None:
-    """What the formats need, before anything is made."""
-    if "onnx" in formats:
-        require("onnx", "onnxscript", "onnxruntime")
-    if "openvino" in formats:
-        require("openvino")
-    if "aoti" in formats:
-        require_compiler()
+def _with_what_they_need(asked: tuple[str, ...]) -> dict[str, Format]:
+    """The formats by name, each after what it is made of; hub last, whose card tells of the others."""
+    chosen = {name: FORMATS.get(name)() for name in FORMATS.names() if name in asked}
+    needed = {one.made_of for one in chosen.values() if one.made_of}
+    whole = {name: FORMATS.get(name)() for name in FORMATS.names() if name in needed} | chosen
+    return dict(sorted(whole.items(), key=lambda item: (item[0] not in needed, item[0] == "hub")))
 
 
-def write_onnx(source: Source, work: Path, progress: Progress) -> ExportedFile:
-    from lpvit_cli.stages import export_onnx
-
-    return export_onnx.write_onnx(source, work, progress)
-
-
-def write_openvino(source: Source, work: Path, progress: Progress) -> ExportedFile:
-    from lpvit_cli.stages import export_openvino
-
-    return export_openvino.write_openvino(source, work, progress)
+def _require_precision(formats: dict[str, Format], precision: str) -> None:
+    if unable := sorted(name for name, one in formats.items() if precision not in one.precisions):
+        able = formats[unable[0]].precisions[0]
+        raise UsageError(
+            f"export.precision: {', '.join(unable)} is written in {able} only, not in {precision}",
+            f"leave them out of export.formats, or add --set export.precision={able}",
+        )
 
 
-def write_torch(source: Source, work: Path, progress: Progress) -> ExportedFile:
-    """The packed model folder, for `lpvit_cli.load_model`."""
-    names = ("config.json", "model.safetensors")
-    for name in names:
-        shutil.copyfile(source.folder / name, work / name)
-    return ExportedFile(format="torch", file="model.safetensors", bytes=sum((work / name).stat().st_size for name in names))
+def _source(recipe: Recipe, run: Run) -> Source:
+    target, folder = recipe.target, run.model_artefact(EXPORT)
+    original, config = load_model(folder), read_config(folder)
+    model = trim(original)
+    order_neurons(model)
+    pruned, recovered = made_by(run, EXPORT)
+    architecture = ModelSection(name=config["architecture"], kwargs=config["kwargs"])
+    return Source(
+        name=recipe.name,
+        settings=recipe.export,
+        precision=recipe.file_precision,
+        threads=target.threads or os.cpu_count() or 1,
+        asked_threads=target.threads,
+        batch_size=target.batch_size,
+        folder=folder,
+        config=config,
+        original=original,
+        model=model,
+        validation=validation_batches(recipe.data, original),
+        accuracy=(recovered or pruned).accuracy,
+        prunable=recipe.prune.layers.match,
+        calibration=partial(calibration_batches, recipe.data, recipe.calibrate, recipe.seed, model),
+        dense=partial(build_model, architecture),
+        publication=partial(publication, recipe, run),
+    )
 
 
-# in this order: openvino and triton-server take the ONNX file; hub takes it and the notes so far, which are about it
-WRITERS: dict[str, Callable[[Source, Path, Progress], ExportedFile]] = {
-    "onnx": write_onnx,
-    "torch": write_torch,
-    "triton-server": write_triton_server,
-    "hub": write_hub,
-    "openvino": write_openvino,
-    "pt2": write_pt2,
-    "aoti": write_aoti,
-}
+def publication(recipe: Recipe, run: Run) -> Publication:
+    """What the model card tells; of bench only if it measured the model that is exported."""
+    pruned, recovered = made_by(run, EXPORT)
+    measured, model = run.record(BENCH), run.upstream(BENCH)
+    record = run.record(model) if model else None
+    same = measured and record and model and measured.inputs.get(model.folder) == record.fingerprint
+    return Publication(recipe, pruned, recovered, run.report(BENCH) if same else None)

@@ -10,21 +10,25 @@ import json
 import shutil
 from functools import partial
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
-from torch import Tensor
-
-from lpvit_cli.errors import CheckFailed, UsageError
-from lpvit_cli.models import build_model, load_model, model_config, read_config, write_tensors
-from lpvit_cli.recipe import Budget, ModelSection, Preprocess, Recipe
+from lpvit_cli.errors import UsageError
+from lpvit_cli.files import replace_text
+from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.folder import load_model, model_config, read_config
+from lpvit_cli.models.tensors import write_tensors
+from lpvit_cli.pipeline.run import Run
+from lpvit_cli.progress import Progress
+from lpvit_cli.recipe import Recipe
+from lpvit_cli.recipe.model import ModelSection, Preprocess
+from lpvit_cli.recipe.prune import Budget
+from lpvit_cli.recipe.section import note_reads
 from lpvit_cli.report.pictures import gradual_picture
-from lpvit_cli.report.schema import FinetuneReport, GradualReport, GradualStep, PruneReport
-from lpvit_cli.run import Progress, Run, replace_text
+from lpvit_cli.report.schema import GradualReport, GradualStep
 from lpvit_cli.sparse import densify
-from lpvit_cli.stages import CALIBRATE, FINETUNE, GRADUAL, PRUNE
-from lpvit_cli.stages.finetune import block_masks
+from lpvit_cli.sparse.masks import block_masks, require_nested
+from lpvit_cli.stages import CALIBRATE, FINETUNE, GRADUAL, PRUNE, profile_path, run_of
 
 STEP_STAGES = (CALIBRATE, PRUNE, FINETUNE)
 
@@ -40,10 +44,10 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Gradu
         folder = kept / f"{number}"
         before = made[-1].folder / FINETUNE.folder if made else None
         model = as_dense(before, kept / f"{number}.safetensors") if before else recipe.model
-        made.append(Run(step_recipe(recipe, model, value, run.profile_path()), folder))
+        made.append(run_of(step_recipe(recipe, model, value, profile_path(run)), folder))
         _execute(made[-1], partial(_step_progress, progress, f"[{number}/{len(recipe.schedule)}, {value:g}]"))
 
-    reports = [(step.report(PRUNE, PruneReport), step.report(FINETUNE, FinetuneReport)) for step in made]
+    reports = [(step.report(PRUNE), step.report(FINETUNE)) for step in made]
     dense = {"accuracy_dense": reports[0][0].accuracy_dense}  # to a later step, the model recovered before it was the dense one
     steps = [
         GradualStep(
@@ -59,8 +63,10 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Gradu
         source, target = ran.folder / FINETUNE.folder, work / step.folder
         target.mkdir(exist_ok=True)
         shutil.copyfile(source / "model.safetensors", target / "model.safetensors")
+        config = read_config(source)
         described = model_config(recipe.model, original, parent=recipe.model.model_dump(mode="json"))
-        replace_text(target / "config.json", json.dumps({**read_config(source), **described}, indent=1))
+        described["preprocessing"] = {**config["preprocessing"], **described["preprocessing"]}  # label names are the step's
+        replace_text(target / "config.json", json.dumps({**config, **described}, indent=1))
         masks.append(block_masks(load_model(target)))
     require_nested(masks)
     report = GradualReport(
@@ -74,18 +80,6 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Gradu
     return report
 
 
-def require_nested(masks: list[dict[str, Tensor]]) -> None:
-    """What a step has removed is removed in the next one too. `masks` [out/R, in/C] by layer, step by step."""
-    for before, after in pairwise(masks):
-        for name, mask in before.items():
-            # a layer that keeps all its blocks is one block
-            back = not mask.all() and (after[name].shape != mask.shape or bool((after[name] & ~mask).any()))
-            if back:
-                raise CheckFailed(
-                    f"schedule: removed blocks of {name} came back in a later step", "please report this as a bug"
-                )
-
-
 def step_recipe(recipe: Recipe, model: ModelSection, value: float, profile: Path | None) -> Recipe:
     """The recipe of one step: another model and budget, the dense model as teacher."""
     assert recipe.finetune is not None
@@ -95,7 +89,8 @@ def step_recipe(recipe: Recipe, model: ModelSection, value: float, profile: Path
         finetune = finetune.model_copy(update={"distill": taught})
     budget = Budget.model_validate({recipe.prune.budget.kind: value})
     prune = recipe.prune.model_copy(update={"budget": budget, "profile": profile})
-    return recipe.model_copy(update={"model": model, "prune": prune, "finetune": finetune, "schedule": (), "sweep": ()})
+    changes = {"model": model, "prune": prune, "finetune": finetune, "schedule": (), "sweep": ()}
+    return Recipe.model_validate(recipe.model_copy(update=changes).plain())
 
 
 def as_dense(source: Path, weights: Path) -> ModelSection:
@@ -123,6 +118,8 @@ def _execute(step: Run, progress: Progress) -> None:
         for stage in STEP_STAGES:
             if step.changes(stage) != []:
                 step.execute(stage, progress)
+            elif record := step.record(stage):
+                note_reads(record.reads)  # by the process that made it, for this stage
 
 
 def _step_progress(progress: Progress, step: str, what: str, done: int, total: int, detail: str) -> None:

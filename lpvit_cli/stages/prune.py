@@ -2,71 +2,145 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lpvit_cli.curvature import load_statistics
+from lpvit_cli.data.readers import class_names
+from lpvit_cli.data.splits import calibration_batches, validation_batches
+from lpvit_cli.devices import describe_device, pick_dtype
 from lpvit_cli.errors import UsageError
-from lpvit_cli.measure.accuracy import Accuracy
-from lpvit_cli.measure.profile import DeviceProfile
-from lpvit_cli.models import build_model, describe_device, device_of, model_config, prunable_layers, save_model
+from lpvit_cli.measure.profile import PROFILE_FILE, DeviceProfile
+from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.folder import model_config, save_model
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.models.protocol import VisionModel
+from lpvit_cli.pipeline.run import Run
+from lpvit_cli.progress import Progress
 from lpvit_cli.pruning.blocks import Block
 from lpvit_cli.pruning.cost import LayerCost
-from lpvit_cli.recipe import Budget, Recipe
+from lpvit_cli.pruning.engine import prune_model
+from lpvit_cli.pruning.plan import Allocation, Plan, build_plan
+from lpvit_cli.recipe import Recipe
+from lpvit_cli.recipe.prune import Budget
+from lpvit_cli.registry import BUDGETS
 from lpvit_cli.report.schema import LayerReport, PredictedPoint, PredictionReport, PruneReport
-from lpvit_cli.run import Progress, Run
-from lpvit_cli.stages import CALIBRATE, PROFILE, PRUNE
-from lpvit_cli.stages.plan import Plan, Pruned, make_plan
-from lpvit_cli.stages.profile import PROFILE_FILE
-from lpvit_cli.stages.pruned_model import images_in_sequence, prune_model
-
-SEARCH_STEP = 0.01  # of the FLOPs: how finely the search for an accuracy looks
+from lpvit_cli.stages import CALIBRATE, PROFILE, PRUNE, profile_path
+from lpvit_cli.stages.calibrate import STATISTICS
+from lpvit_cli.tasks.classification import Accuracy, Classification
+from lpvit_cli.tasks.evaluation import Validation
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> PruneReport:
-    plan = make_plan(recipe, run, progress)
-    dense = plan.evaluate(plan.model, progress, "evaluating the dense model")
-    budget = recipe.prune.budget
-    if budget.max_drop is not None:
-        budget = search(plan, dense.top1 - budget.max_drop, progress)
-    return prune_to(plan, budget, dense, work, progress)
+    pruner = make_plan(recipe, run, progress)
+    return pruner.prune_to(recipe.prune.budget, work)
 
 
-def prune_to(plan: Plan, budget: Budget, dense: Accuracy, work: Path, progress: Progress) -> PruneReport:
-    """Prune to a budget, evaluate, and write the model folder `work`."""
-    recipe, settings = plan.recipe, plan.settings
-    model, pruned = prune_model(plan, budget, progress)
-    accuracy = plan.evaluate(model, progress, "evaluating the pruned model")
-    data = {"dataset": recipe.data.dataset, "root": str(recipe.data.root or ""), "split": recipe.data.val_split}
-    save_model(work, model, model_config(recipe.model, model, data=data, parent=recipe.model.model_dump(mode="json")))
-    predicted = plan.predict(pruned)
-    return PruneReport(
-        device=describe_device(device_of(recipe)),
-        notes=_notes(plan),
-        method=settings.method,
-        beta=pruned.beta,
-        layers=layer_reports(plan, pruned),
-        flops_dense=plan.flops.total,
-        flops=predicted.flops,
-        linear_kept_fraction=predicted.kept_fraction,
-        bytes_dense=plan.bytes_dense,
-        bytes=sum(path.stat().st_size for path in work.iterdir()),
-        latency_ms_dense=plan.profile.model_ms if plan.profile else None,
-        latency_ms=predicted.latency_ms,
-        accuracy_dense=dense,
-        accuracy=accuracy,
-        skipped_images=len(plan.skipped),
+@dataclass
+class Pruner:
+    """A plan, the recipe it is of, and the images its models are judged on."""
+
+    recipe: Recipe
+    plan: Plan
+    model: VisionModel  # dense
+    validation: Validation
+    progress: Progress
+    dense: Accuracy | None = None  # of the dense model, once it is known
+
+    def quality(self, model: nn.Module, what: str) -> float:
+        """The points of the task; of the dense model they are measured once."""
+        return (self.accuracy_dense if model is self.model else self._accuracy(model, what)).top1
+
+    @property
+    def accuracy_dense(self) -> Accuracy:
+        self.dense = self.dense or self._accuracy(self.model, "evaluating the dense model")
+        return self.dense
+
+    def _accuracy(self, model: nn.Module, what: str) -> Accuracy:
+        accuracy = self.validation.accuracy(model, what)
+        model.cpu()
+        return accuracy
+
+    def prune_to(self, budget: Budget, work: Path) -> PruneReport:
+        """Prune to a budget, evaluate, and write the model folder `work`."""
+        recipe, plan, dense = self.recipe, self.plan, self.accuracy_dense
+        if budget.is_searched:
+            budget = BUDGETS.get(budget.kind).settle(plan, budget.value, self.quality, self.progress)
+        model, allocation = prune_model(plan, budget, self.progress)
+        accuracy = self._accuracy(model, "evaluating the pruned model")
+        data = {"dataset": recipe.data.dataset, "root": str(recipe.data.root or ""), "split": recipe.data.val_split}
+        parent = recipe.model.model_dump(mode="json")
+        save_model(work, model, model_config(recipe.model, self.model, data=data, parent=parent))
+        predicted = plan.predict(allocation)
+        return PruneReport(
+            device=describe_device(plan.device),
+            notes=[*self.validation.notes, *plan.notes()],
+            method=recipe.prune.method,
+            beta=allocation.beta,
+            layers=layer_reports(plan, allocation),
+            flops_dense=plan.flops.total,
+            flops=predicted.flops,
+            linear_kept_fraction=predicted.kept_fraction,
+            bytes_dense=plan.bytes_dense,
+            bytes=sum(path.stat().st_size for path in work.iterdir()),
+            latency_ms_dense=plan.profile.model_ms if plan.profile else None,
+            latency_ms=predicted.latency_ms,
+            accuracy_dense=dense,
+            accuracy=accuracy,
+            skipped_images=len(self.validation.skipped),
+        )
+
+
+def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Pruner:
+    """The plan of a run, from its calibration."""
+    torch.manual_seed(recipe.seed)
+    profile = open_profile(recipe, run)
+    model = build_model(recipe.model)
+    images = validation_batches(recipe.data, model)
+    if names := class_names(images.source):
+        model.pretrained_cfg["label_names"] = names
+    layers = prunable_layers(model, recipe.prune.layers)
+    plan = build_plan(
+        recipe.prune,
+        model,
+        layers,
+        load_statistics(run.artefact(CALIBRATE) / STATISTICS, list(layers)),
+        calibration_batches(recipe.data, recipe.calibrate, recipe.seed, model),
+        example=torch.empty(1, *model.pretrained_cfg["input_size"]),
+        task=Classification(),
+        gradient=recipe.calibrate.gradient,
+        seed=recipe.seed,
+        device=run.device,
+        progress=progress,
+        profile=profile,
     )
+    validation = Validation(images, run.device, pick_dtype(recipe.dtype, run.device), progress)
+    return Pruner(recipe, plan, model, validation, progress)
+
+
+def open_profile(recipe: Recipe, run: Run) -> DeviceProfile | None:
+    """The profile that the recipe names, or where its budget needs one, that of this run."""
+    path = profile_path(run)
+    if path is None:
+        return None
+    profile = DeviceProfile.load(path)
+    if recipe.prune.budget.kind == "energy_mj" and profile.rest_mj is None:
+        raise UsageError(
+            f"prune.budget: energy_mj: no meter has filled this profile: {'; '.join(profile.energy_reasons)} ({path})",
+            "run `lpvit profile` where a power meter can be read, or with --fit, or give a latency_ms or flops budget",
+        )
+    return profile
 
 
 def predict(recipe: Recipe, run: Run, progress: Progress) -> PredictionReport:
     """What prune, or its sweep, would give, from the calibration alone: no weight is touched, nothing is evaluated."""
     kind = recipe.prune.budget.kind
     reasons = []
-    if kind == "max_drop":
-        reasons.append("max_drop: finding the model takes evaluating some; give a flops budget to predict")
+    if recipe.prune.budget.is_searched:
+        reasons.append(f"{kind}: finding the model takes evaluating some; give a flops budget to predict")
     if run.changes(CALIBRATE) != []:
         sketch = build_model(recipe.model.model_copy(update={"pretrained": False, "weights": None}))
         prunable_layers(sketch, recipe.prune.layers)  # a glob that matches nothing is not worth a calibration
@@ -74,21 +148,21 @@ def predict(recipe: Recipe, run: Run, progress: Progress) -> PredictionReport:
     if PROFILE in run.sources(PRUNE) and run.changes(PROFILE) != []:
         reasons.append(f"{kind}: no device profile: {run.command(PROFILE)}")
     if reasons:
-        return PredictionReport(device=describe_device(device_of(recipe)), kind=kind, points=[], reasons=reasons)
-    plan = make_plan(recipe, run, progress)
+        return PredictionReport(device=describe_device(run.device), kind=kind, points=[], reasons=reasons)
+    plan = make_plan(recipe, run, progress).plan
     if plan.profile is None and run.changes(PROFILE) == []:
         plan.profile = DeviceProfile.load(run.artefact(PROFILE) / PROFILE_FILE)
     if plan.profile is None:
         reasons.append(f"latency: no device profile: {run.command(PROFILE)}")
     points = []
     for value in recipe.sweep or (recipe.prune.budget.value,):
-        pruned = plan.allocation(Budget.model_validate({kind: value}))
-        predicted = plan.predict(pruned)
+        allocation = plan.allocation(Budget.model_validate({kind: value}))
+        predicted = plan.predict(allocation)
         points.append(
             PredictedPoint(
                 budget=value,
                 kept_fraction=predicted.kept_fraction,
-                kept_by_layer={layer.name: layer.kept_fraction for layer in layer_reports(plan, pruned)},
+                kept_by_layer={layer.name: layer.kept_fraction for layer in layer_reports(plan, allocation)},
                 flops=predicted.flops,
                 bytes=predicted.bytes,
                 energy_uj=predicted.energy_uj,
@@ -96,7 +170,7 @@ def predict(recipe: Recipe, run: Run, progress: Progress) -> PredictionReport:
             )
         )
     return PredictionReport(
-        device=plan.profile.device if plan.profile else describe_device(device_of(recipe)),
+        device=plan.profile.device if plan.profile else describe_device(run.device),
         kind=kind,
         flops_dense=plan.flops.total,
         bytes_dense=plan.bytes_dense,
@@ -107,37 +181,16 @@ def predict(recipe: Recipe, run: Run, progress: Progress) -> PredictionReport:
     )
 
 
-def search(plan: Plan, least_top1: float, progress: Progress) -> Budget:
-    """The lowest FLOPs budget whose one-shot model still has `least_top1` %, by bisection to a hundredth of the FLOPs.
-
-    Raises UsageError when not even the largest budget below dense reaches it.
-    """
-    lowest = plan.reachable(Budget(flops=1))
-    low, high = math.ceil(lowest / SEARCH_STEP - 1e-9), round(1 / SEARCH_STEP)  # high holds: it is the dense model
-    while high - low > 0:
-        middle = (low + high) // 2
-        budget = Budget(flops=middle * SEARCH_STEP)
-        model, _ = prune_model(plan, budget, progress)
-        top1 = plan.evaluate(model, progress, f"evaluating at {middle * SEARCH_STEP:.0%} of the FLOPs").top1
-        low, high = (low, middle) if top1 >= least_top1 else (middle + 1, high)
-    if high * SEARCH_STEP >= 1:
-        raise UsageError(
-            f"prune.budget: no pruned model keeps a top-1 of {least_top1:.2f} % without recovery",
-            "allow a larger max_drop, or give a flops budget and let finetune-lora-ga recover",
-        )
-    return Budget(flops=high * SEARCH_STEP)
-
-
-def layer_reports(plan: Plan, pruned: Pruned) -> list[LayerReport]:
-    """One for each prunable layer; the two of a pair share their distortion."""
-    masks, made = pruned.masks or pruned.planned_masks(), {}
-    for name, part in pruned.parts.items():
-        block = pruned.option(name).block
-        for layer, mask in part.masks(name, masks[name]).items():
-            cost = part.costs[block][layer]
-            shape = block if layer == name else (part.pair.width, cost.shape[1]) if part.pair else block
-            made[layer] = _layer_report(plan, layer, shape, mask, pruned.distortion(name), cost)
-    return [made[layer] for layer in plan.layers]
+def layer_reports(plan: Plan, allocation: Allocation) -> list[LayerReport]:
+    """One for each prunable layer; coupled ones share their distortion."""
+    masks, reports = allocation.masks or allocation.planned_masks(), {}
+    for name, group in allocation.groups.items():
+        block, coupling = allocation.option(name).block, group.coupling
+        for layer, mask in group.masks(name, masks[name]).items():
+            cost = group.costs[block][layer]
+            shape = (coupling.width, cost.shape[1]) if coupling and layer != name else block
+            reports[layer] = _layer_report(plan, layer, shape, mask, allocation.distortion(name), cost)
+    return [reports[layer] for layer in plan.layers]
 
 
 def _layer_report(plan: Plan, name: str, block: Block, mask: Tensor, distortion: float, cost: LayerCost) -> LayerReport:
@@ -155,29 +208,3 @@ def _layer_report(plan: Plan, name: str, block: Block, mask: Tensor, distortion:
         energy_uj_dense=plan.energy_uj(name, block, whole, cost),
         energy_uj=plan.energy_uj(name, block, mask, cost),
     )
-
-
-def _notes(plan: Plan) -> list[str]:
-    notes = []
-    if plan.skipped:
-        notes.append(f"{len(plan.skipped)} unreadable images skipped (first: {plan.skipped[0]})")
-    seen = {name: layer for name, layer in plan.statistics.items() if layer.tokens < len(layer.input_outer)}
-    if seen and plan.by_obs:
-        name, layer = max(seen.items(), key=lambda item: len(item[1].input_outer) / item[1].tokens)
-        notes.append(
-            f"calibration saw {layer.tokens} tokens of {name}, fewer than its {len(layer.input_outer)} inputs "
-            f"({len(seen)} such layers): raise calibrate.images"
-        )
-    if plan.gradients and len(plan.gradients.images) < plan.settings.fisher_images:
-        asked, found = plan.settings.fisher_images, len(plan.gradients.images)
-        notes.append(f"gradients of {found} images, fewer than the {asked} of prune.fisher_images: raise calibrate.images")
-    images, used = next(iter(plan.statistics.values())).images, images_in_sequence(plan)
-    if plan.by_obs and plan.settings.sequential and used < images:
-        notes.append(f"pruned in sequence on {used} of the {images} calibration images: no more fit into memory at once")
-    if plan.energy_profile is not None:
-        notes.append(f"energy is predicted by the profile of {plan.energy_profile.device}: {plan.energy_profile.energy_source}")
-    elif len({plan.flops.tokens[name] for name in plan.layers}) == 1:
-        notes.append(
-            "every layer sees the same number of tokens, so a block costs the same power everywhere: beta changes nothing"
-        )
-    return notes

@@ -11,19 +11,12 @@ from helpers import relative
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lpvit_cli.curvature import (
-    LayerStatistics,
-    class_probabilities,
-    collect,
-    divergence,
-    load_statistics,
-    save_statistics,
-)
-from lpvit_cli.curvature.loss import calibration_loss
+from lpvit_cli.curvature import LayerStatistics, collect, load_statistics, save_statistics
 from lpvit_cli.curvature.outputs import output_moments
 from lpvit_cli.errors import CheckFailed, EnvironmentFault, UsageError
-from lpvit_cli.models import prunable_layers
-from lpvit_cli.recipe import Layers
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.recipe.prune import Layers
+from lpvit_cli.tasks.classification import Classification, calibration_loss, class_probabilities
 
 CPU = torch.device("cpu")
 
@@ -57,8 +50,8 @@ def test_statistics_equal_sums_over_single_images(tiny_vit: nn.Module, gradient:
     x, labels = images(6)
     layers = prunable_layers(tiny_vit, Layers())
     batches = [(x[:4], labels[:4]), (x[4:], labels[4:])]  # uneven batches must weigh by image
-    found = collect(tiny_vit, layers, batches, gradient, 0, CPU, lambda done: None)[name]
-    found_values = (found.input_outer.clone(), found.output_outer.clone(), found.gradient.clone())
+    found = collect(tiny_vit, layers, batches, calibration_loss(gradient, 0), CPU, lambda done: None)[name]
+    found_values = (found.A.clone(), found.G.clone(), found.gradient.clone())
     tiny_vit.requires_grad_(True)
     for value, expected in zip(found_values, oracle(tiny_vit, name, x, labels, gradient), strict=True):
         assert relative(value, expected) < 2e-5
@@ -69,11 +62,11 @@ def test_output_moments_alone_are_those_of_calibration(tiny_vit: nn.Module) -> N
     x, labels = images(6)
     layers = prunable_layers(tiny_vit, Layers())
     batches = [(x[:4], labels[:4]), (x[4:], labels[4:])]
-    whole = collect(tiny_vit, layers, batches, "empirical", 0, CPU, lambda done: None)
+    whole = collect(tiny_vit, layers, batches, calibration_loss("empirical", 0), CPU, lambda done: None)
     alone = output_moments(tiny_vit, layers, batches, calibration_loss("empirical", 0), CPU)
     assert alone.keys() == whole.keys()
     for name, squares in alone.items():
-        assert relative(squares, whole[name].output_outer) < 1e-5
+        assert relative(squares, whole[name].G) < 1e-5
     assert all(parameter.grad is None for parameter in tiny_vit.parameters())
 
 
@@ -97,12 +90,19 @@ def test_layer_called_only_by_its_weight_is_refused() -> None:
     model = Functional()
     layers = {"used": model.used, "bypassed": model.bypassed}
     with pytest.raises(UsageError, match="bypassed is not called as a module"):
-        collect(model, layers, [(torch.randn(2, 3, 4)[:, 0], torch.tensor([0, 1]))], "empirical", 0, CPU, lambda done: None)
+        collect(
+            model,
+            layers,
+            [(torch.randn(2, 3, 4)[:, 0], torch.tensor([0, 1]))],
+            calibration_loss("empirical", 0),
+            CPU,
+            lambda done: None,
+        )
 
 
 def test_file_round_trip_and_damage(tiny_vit: nn.Module, tmp_path) -> None:  # type: ignore[no-untyped-def]
     layers = prunable_layers(tiny_vit, Layers(include=("*.qkv",)))
-    statistics = collect(tiny_vit, layers, [images(2)], "empirical", 0, CPU, lambda done: None)
+    statistics = collect(tiny_vit, layers, [images(2)], calibration_loss("empirical", 0), CPU, lambda done: None)
     path = tmp_path / "s.safetensors"
     save_statistics(path, statistics)
     back = load_statistics(path, list(layers))
@@ -145,12 +145,12 @@ class Dropping(nn.Module):
 
 def collected(model: nn.Module, gradient: str = "empirical", seed: int = 0) -> LayerStatistics:
     batches = [(torch.linspace(-1, 1, 24).reshape(4, 6), torch.tensor([0, 1, 2, 3]))] * 2
-    return collect(model, {"layer": model.layer}, batches, gradient, seed, CPU, lambda done: None)["layer"]
+    return collect(model, {"layer": model.layer}, batches, calibration_loss(gradient, seed), CPU, lambda done: None)["layer"]
 
 
 def test_a_model_in_training_is_measured_as_it_will_be_used() -> None:
     x = torch.linspace(-1, 1, 24).reshape(4, 6)
-    assert relative(collected(Dropping().train()).input_outer, 2 * x.T @ x) < 1e-6
+    assert relative(collected(Dropping().train()).A, 2 * x.T @ x) < 1e-6
 
 
 def test_gradients_from_before_do_not_count_and_none_are_left() -> None:
@@ -173,7 +173,7 @@ def test_images_done_are_told_after_every_batch(tiny_vit: nn.Module) -> None:
     x, labels = images(7)
     batches = [(x[:4], labels[:4]), (x[4:6], labels[4:6]), (x[6:], labels[6:])]
     told: list[int] = []
-    collect(tiny_vit, prunable_layers(tiny_vit, Layers()), batches, "logits", 0, CPU, told.append)
+    collect(tiny_vit, prunable_layers(tiny_vit, Layers()), batches, calibration_loss("logits", 0), CPU, told.append)
     assert told == [4, 6, 7]
 
 
@@ -189,7 +189,9 @@ def test_layer_whose_output_reaches_no_logit_is_refused() -> None:
     model = Ignoring()
     layers = {"layer": model.layer, "ignored": model.ignored}
     with pytest.raises(UsageError, match="ignored is not called as a module"):
-        collect(model, layers, [(torch.randn(2, 6), torch.tensor([0, 1]))], "empirical", 0, CPU, lambda done: None)
+        collect(
+            model, layers, [(torch.randn(2, 6), torch.tensor([0, 1]))], calibration_loss("empirical", 0), CPU, lambda done: None
+        )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -197,14 +199,21 @@ def test_statistics_that_are_no_numbers_name_the_layer(tiny_vit: nn.Module, valu
     x, labels = images(2)
     x[1, 0, 3, 3] = value
     with pytest.raises(CheckFailed, match=r"input_outer of blocks.0.attn.qkv holds NaN or infinite values"):
-        collect(tiny_vit, prunable_layers(tiny_vit, Layers()), [(x, labels)], "empirical", 0, CPU, lambda done: None)
+        collect(
+            tiny_vit,
+            prunable_layers(tiny_vit, Layers()),
+            [(x, labels)],
+            calibration_loss("empirical", 0),
+            CPU,
+            lambda done: None,
+        )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_files_of_statistics_that_are_no_numbers_name_the_layer(tiny_vit: nn.Module, tmp_path: Path, value: float) -> None:
     layers = prunable_layers(tiny_vit, Layers(include=("*.fc1",)))
-    statistics = collect(tiny_vit, layers, [images(2)], "empirical", 0, CPU, lambda done: None)
-    statistics["blocks.1.mlp.fc1"].output_outer[0, 0] = value
+    statistics = collect(tiny_vit, layers, [images(2)], calibration_loss("empirical", 0), CPU, lambda done: None)
+    statistics["blocks.1.mlp.fc1"].G[0, 0] = value
     save_statistics(tmp_path / "s.safetensors", statistics)
     with pytest.raises(EnvironmentFault, match=r"output_outer of blocks.1.mlp.fc1 holds NaN or infinite values"):
         load_statistics(tmp_path / "s.safetensors", list(layers))
@@ -216,7 +225,9 @@ def test_partial_statistics_add_up(tiny_vit: nn.Module, tmp_path: Path) -> None:
     layers = prunable_layers(tiny_vit, Layers(include=("*.fc1",)))
 
     def part(images: slice) -> dict[str, LayerStatistics]:
-        return collect(tiny_vit, layers, [(x[images], labels[images])], "empirical", 0, CPU, lambda done: None)
+        return collect(
+            tiny_vit, layers, [(x[images], labels[images])], calibration_loss("empirical", 0), CPU, lambda done: None
+        )
 
     whole, first, second = part(slice(0, 6)), part(slice(0, 2)), part(slice(2, 6))
     for name in layers:
@@ -228,6 +239,11 @@ def test_partial_statistics_add_up(tiny_vit: nn.Module, tmp_path: Path) -> None:
 
 
 # how far a pruned model is from its parent
+
+
+def divergence(model: nn.Module, target: Tensor, batches: list[tuple[Tensor, Tensor]], device: torch.device) -> float:
+    task = Classification()
+    return task.divergence(task.outputs(model, batches, device), target)
 
 
 def test_divergence_is_the_mean_of_the_kullback_leibler_divergences_of_all_images(tiny_vit: nn.Module) -> None:

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from lpvit_cli.curvature import ImageGradients, single_images
 from lpvit_cli.errors import UsageError
-from lpvit_cli.models import prunable_layers
-from lpvit_cli.recipe import Layers
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.recipe.prune import Layers
+from lpvit_cli.tasks.classification import calibration_loss
 
 CPU = torch.device("cpu")
 HEIGHT = 20  # divides no layer
@@ -22,7 +23,7 @@ def image_gradients(model: nn.Module, gradient: str = "empirical", count: int = 
     x, labels = torch.randn(6, 3, 32, 32, generator=generator), torch.randint(5, (6,), generator=generator)
     batches = [(x[:4], labels[:4]), (x[4:], labels[4:])]
     layers = prunable_layers(model, Layers())
-    return ImageGradients(model, layers, single_images(batches, count), gradient, seed, CPU)  # type: ignore[arg-type]
+    return ImageGradients(model, layers, single_images(batches, count), lambda: calibration_loss(gradient, seed), CPU)  # type: ignore[arg-type]
 
 
 def whole(gradients: ImageGradients, memory_bytes: int, height: int = HEIGHT) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from helpers import relative
 from PIL import Image, ImageOps
 from torch import nn
 
-from lpvit_cli.data import transform_for
+from lpvit_cli.data.transforms import transform_for
 from lpvit_cli.export.documents import preprocessing_steps
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lpvit_cli.data import transform_for
-from lpvit_cli.export.onnx import dense_graph, save_onnx
-from lpvit_cli.models import PREPROCESSING
+from lpvit_cli.data.transforms import transform_for
+from lpvit_cli.export.graph import dense_graph, save_onnx
+from lpvit_cli.models.folder import PREPROCESSING
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "predict_onnx.py"
 ALONE = "import sys; sys.modules['lpvit_cli'] = sys.modules['torch'] = sys.modules['timm'] = None; "

@@ -14,13 +14,12 @@ from helpers import relative
 from torch import nn
 
 from lpvit_cli.errors import CheckFailed, EnvironmentFault, UsageError
-from lpvit_cli.export import onnx as onnx_export
-from lpvit_cli.export.onnx import as_float32, dense_graph, save_onnx
-from lpvit_cli.export.parity import agreement, relative_error, same_top1
-from lpvit_cli.export.runtime import OnnxModel
-from lpvit_cli.report.schema import Parity
+from lpvit_cli.export import graph as onnx_export
+from lpvit_cli.export.check import agreement, first_images, relative_error, require_parity, same_top1
+from lpvit_cli.export.graph import as_float32, dense_graph, save_onnx
+from lpvit_cli.export.results import Parity
 from lpvit_cli.sparse import densify, sparsify
-from lpvit_cli.stages.exporting import first_images, require_parity
+from lpvit_cli.targets.onnxruntime import OnnxModel
 
 PREPROCESSING = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1.0}
 CONFIG = {"num_classes": 5, "preprocessing": PREPROCESSING, "architecture": "a"}

@@ -17,14 +17,14 @@ from lpvit_cli.errors import CheckFailed
 from lpvit_cli.export import choose
 from lpvit_cli.export.choose import choose_forms, single_layer
 from lpvit_cli.export.forms import FORMS, affine, forms_of
-from lpvit_cli.export.layer import Choice, Layer
-from lpvit_cli.export.onnx import dense_graph, save_onnx
+from lpvit_cli.export.graph import dense_graph, save_onnx
+from lpvit_cli.export.layer import ExportLayer, FormChoice
 from lpvit_cli.export.rewrite import find_linears, rewrite
-from lpvit_cli.export.runtime import session
 from lpvit_cli.measure.timing import Subject, time_in_visits
-from lpvit_cli.models import prunable_layers
-from lpvit_cli.recipe import Layers
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.recipe.prune import Layers
 from lpvit_cli.sparse import densify, sparse_layers, sparsify
+from lpvit_cli.targets.onnxruntime import session
 
 SHAPES = {
     "blocks divide": ((64, 48), (16, 8)),
@@ -36,15 +36,15 @@ SHAPES = {
 DENSITIES = {"some kept": 0.4, "all kept": 1.0, "none kept": 0.0}
 
 
-def layer_of(shape: tuple[int, int], block: tuple[int, int], density: float = 0.4, bias: bool = True) -> Layer:
+def layer_of(shape: tuple[int, int], block: tuple[int, int], density: float = 0.4, bias: bool = True) -> ExportLayer:
     weight, mask = masked(shape, block, density)
     if 0 < density < 1:
         mask[0], mask[1:2] = True, False
     made = BlockSparseMatrix.from_dense(weight, block, mask)
-    return Layer("layer", made, torch.randn(shape[0], generator=torch.Generator().manual_seed(2)) if bias else None)
+    return ExportLayer("layer", made, torch.randn(shape[0], generator=torch.Generator().manual_seed(2)) if bias else None)
 
 
-def run(layer: Layer, form: str, x: Tensor) -> Tensor:
+def run(layer: ExportLayer, form: str, x: Tensor) -> Tensor:
     (y,) = session(single_layer(layer, form), 1).run(None, {"x": x.numpy()})
     return torch.from_numpy(y)
 
@@ -103,7 +103,7 @@ def test_forms_that_are_no_choice() -> None:
 
 def test_rows_that_read_the_same_are_one_product() -> None:
     mask = torch.tensor([[1, 0, 1], [1, 0, 1], [0, 1, 0]], dtype=torch.bool)
-    layer = Layer("layer", BlockSparseMatrix.from_dense(torch.randn(24, 12), (8, 4), mask), None)
+    layer = ExportLayer("layer", BlockSparseMatrix.from_dense(torch.randn(24, 12), (8, 4), mask), None)
     graph = ir.from_proto(__import__("onnx").load_from_string(single_layer(layer, "rows"))).graph
     assert [node.op_type for node in graph].count("MatMul") == 2
 
@@ -134,7 +134,9 @@ def test_a_rewritten_model_gives_the_same_logits(
     model, path = sparse_model
     if (form, precision) == ("chain", "int8"):
         pytest.skip("there is no such form")
-    layers = {name: Layer(name, layer.weight, layer.bias, precision == "int8") for name, layer in sparse_layers(model).items()}
+    layers = {
+        name: ExportLayer(name, layer.weight, layer.bias, precision == "int8") for name, layer in sparse_layers(model).items()
+    }
     graph = ir.load(path)
     rewrite(graph, layers, dict.fromkeys(layers, form))
     save_onnx(graph, tmp_path / "model.onnx", {})
@@ -162,9 +164,9 @@ def test_layers_that_are_not_in_the_graph(sparse_model: tuple[nn.Module, Path]) 
 def test_the_fastest_form_is_taken_and_equal_layers_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[int] = []
 
-    def pretend(layer: Layer, tokens: int, threads: int) -> Choice:
+    def pretend(layer: ExportLayer, tokens: int, threads: int) -> FormChoice:
         timed.append(tokens)
-        return Choice("rows", {"rows": 1.0, "dense": 2.0})
+        return FormChoice("rows", {"rows": 1.0, "dense": 2.0})
 
     a, b = layer_of((64, 48), (16, 8)), layer_of((64, 48), (16, 8), bias=False)
     c = layer_of((64, 48), (16, 8), 0.9)

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,23 @@ from helpers import Result, masked, random_model, relative
 from lpvit_kernels import BlockSparseMatrix
 from torch import nn
 
+from lpvit_cli import Recipe
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.export.layer import Layer
-from lpvit_cli.export.program import EXTRA_FILE, TorchProgram
-from lpvit_cli.export.pt2 import FORMS, as_module, export_program, plain
-from lpvit_cli.measure.accuracy import Accuracy
-from lpvit_cli.models import VisionModel, prunable_layers
-from lpvit_cli.recipe import Layers, Recipe
+from lpvit_cli.export import program_file
+from lpvit_cli.export.formats.aoti import FILE as COMPILED
+from lpvit_cli.export.formats.aoti import Aoti
+from lpvit_cli.export.formats.pt2 import FILE, Pt2
+from lpvit_cli.export.layer import ExportLayer
+from lpvit_cli.export.opening import open_model
+from lpvit_cli.export.program import FORMS, as_module, export_program, plain
+from lpvit_cli.export.source import Source
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.models.protocol import VisionModel
+from lpvit_cli.recipe.export import ExportSection
+from lpvit_cli.recipe.prune import Layers
 from lpvit_cli.sparse import densify, sparse_layers, sparsify
-from lpvit_cli.stages import export_pt2
-from lpvit_cli.stages.evaluate import open_model
-from lpvit_cli.stages.export_pt2 import COMPILED, FILE, write_aoti, write_pt2
-from lpvit_cli.stages.exporting import Source
+from lpvit_cli.targets.pt2 import EXTRA_FILE, TorchProgram
+from lpvit_cli.tasks.classification import Accuracy
 
 PREPROCESSING = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1.0}
 CONFIG: dict[str, Any] = {"num_classes": 5, "preprocessing": PREPROCESSING, "data": {"dataset": "digits", "split": "test"}}
@@ -54,19 +60,31 @@ def pruned(which: str = "vit", block: tuple[int, int] = (8, 16)) -> VisionModel:
     return model  # type: ignore[return-value]
 
 
-def source_of(model: VisionModel, **export: Any) -> Source:
-    settings = {"model": {"name": "vit_tiny_patch16_224"}, "data": {"dataset": "digits"}}
-    recipe = Recipe.model_validate({"name": "test", **settings, "export": {"threads": 1, **export}})
+def source_of(model: VisionModel, form: str = "auto") -> Source:
     images = Images(
         [(torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.zeros(10, dtype=torch.long))]
     )
-    name, kwargs = "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
-    config = {**CONFIG, "architecture": name, "kwargs": {**kwargs, "num_classes": 5}}
-    return Source(recipe, None, Path(), config, model, model, images, Accuracy(0, 0, 10))  # type: ignore[arg-type]
+    facts: dict[str, Any] = {"original": model, "model": model, "validation": images, "accuracy": Accuracy(0, 0, 10)}
+    nobody: Any = None
+    return Source(
+        name="test",
+        settings=ExportSection(form=form),  # type: ignore[arg-type]
+        precision="float32",
+        threads=1,
+        asked_threads=1,
+        batch_size=1,
+        folder=Path(),
+        config=CONFIG,
+        prunable=nobody,
+        calibration=nobody,
+        dense=partial(random_model, "vit"),
+        publication=nobody,
+        **facts,
+    )
 
 
 def saved(model: VisionModel, folder: Path, form: str = "rows", config: Any = CONFIG) -> Path:
-    layers = {name: Layer(name, layer.weight, layer.bias) for name, layer in sparse_layers(model).items()}
+    layers = {name: ExportLayer(name, layer.weight, layer.bias) for name, layer in sparse_layers(model).items()}
     program = export_program(plain(model, layers, dict.fromkeys(layers, form)))
     torch.export.save(program, folder / FILE, extra_files={EXTRA_FILE: json.dumps(config)})
     return folder / FILE
@@ -91,7 +109,7 @@ def test_a_layer_in_each_form(shape: tuple[int, int], block: tuple[int, int], de
     offset = torch.randn(shape[0]) if bias else None
     x = torch.randn(2, 3, shape[1])
     expected = x.double() @ matrix.to_dense().double().T + (0 if offset is None else offset.double())
-    y = as_module(Layer("l", matrix, offset), form)(x)
+    y = as_module(ExportLayer("l", matrix, offset), form)(x)
     assert y.shape == expected.shape
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -134,7 +152,7 @@ torch.save(program.module()(torch.load("x.pt")), "y.pt")
 
 def test_what_export_writes(tmp_path: Path) -> None:
     model = pruned()
-    file = write_pt2(source_of(model, form="rows"), tmp_path, lambda *_: None)
+    file = Pt2().write(source_of(model, form="rows"), tmp_path, lambda *_: None)
     assert file.bytes == (tmp_path / FILE).stat().st_size
     assert [parity.batch_size for parity in file.parity] == [1, 2, 7]
     assert {layer.name for layer in file.layers} == set(sparse_layers(model))
@@ -150,15 +168,15 @@ def test_what_export_writes(tmp_path: Path) -> None:
 def test_forms_are_timed_and_a_full_layer_is_dense() -> None:
     model = pruned()
     matrix = BlockSparseMatrix.from_dense(torch.randn(128, 32), (8, 16))
-    layers = {name: Layer(name, layer.weight, layer.bias) for name, layer in sparse_layers(model).items()}
+    layers = {name: ExportLayer(name, layer.weight, layer.bias) for name, layer in sparse_layers(model).items()}
     layers["blocks.0.mlp.fc1"] = replace(layers["blocks.0.mlp.fc1"], weight=matrix)
-    chosen = export_pt2._choose(source_of(model), layers, lambda *_: None)
+    chosen = program_file._choose(source_of(model), layers, lambda *_: None)
     assert chosen.pop("blocks.0.mlp.fc1").times_us == {}
     for choice in chosen.values():
         assert set(choice.times_us) == set(FORMS)
         assert choice.form == min(choice.times_us, key=choice.times_us.__getitem__)
     for form, expected in (("dense", "dense"), ("rows", "rows"), ("batched", "rows")):
-        made = export_pt2._choose(source_of(model, form=form), layers, lambda *_: None)
+        made = program_file._choose(source_of(model, form=form), layers, lambda *_: None)
         assert made.pop("blocks.0.mlp.fc1").form == "dense"
         assert {choice.form for choice in made.values()} == {expected}
 
@@ -167,7 +185,7 @@ def test_forms_are_timed_and_a_full_layer_is_dense() -> None:
 def test_other_precisions_are_refused(format_: str) -> None:
     from lpvit_cli.stages.export import run_stage
 
-    recipe = source_of(pruned(), formats=["onnx", format_], precision="int8").recipe
+    recipe = Recipe.load("digits_vit", [f"export.formats=[onnx,{format_}]", "export.precision=int8"])
     with pytest.raises(UsageError, match="is written in float32 only, not in int8"):
         run_stage(recipe, None, Path(), lambda *_: None)  # type: ignore[arg-type]
 
@@ -277,18 +295,18 @@ def test_a_file_that_would_run_code_is_refused(written: tuple[VisionModel, Path]
 def test_without_a_compiler() -> None:
     without = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
     with without, pytest.raises(EnvironmentFault, match="there is no C\\+\\+ compiler here") as caught:
-        export_pt2.require_compiler()
+        Aoti().require()
     assert "g++" in caught.value.hint
 
 
 @pytest.mark.slow
 def test_compiled(tmp_path: Path) -> None:
     try:
-        export_pt2.require_compiler()
+        Aoti().require()
     except EnvironmentFault as error:
         pytest.skip(error.message)
     model = pruned()
-    file = write_aoti(source_of(model, form="rows"), tmp_path, lambda *_: None)
+    file = Aoti().write(source_of(model, form="rows"), tmp_path, lambda *_: None)
     assert (file.file, file.format) == (COMPILED, "aoti")
     program, data = open_model(str(tmp_path / COMPILED))
     assert data == CONFIG["data"]

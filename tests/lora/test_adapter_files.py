@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.lora import adapt, adapters_of, load_adapted, merge, save_adapter
-from lpvit_cli.models import load_model, save_model
-from lpvit_cli.recipe import FinetuneSection
+from lpvit_cli.models.folder import load_model, save_model
+from lpvit_cli.recipe.finetune import FinetuneSection
+from lpvit_cli.recovery.lora import adapt, adapters_of, load_adapted, merge, save_adapter
+from lpvit_cli.recovery.start import choose_trained
 from lpvit_cli.sparse import densify, sparse_layers, sparsify
-from lpvit_cli.stages.finetune import choose_trained
 
 NAMES = ("blocks.0.mlp.fc1", "blocks.1.attn.qkv")
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -13,7 +13,7 @@ from lpvit_kernels import BlockSparseMatrix
 from torch import nn
 from torch.nn import functional as F
 
-from lpvit_cli.lora import MaskedLoraLinear, adapt, merge
+from lpvit_cli.recovery.lora import MaskedLoraLinear, adapt, merge
 from lpvit_cli.sparse import BlockSparseLinear, sparse_layers, sparsify
 
 CASES = [((48, 64), (8, 16)), ((48, 64), (16, 16)), ((44, 60), (8, 16)), ((20, 33), (20, 8))]  # the last two ragged

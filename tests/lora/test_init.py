@@ -9,7 +9,7 @@ from lpvit_kernels import BlockSparseMatrix
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lpvit_cli.lora import MaskedLoraLinear, kept_gradients, lora_ga_factors
+from lpvit_cli.recovery.lora import MaskedLoraLinear, kept_gradients, lora_ga_factors
 from lpvit_cli.sparse import BlockSparseLinear, densify, sparsify
 
 SHAPE, BLOCK, RANK = (48, 64), (8, 16), 6

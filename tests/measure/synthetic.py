@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from lpvit_cli.measure.energy import EnergyRun, measure_energy
-from lpvit_cli.measure.meters import MeterError, Reading, State
-from lpvit_cli.measure.trace import PERIOD_S
+from lpvit_cli.measure.energy.meters.base import MeterError, Reading, State
+from lpvit_cli.measure.energy.run import EnergyRun, measure_energy
+from lpvit_cli.measure.energy.trace import PERIOD_S
 
 IDLE_W = 60.0
 READ_S = 1e-4

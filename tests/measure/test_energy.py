@@ -14,8 +14,8 @@ from dataclasses import asdict
 import pytest
 from synthetic import IDLE_W, Board, constant, coverage
 
-from lpvit_cli.measure.energy import EnergyRun, measure_energy, saving_verdict
-from lpvit_cli.measure.meters import MeterError, Reading
+from lpvit_cli.measure.energy.meters.base import MeterError, Reading
+from lpvit_cli.measure.energy.run import EnergyRun, measure_energy, saving_verdict
 from lpvit_cli.measure.statistics import Ratio
 
 
@@ -368,5 +368,5 @@ def test_a_meter_that_dies_leaves_its_code_and_no_number() -> None:
 
 
 def test_energy_does_not_load_torch() -> None:
-    code = "import sys, lpvit_cli.measure.energy, lpvit_cli.measure.meters; sys.exit('torch' in sys.modules)"
+    code = "import sys, lpvit_cli.measure.energy.run, lpvit_cli.measure.energy.meters.nvml; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from lpvit_cli.measure.energy import measure_energy
-from lpvit_cli.measure.meters import open_meter
+from lpvit_cli.measure.energy.meters import open_meter
+from lpvit_cli.measure.energy.run import measure_energy
 
 UUID = "00000000-0000-0000-0000-00000000fa4e"
 
@@ -37,9 +37,10 @@ def polling(sample):
     yield
     samplers.remove(sample)
 from dataclasses import asdict
-from lpvit_cli.measure.energy import measure_energy
-from lpvit_cli.measure.meters import MeterError, open_meter
-from lpvit_cli.measure.nvml import NvmlMeter
+from lpvit_cli.measure.energy.run import measure_energy
+from lpvit_cli.measure.energy.meters import open_meter
+from lpvit_cli.measure.energy.meters.base import MeterError
+from lpvit_cli.measure.energy.meters.nvml import NvmlMeter
 """
 MEASURE = """
 def measure(meter, call, **options):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lpvit_cli.errors import UsageError
+from lpvit_cli.measure.energy.power import Estimate, Point, PowerModel, Work, fit_power
 from lpvit_cli.measure.layers import moved_bytes
-from lpvit_cli.measure.power import Estimate, Point, PowerModel, Work, fit_power
 from lpvit_cli.measure.profile import DeviceProfile, LayerProfile, SparseProfile
 
 TRUTH = (0.6, 40.0, 120.0)  # pJ a multiply-add, pJ a byte, W

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lpvit_cli.errors import EnvironmentFault, LpvitError, UsageError
-from lpvit_cli.measure.power import Work
+from lpvit_cli.measure.energy.power import Work
 from lpvit_cli.measure.profile import DeviceProfile, LayerProfile, SparseProfile
 
 BLOCK, KEPT = (64, 32), [0.1, 0.25, 0.5, 1.0]

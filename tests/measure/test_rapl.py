@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lpvit_cli.measure import meters
-from lpvit_cli.measure.meters import MeterError, RaplMeter
+from lpvit_cli.measure.energy import meters
+from lpvit_cli.measure.energy.meters.base import MeterError
+from lpvit_cli.measure.energy.meters.rapl import RaplMeter
 
 RANGE_UJ = 262_143_328_850
 
@@ -99,7 +100,7 @@ def test_open_meter_gives_a_meter_or_reasons(powercap: Path, monkeypatch: pytest
     def refuse(*args: object) -> None:
         raise MeterError("RAPL: why")
 
-    monkeypatch.setattr(meters, "RaplMeter", lambda *args: "the meter")
+    monkeypatch.setattr(RaplMeter, "open", lambda *args: "the meter")
     assert meters.open_meter("cpu", "") == ("the meter", [])
-    monkeypatch.setattr(meters, "RaplMeter", refuse)
+    monkeypatch.setattr(RaplMeter, "open", refuse)
     assert meters.open_meter("cpu", "") == (None, ["RAPL: why"])

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from lpvit_cli.measure.meters import MeterError
-from lpvit_cli.measure.trace import PowerTrace, in_background
+from lpvit_cli.measure.energy.meters.base import MeterError
+from lpvit_cli.measure.energy.trace import PowerTrace, in_background
 
 
 def trace_of(samples: list[tuple[float, float]]) -> PowerTrace:

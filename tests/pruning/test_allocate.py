@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lpvit_cli.errors import UsageError
 from lpvit_cli.pruning import allocate as engine
-from lpvit_cli.pruning.allocate import Choice, Curve, lower_hull
+from lpvit_cli.pruning.allocate import Curve, CurvePoint, lower_hull
 
 
 def curve(steps: list[float], cost: float = 1.0, energy: float = 1.0, keep: int = 0) -> Curve:
@@ -164,8 +164,8 @@ def test_of_several_curves_a_layer_takes_the_cheapest_for_its_saving() -> None:
     fine = shaped([8, 7, 6, 5, 4], [0, 0.5, 1, 1.5, 6])
     coarse = shaped([8, 5, 2], [0, 2, 4])
     for budget, choice in ((7, (0, 1)), (6, (0, 2)), (5, (0, 3)), (4, (1, 2)), (2, (1, 2))):
-        assert engine.allocate({"a": [fine, coarse]}, budget, 0.0) == {"a": Choice(*choice)}, budget
-        assert engine.allocate({"a": [coarse, fine]}, budget, 0.0) == {"a": Choice(1 - choice[0], choice[1])}, budget
+        assert engine.allocate({"a": [fine, coarse]}, budget, 0.0) == {"a": CurvePoint(*choice)}, budget
+        assert engine.allocate({"a": [coarse, fine]}, budget, 0.0) == {"a": CurvePoint(1 - choice[0], choice[1])}, budget
 
 
 @settings(max_examples=100, deadline=None)

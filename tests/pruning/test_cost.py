@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 
-from lpvit_cli.models import prunable_layers
-from lpvit_cli.pruning.cost import count_flops, layer_cost
-from lpvit_cli.recipe import Layers, Power
+from lpvit_cli.models.flops import count_flops
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.pruning.cost import layer_cost
+from lpvit_cli.recipe.prune import Layers, Power
 
 
 def vit_flops(dim: int, depth: int, tokens: int = 197, patch: int = 16, classes: int = 1000) -> int:

@@ -14,20 +14,21 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from lpvit_cli.errors import UsageError
-from lpvit_cli.models import prunable_layers
-from lpvit_cli.pruning.patterns import Pair, find_pairs
-from lpvit_cli.recipe import Layers
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.pruning.coupling import Coupling, find_couplings
+from lpvit_cli.recipe.prune import Layers
 from lpvit_cli.sparse import narrow
 
 
-def pairs(model: nn.Module, patterns: Iterable[str], width: int = 8, **layers: Any) -> dict[str, Pair]:
-    return find_pairs(model, prunable_layers(model, Layers(**layers)), patterns, width)
+def pairs(model: nn.Module, patterns: Iterable[str], width: int = 8, **layers: Any) -> dict[str, Coupling]:
+    return find_couplings(model, prunable_layers(model, Layers(**layers)), patterns, width)
 
 
 def test_neurons_are_those_between_the_two_layers_of_an_mlp() -> None:
     found = pairs(random_model("vit"), ["neurons"], width=16)
     assert found == {
-        f"blocks.{n}.mlp.fc2": Pair(f"blocks.{n}.mlp", f"blocks.{n}.mlp.fc1", f"blocks.{n}.mlp.fc2", 16, 1, 32) for n in (0, 1)
+        f"blocks.{n}.mlp.fc2": Coupling(f"blocks.{n}.mlp", f"blocks.{n}.mlp.fc1", f"blocks.{n}.mlp.fc2", 16, 1, 32)
+        for n in (0, 1)
     }
     assert found["blocks.0.mlp.fc2"].block == (32, 16)
 
@@ -40,7 +41,7 @@ def test_heads_are_those_of_the_attention_whatever_the_width(which: str, blocks:
     for block in blocks:
         name = f"{block}.attn"
         out = 64 if block.startswith("layers.1") else 32
-        assert found[f"{name}.proj"] == Pair(name, f"{name}.qkv", f"{name}.proj", 8, 3, out)
+        assert found[f"{name}.proj"] == Coupling(name, f"{name}.qkv", f"{name}.proj", 8, 3, out)
 
 
 def test_both_patterns_together() -> None:
@@ -52,14 +53,14 @@ def test_both_patterns_together() -> None:
 
 def test_a_head_is_in_three_places_of_the_rows_that_make_it() -> None:
     """Rows of qkv: all heads of q, then of k, then of v."""
-    pair = Pair("attn", "attn.qkv", "attn.proj", width=8, repeats=3, consumer_out=32)
+    pair = Coupling("attn", "attn.qkv", "attn.proj", width=8, repeats=3, consumer_out=32)
     mask = torch.tensor([[True, False, False, True]])
     assert pair.producer_mask(mask).tolist() == [[True], [False], [False], [True]] * 3
     assert pair.kept(mask).tolist() == [0, 3]
 
 
 def test_a_group_of_neurons_is_kept_neuron_by_neuron() -> None:
-    pair = Pair("mlp", "mlp.fc1", "mlp.fc2", width=3, repeats=1, consumer_out=32)
+    pair = Coupling("mlp", "mlp.fc1", "mlp.fc2", width=3, repeats=1, consumer_out=32)
     mask = torch.tensor([[False, True, False, True]])
     assert pair.producer_mask(mask).tolist() == [[False], [True], [False], [True]]
     assert pair.kept(mask).tolist() == [3, 4, 5, 9, 10, 11]

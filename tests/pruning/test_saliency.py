@@ -6,10 +6,24 @@ import pytest
 import torch
 from helpers import random_statistics, relative
 
+from lpvit_cli.curvature import LayerStatistics
 from lpvit_cli.errors import UsageError
 from lpvit_cli.pruning.blocks import block_elements, block_sums, expand, grid, require_fit
-from lpvit_cli.pruning.saliency import METHODS
+from lpvit_cli.pruning.methods.lpvit import lpvit
+from lpvit_cli.pruning.methods.magnitude import magnitude
+from lpvit_cli.pruning.methods.obs import obs
+from lpvit_cli.pruning.methods.taylor import taylor
+from lpvit_cli.pruning.methods.wanda import wanda
+from lpvit_cli.pruning.removal import Removal
 
+Block = tuple[int, int]
+
+
+def by_size(weight: torch.Tensor, statistics: LayerStatistics, block: Block) -> Removal:
+    return magnitude(weight, block)
+
+
+METHODS = {"magnitude": by_size, "wanda": wanda, "taylor": taylor, "lpvit": lpvit, "obs": obs}
 CASES = [((12, 16), (4, 4)), ((12, 16), (12, 4)), ((10, 15), (4, 6)), ((7, 5), (1, 1)), ((6, 8), (6, 8))]
 
 
@@ -23,7 +37,7 @@ def test_lpvit_curve_is_the_second_order_expansion(shape: tuple[int, int], block
     weight, statistics = weight_of(shape), random_statistics(*shape)
     removal = METHODS["lpvit"](weight, statistics, block)
     w, g = weight.double(), statistics.mean_gradient.double()
-    fisher = (statistics.input_outer / statistics.tokens).double()
+    fisher = (statistics.A / statistics.tokens).double()
     scale = statistics.tokens_per_image * statistics.output_moment.diagonal().double()
     for k in range(len(removal.order) + 1):
         gone = ~expand(removal.mask(k), shape, block)

@@ -12,12 +12,12 @@ import torch
 from helpers import expanded, relative
 from torch import Tensor, nn
 
-from lpvit_cli.models import prunable_layers
+from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.pruning import sequential
+from lpvit_cli.pruning.block_obs import DAMPING
 from lpvit_cli.pruning.blocks import block_elements, grid
 from lpvit_cli.pruning.sequential import Target, images_that_fit, prune_sequentially
-from lpvit_cli.pruning.surgeon import DAMPING
-from lpvit_cli.recipe import Layers
+from lpvit_cli.recipe.prune import Layers
 
 BLOCK = (8, 16)
 LAST = "blocks.1.mlp.fc2"

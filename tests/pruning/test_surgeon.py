@@ -7,9 +7,10 @@ import torch
 from helpers import expanded, masked, relative
 from torch import Tensor
 
-from lpvit_cli.pruning import surgeon
+from lpvit_cli.pruning import block_obs as surgeon
+from lpvit_cli.pruning.block_obs import compensated, damped, merged, removal_order
 from lpvit_cli.pruning.blocks import grid
-from lpvit_cli.pruning.surgeon import compensated, damped, merged, prune_layer, removal_order
+from lpvit_cli.pruning.surgeon import prune_layer
 
 Shape = tuple[int, int]
 # dividing, wide, one block a row, ragged rows and columns, single weights

@@ -7,31 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lpvit_cli.measure.accuracy import Accuracy
-from lpvit_cli.measure.energy import Energy, EnergyRun, Trace, Window
-from lpvit_cli.measure.power import Work
+from lpvit_cli.bench.results import BatchBench, Change, LayerBench, LayersBench
+from lpvit_cli.export.results import ExportedFile, ExportedLayer, ExportSpeed, Parity
+from lpvit_cli.measure.energy.power import Work
+from lpvit_cli.measure.energy.run import Energy, EnergyRun, Trace, Window
 from lpvit_cli.measure.profile import DeviceProfile, LayerProfile, SparseProfile
 from lpvit_cli.measure.statistics import Ratio, percentiles
 from lpvit_cli.measure.timing import Timing, TimingRun
+from lpvit_cli.recovery.history import Epoch
 from lpvit_cli.report.schema import (
-    BatchBench,
     BenchReport,
     CalibrateReport,
-    Change,
     CompareReport,
-    Epoch,
     EvaluateReport,
-    ExportedFile,
-    ExportedLayer,
     ExportReport,
-    ExportSpeed,
     FinetuneReport,
     GradualReport,
     GradualStep,
-    LayerBench,
     LayerReport,
-    LayersBench,
-    Parity,
     PredictedPoint,
     Prediction,
     PredictionReport,
@@ -41,9 +34,10 @@ from lpvit_cli.report.schema import (
     Report,
     SweepPoint,
     SweepReport,
-    TunedLayers,
     TuneReport,
 )
+from lpvit_cli.targets.tuning import TunedLayers
+from lpvit_cli.tasks.classification import Accuracy
 
 FOLDER = Path("runs/deit_base_50/stage")
 CPU = "AMD EPYC 9V74 80-Core Processor"

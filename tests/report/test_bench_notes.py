@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from made import batch_bench, deit_base_layers, energy_run, layers_bench, prune, traced_bench
 
+from lpvit_cli.bench.notes import advice, doubts
+from lpvit_cli.bench.results import BatchBench
 from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.measure.timing import Timing, TimingRun
 from lpvit_cli.report.html import write_html
 from lpvit_cli.report.pictures import energy_picture, latency_picture, layers_picture, power_picture
-from lpvit_cli.report.schema import BatchBench
-from lpvit_cli.stages.bench_notes import advice, doubts
 
 SLOWER, FASTER, EQUAL = Ratio(0.8, 0.7, 0.9), Ratio(1.3, 1.2, 1.4), Ratio(1.0, 0.9, 1.1)
 

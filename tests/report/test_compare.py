@@ -12,8 +12,9 @@ import pytest
 from helpers import Result
 from made import batch_bench, bench, energy_run, timed
 
+from lpvit_cli.bench.results import BatchBench
 from lpvit_cli.measure.timing import TimingRun
-from lpvit_cli.report.schema import BatchBench, BenchReport
+from lpvit_cli.report.schema import BenchReport
 
 Cli = Callable[..., Result]
 

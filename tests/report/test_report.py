@@ -39,18 +39,17 @@ from made import (
 )
 from pydantic import ValidationError
 
-from lpvit_cli.console import Console
-from lpvit_cli.doctor import Finding
-from lpvit_cli.measure.energy import EnergyRun
+from lpvit_cli.cli.console import Console
+from lpvit_cli.commands.doctor import Finding
+from lpvit_cli.measure.energy.run import EnergyRun
 from lpvit_cli.measure.profile import SparseProfile
 from lpvit_cli.measure.statistics import Ratio
-from lpvit_cli.recipe import shipped_recipes
+from lpvit_cli.numbers import giga, three_digits
+from lpvit_cli.recipe.shipped import shipped_recipes
 from lpvit_cli.report import html
-from lpvit_cli.report.cells import giga, three_digits
 from lpvit_cli.report.html import write_html
 from lpvit_cli.report.pictures import blocks_picture, latency_picture, sweep_picture
 from lpvit_cli.report.schema import (
-    REPORTS,
     BenchReport,
     CalibrateReport,
     FinetuneReport,
@@ -58,7 +57,9 @@ from lpvit_cli.report.schema import (
     PruneReport,
     Report,
 )
-from lpvit_cli.report.tables import findings_table, recipes_table, render, summary
+from lpvit_cli.report.terminal import render
+from lpvit_cli.report.terminal.run import summary
+from lpvit_cli.report.terminal.tools import findings_table, recipes_table
 from lpvit_cli.stages import ALL_STAGES
 
 HOSTILE = ["[red]", "[/red]", "[bold]b[/bold]", "<script>alert(1)</script>", "a & b", "\\"]
@@ -541,9 +542,8 @@ def test_a_power_model_of_zero_predicts_nothing() -> None:
 
 
 def test_every_stage_has_a_report_that_can_be_rendered() -> None:
-    assert set(REPORTS) == {stage.command for stage in ALL_STAGES}
     rendered = {type(make()) for make in ALL.values()}
-    assert set(REPORTS.values()) <= rendered
+    assert {stage.report_class for stage in ALL_STAGES} <= rendered
 
 
 def test_the_documented_schema_of_a_bench_is_that_of_the_code() -> None:

@@ -15,9 +15,10 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lpvit_cli.lora import adapt
-from lpvit_cli.models import load_model, prunable_layers, save_model
-from lpvit_cli.recipe import Layers
+from lpvit_cli.models.folder import load_model, save_model
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.recipe.prune import Layers
+from lpvit_cli.recovery.lora import adapt
 from lpvit_cli.sparse import densify, fuse, narrow, sparse_layers, sparsify
 from lpvit_cli.sparse.fused import FusedBlock, FusedMlp
 

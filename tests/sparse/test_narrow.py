@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from lpvit_cli.errors import EnvironmentFault
-from lpvit_cli.models import load_model, save_model
+from lpvit_cli.models.folder import load_model, save_model
 from lpvit_cli.sparse import densify, narrow, sparsify, width
 
 

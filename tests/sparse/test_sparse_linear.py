@@ -8,9 +8,9 @@ from helpers import expanded, masked, relative
 from lpvit_kernels import BlockSparseMatrix
 from torch import nn
 
-from lpvit_cli.lora import adapt
-from lpvit_cli.models import prunable_layers
-from lpvit_cli.recipe import Layers
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.recipe.prune import Layers
+from lpvit_cli.recovery.lora import adapt
 from lpvit_cli.sparse import BlockSparseLinear, densify, sparse_layers, sparsify
 
 BLOCK = (8, 16)

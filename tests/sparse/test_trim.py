@@ -14,8 +14,9 @@ from timm.layers import Mlp
 from timm.models import create_model
 from torch import Tensor, nn
 
-from lpvit_cli.models import load_model, prunable_layers, save_model
-from lpvit_cli.recipe import Layers
+from lpvit_cli.models.folder import load_model, save_model
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.recipe.prune import Layers
 from lpvit_cli.sparse import fuse, sparse_layers, sparsify, trim
 
 BLOCK = (8, 16)  # the heads have 8 features: they go in pairs

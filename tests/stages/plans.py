@@ -11,8 +11,9 @@ from torch import Tensor
 from lpvit_cli import Recipe
 from lpvit_cli.curvature import collect
 from lpvit_cli.measure.profile import DeviceProfile
-from lpvit_cli.models import prunable_layers
-from lpvit_cli.stages.plan import Plan, build_plan
+from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.pruning.plan import Plan, build_plan
+from lpvit_cli.tasks.classification import Classification, calibration_loss
 
 CPU = torch.device("cpu")
 BLOCK = (16, 8)
@@ -35,5 +36,18 @@ def plan_of(which: str, *overrides: str, profile: DeviceProfile | None = None) -
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"kwargs": kwargs})})
     images = batches(10, 14)
     layers = prunable_layers(model, recipe.prune.layers)
-    statistics = collect(model, layers, images, "empirical", 0, CPU, quiet)
-    return build_plan(recipe, model, statistics, images, None, profile, quiet)
+    statistics = collect(model, layers, images, calibration_loss("empirical", 0), CPU, quiet)
+    return build_plan(
+        recipe.prune,
+        model,
+        layers,
+        statistics,
+        images,
+        example=images[0][0][:1],
+        task=Classification(),
+        gradient=recipe.calibrate.gradient,
+        seed=recipe.seed,
+        device=CPU,
+        progress=quiet,
+        profile=profile,
+    )

@@ -15,12 +15,12 @@ import torch
 from helpers import Result, run_cli
 
 from lpvit_cli import load_model
+from lpvit_cli.bench import subjects
+from lpvit_cli.bench.session import OUT_OF_MEMORY
+from lpvit_cli.bench.subjects import Shelf, Subjects
 from lpvit_cli.errors import EnvironmentFault
 from lpvit_cli.report.schema import BenchReport
 from lpvit_cli.stages import bench as stage
-from lpvit_cli.stages import subjects
-from lpvit_cli.stages.bench import OUT_OF_MEMORY
-from lpvit_cli.stages.subjects import Shelf, Subjects
 
 QUICK = {
     "calibrate.images": 64,
@@ -175,8 +175,8 @@ def test_a_model_folder_of_another_architecture_is_refused(pruned: Path, tmp_pat
 def test_energy_that_is_required_and_not_to_be_had_is_exit_code_3_and_the_times_are_kept(
     pruned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lpvit_cli.measure import energy
-    from lpvit_cli.measure.meters import MeterError, Reading
+    from lpvit_cli.measure.energy import run as energy
+    from lpvit_cli.measure.energy.meters.base import MeterError, Reading
 
     reasons = ["no meter here"]
     monkeypatch.setattr(energy, "open_meter", lambda *asked: (None, reasons))

@@ -11,11 +11,10 @@ from helpers import Demo, run_cli
 
 from lpvit_cli import load_model
 from lpvit_cli.errors import UsageError
-from lpvit_cli.measure.accuracy import Accuracy
-from lpvit_cli.recipe import Budget
+from lpvit_cli.pruning import engine
+from lpvit_cli.pruning.budgets.max_drop import search
+from lpvit_cli.recipe.prune import Budget
 from lpvit_cli.sparse import sparse_layers
-from lpvit_cli.stages import prune as stage
-from lpvit_cli.stages.prune import search
 
 
 @pytest.fixture
@@ -83,30 +82,31 @@ class Cliff:
         assert budget.kind == "flops"
         return self.lowest
 
-    def evaluate(self, model: Budget, progress: object, what: str) -> Accuracy:
+    def judge(self, model: Budget, what: str) -> float:
         self.evaluated += 1
-        assert model.flops is not None
-        return Accuracy(90.0 if model.flops >= self.edge else 10.0, 100.0, 100)
+        assert model.kind == "flops"
+        return 90.0 if model.value >= self.edge else 10.0
 
 
 @pytest.fixture
 def budgets_for_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pruned model is known by its budget."""
-    monkeypatch.setattr(stage, "prune_model", lambda plan, budget, progress: (budget, None))
+    monkeypatch.setattr(engine, "prune_model", lambda plan, budget, progress: (budget, None))
 
 
 @pytest.mark.usefixtures("budgets_for_models")
 @pytest.mark.parametrize(("edge", "found"), [(0.41, 0.41), (0.1, 0.2), (0.985, 0.99)])
 def test_the_search_finds_the_edge_with_few_evaluations(edge: float, found: float) -> None:
     plan = Cliff(edge)
-    assert search(plan, 89.0, lambda *_: None).flops == pytest.approx(found)  # type: ignore[arg-type]
+    assert search(plan, 89.0, plan.judge, lambda *_: None).value == pytest.approx(found)  # type: ignore[arg-type]
     assert plan.evaluated <= 7
 
 
 @pytest.mark.usefixtures("budgets_for_models")
 def test_a_drop_that_no_pruned_model_keeps_is_refused() -> None:
+    plan = Cliff(0.5)
     with pytest.raises(UsageError, match="no pruned model keeps a top-1 of 95.00 %"):
-        search(Cliff(0.5), 95.0, lambda *_: None)  # type: ignore[arg-type]
+        search(plan, 95.0, plan.judge, lambda *_: None)  # type: ignore[arg-type]
 
 
 def test_too_few_images_for_the_rank_are_a_warning_with_numbers(tmp_path: Path) -> None:

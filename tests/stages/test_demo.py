@@ -15,10 +15,9 @@ from safetensors import safe_open
 
 import lpvit_cli
 from lpvit_cli import Recipe, load_model
-from lpvit_cli.data import transform_for
-from lpvit_cli.run import Run
+from lpvit_cli.data.transforms import transform_for
 from lpvit_cli.sparse import sparse_layers
-from lpvit_cli.stages import STAGES
+from lpvit_cli.stages import STAGES, run_of
 
 WEIGHTS = Recipe.load("digits_vit").model.weights
 DIGIT = Path(__file__).parents[2] / "examples" / "digit_3.png"
@@ -131,14 +130,14 @@ def test_bench_says_a_sentence_and_draws_its_pictures(demo: Demo) -> None:
 
 
 def test_every_artefact_tells_where_it_came_from(demo: Demo) -> None:
-    run = Run(Recipe.load(demo.folder / "recipe.yaml"), demo.folder)
+    run = run_of(Recipe.load(demo.folder / "recipe.yaml"), demo.folder)
     for stage in STAGES:
         record = run.record(stage)
         assert record is not None
-        assert record["stage"] == stage.command
-        assert record["inputs"]["versions.lpvit"] == lpvit_cli.__version__
-        assert record["device"]
-        assert record["duration_s"] > 0
+        assert record.stage == stage.command
+        assert record.inputs["versions.lpvit"] == lpvit_cli.__version__
+        assert record.device
+        assert record.duration_s > 0
     assert sorted(p.name for p in demo.folder.iterdir()) == sorted([".lock", "recipe.yaml", *(s.folder for s in STAGES)])
 
 
@@ -159,10 +158,10 @@ def test_dry_run_says_which_part_changed(demo: Demo) -> None:
     )
     assert json.loads(result.out)["stages"] == {
         "calibrate": "up to date",
-        "prune": "runs again (prune.min_keep: 0.05 -> 0.2)",
-        "finetune-lora-ga": "runs again (pruned: prune.min_keep: 0.05 -> 0.2)",
-        "bench": "runs again (finetuned: pruned: prune.min_keep: 0.05 -> 0.2)",
-        "export": "runs again (finetuned: pruned: prune.min_keep: 0.05 -> 0.2)",
+        "prune": "runs again (prune.min_keep: 0.0 -> 0.2)",
+        "finetune-lora-ga": "runs again (pruned: prune.min_keep: 0.0 -> 0.2)",
+        "bench": "runs again (finetuned: pruned: prune.min_keep: 0.0 -> 0.2)",
+        "export": "runs again (finetuned: pruned: prune.min_keep: 0.0 -> 0.2)",
     }
 
 

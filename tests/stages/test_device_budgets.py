@@ -13,12 +13,12 @@ from helpers import Result, run_cli
 from stages.plans import plan_of, quiet
 
 from lpvit_cli.errors import UsageError
-from lpvit_cli.measure.power import Work
+from lpvit_cli.measure.energy.power import Work
 from lpvit_cli.measure.profile import DeviceProfile, LayerProfile, SparseProfile
-from lpvit_cli.recipe import Budget
+from lpvit_cli.pruning.engine import prune_model
+from lpvit_cli.pruning.plan import Allocation, Plan
+from lpvit_cli.recipe.prune import Budget
 from lpvit_cli.sparse import sparse_layers
-from lpvit_cli.stages.plan import Plan, Pruned
-from lpvit_cli.stages.pruned_model import prune_model
 
 KEPT = [0.05, 0.25, 0.5, 0.75, 0.9, 1.0]
 TIMES = [0.3, 0.5, 0.65, 0.9, 1.3, 1.6]  # of the dense layer: sparse is slower down to four fifths
@@ -74,10 +74,10 @@ def profile(
     )
 
 
-def milliseconds(plan: Plan, pruned: Pruned, less: str | None = None) -> float:
+def milliseconds(plan: Plan, pruned: Allocation, less: str | None = None) -> float:
     """Of a batch, from the numbers above; with one removal less of one layer."""
     total = REST
-    for name, choice in pruned.choices.items():
+    for name, choice in pruned.points.items():
         removed = choice.removed - (name == less)
         mask = pruned.option(name).removal.mask(removed)
         fraction = float(mask.double().mean())
@@ -96,12 +96,12 @@ DENSE = REST + 2 * (96 * 32 + 32 * 32 + 128 * 32 + 32 * 128) / 1000
 @pytest.mark.parametrize("batch", [1, 4])
 def test_latency_is_met_and_one_removal_less_would_exceed_it(saved: float, batch: int) -> None:
     plan = plan_of("vit", f"prune.budget.latency_ms={DENSE - saved}", profile=profile(batch=batch))
-    pruned = plan.allocation(plan.recipe.prune.budget)
+    pruned = plan.allocation(plan.settings.budget)
     predicted = plan.predict(pruned).latency_ms
     assert predicted == pytest.approx(milliseconds(plan, pruned))
     assert predicted is not None
     assert predicted <= DENSE - saved
-    assert any(milliseconds(plan, pruned, less=name) > DENSE - saved for name, c in pruned.choices.items() if c.removed)
+    assert any(milliseconds(plan, pruned, less=name) > DENSE - saved for name, c in pruned.points.items() if c.removed)
 
 
 @pytest.mark.parametrize("budget", [11.3, 12, 13, 14, 14.09])
@@ -116,7 +116,7 @@ def test_a_single_layer_loses_as_few_blocks_as_meet_the_latency(budget: float) -
         ):
             plan.allocation(Budget(latency_ms=budget))
         return
-    (choice,) = plan.allocation(Budget(latency_ms=budget)).choices.values()
+    (choice,) = plan.allocation(Budget(latency_ms=budget)).points.values()
     assert choice.removed == next(k for k in range(33) if REST + time[k] <= budget)
     assert choice.removed >= 7, "of 32, until removing pays"
 
@@ -124,7 +124,7 @@ def test_a_single_layer_loses_as_few_blocks_as_meet_the_latency(budget: float) -
 def test_a_budget_that_the_dense_model_meets_removes_nothing() -> None:
     plan = plan_of("vit", profile=profile())
     pruned = plan.allocation(Budget(latency_ms=DENSE + 5))
-    assert not any(choice.removed for choice in pruned.choices.values())
+    assert not any(choice.removed for choice in pruned.points.values())
     assert plan.predict(pruned).latency_ms == pytest.approx(DENSE)
 
 
@@ -145,10 +145,10 @@ def test_sequential_pruning_keeps_the_blocks_that_latency_counts(budget: float) 
     """Ragged blocks, of which others are kept than planned; but as many, and so the predicted latency holds."""
     facts = ("prune.block=[24,12]", f"prune.budget.latency_ms={budget}", "prune.min_keep=0.1")
     plan = plan_of("vit", *facts, profile=profile(blocks=((24, 12),)))
-    model, pruned = prune_model(plan, plan.recipe.prune.budget, quiet)
+    model, pruned = prune_model(plan, plan.settings.budget, quiet)
     assert milliseconds(plan, pruned) <= budget
     kept = {name: len(layer.cols) for name, layer in sparse_layers(model).items()}
-    for name, choice in pruned.choices.items():
+    for name, choice in pruned.points.items():
         assert kept[name] == (pruned.option(name).removal.steps - choice.removed if choice.removed else 1)
 
 
@@ -160,7 +160,7 @@ def test_of_several_shapes_the_fast_one_is_taken() -> None:
     ]
     plan = plan_of("vit", "prune.block=[[8,8],[16,8]]", profile=made.model_copy(update={"layers": slow}))
     pruned = plan.allocation(Budget(latency_ms=DENSE - 10))
-    taken = {pruned.option(name).block for name, choice in pruned.choices.items() if choice.removed}
+    taken = {pruned.option(name).block for name, choice in pruned.points.items() if choice.removed}
     assert taken == {(16, 8)}
 
 
@@ -170,10 +170,10 @@ def test_energy_is_of_an_image_and_a_profile_of_a_batch(batch: int) -> None:
     plan = plan_of("vit", profile=profile(batch=batch, mj=True))
     pruned = plan.allocation(Budget(energy_mj=budget))
     assert 7 * milliseconds(plan, pruned) / batch <= budget
-    less = [7 * milliseconds(plan, pruned, less=name) / batch for name, c in pruned.choices.items() if c.removed]
+    less = [7 * milliseconds(plan, pruned, less=name) / batch for name, c in pruned.points.items() if c.removed]
     assert max(less) > budget
     same = plan.allocation(Budget(latency_ms=DENSE - 6))
-    assert pruned.choices == same.choices, "energy is proportional to time on this device"
+    assert pruned.points == same.points, "energy is proportional to time on this device"
     with pytest.raises(UsageError, match=rf"energy_mj 1 cannot be reached: .* to {7 * DENSE / batch:.4g}$"):
         plan.allocation(Budget(energy_mj=1))
 
@@ -287,7 +287,7 @@ def test_an_energy_budget_without_energy_gives_the_reason(folder: Path, tmp_path
     [
         ("prune.profile=absent.json", 2, "absent.json: no such device profile"),
         ("prune.block=[8,8]", 2, "with blocks of 8x8"),
-        ("prune.budget.latency_ms=3", 2, r"prune.budget: latency_ms 3 cannot be reached: with min_keep 0.05 it can be from"),
+        ("prune.budget.latency_ms=3", 2, r"prune.budget: latency_ms 3 cannot be reached: with min_keep 0 it can be from"),
         ("prune.patterns=[neurons]", 2, "a profile has no smaller layers"),
         ("prune.patterns=[heads]", 2, "a profile has no smaller layers"),
     ],
@@ -350,4 +350,4 @@ def test_a_dry_run_tells_that_the_profile_comes_first(folder: Path) -> None:
     ready = planned(latency)
     assert ready["stages"]["prune"] == "up to date"
     assert ready["prediction"]["points"][0]["latency_ms"] == ready["prediction"]["latency_ms_dense"]
-    assert planned(latency, "bench.threads=7")["stages"]["prune"] == "runs again (profile: bench.threads: None -> 7)"
+    assert planned(latency, "target.threads=7")["stages"]["prune"] == "runs again (profile: target.threads: None -> 7)"

@@ -23,13 +23,15 @@ from helpers import Demo, run_cli
 from torch import nn
 
 from lpvit_cli import Recipe, load_model
-from lpvit_cli.export.hub import model_card, public_config, public_recipe
-from lpvit_cli.measure.energy import Energy, EnergyRun
-from lpvit_cli.report.schema import BenchReport, ExportedFile, PruneReport
-from lpvit_cli.run import Run
-from lpvit_cli.stages import BENCH, PRUNE
-from lpvit_cli.stages.export_hub import bench_of_this_model, copy_onnx
-from lpvit_cli.stages.export_triton_server import write_triton_server
+from lpvit_cli.export.formats.hub import copy_onnx
+from lpvit_cli.export.formats.triton_server import TritonServer
+from lpvit_cli.export.model_card import model_card, public_config, public_recipe
+from lpvit_cli.export.results import ExportedFile
+from lpvit_cli.export.source import Publication
+from lpvit_cli.measure.energy.run import Energy, EnergyRun
+from lpvit_cli.report.schema import BenchReport
+from lpvit_cli.stages import BENCH, PRUNE, run_of
+from lpvit_cli.stages.export import publication
 
 TOKEN = "hf_of_a_test"
 
@@ -158,8 +160,10 @@ def test_onnx_weights_beside_the_file_come_along(tmp_path: Path) -> None:
 
 def card_of(exported: Exported, bench: BenchReport | None) -> str:
     recipe = Recipe.load(exported.folder / "recipe.yaml")
-    pruned = Run(recipe, exported.folder).report(PRUNE, PruneReport)
-    return model_card(recipe, pruned, None, bench, None, "a CPU", [], ["Look."], (3, 32, 32), {"lpvit": "0"})
+    pruned = run_of(recipe, exported.folder).report(PRUNE)
+    return model_card(
+        Publication(recipe, pruned, None, bench), "float32", None, "a CPU", [], ["Look."], (3, 32, 32), {"lpvit": "0"}
+    )
 
 
 def test_what_was_not_measured_is_called_so(exported: Exported) -> None:
@@ -173,7 +177,7 @@ def test_what_was_not_measured_is_called_so(exported: Exported) -> None:
 
 
 def test_measured_energy_is_told(exported: Exported) -> None:
-    bench = Run(Recipe.load(exported.folder / "recipe.yaml"), exported.folder).report(BENCH, BenchReport)
+    bench = run_of(Recipe.load(exported.folder / "recipe.yaml"), exported.folder).report(BENCH)
     subjects = {name: Energy(joules, joules / 2, 50.0, [joules] * 6) for name, joules in (("dense", 0.4), ("sparse", 0.2))}
     batch = bench.batches[0].model_copy(update={"energy": EnergyRun("RAPL", 10.0, subjects), "energy_reasons": []})
     card = card_of(exported, bench.model_copy(update={"batches": [batch]}))
@@ -183,7 +187,9 @@ def test_measured_energy_is_told(exported: Exported) -> None:
 
 def test_a_bench_of_another_model_is_not_told(exported: Exported, tmp_path: Path) -> None:
     def bench(folder: Path) -> BenchReport | None:
-        return bench_of_this_model(SimpleNamespace(run=Run(Recipe.load(folder / "recipe.yaml"), folder)))  # type: ignore[arg-type]
+        recipe = Recipe.load(folder / "recipe.yaml")
+        told: BenchReport | None = publication(recipe, run_of(recipe, folder)).bench
+        return told
 
     assert bench(exported.folder) is not None
     other = tmp_path / "run"
@@ -245,12 +251,14 @@ def test_the_servers_file_gives_the_same_logits(exported: Exported) -> None:
 
 
 def test_the_servers_model_has_a_valid_name_and_its_threads(tiny_vit: nn.Module, tmp_path: Path) -> None:
-    changes = ["name=a.b", "export.precision=int8", "export.threads=3"]
+    changes = ["name=a.b", "export.precision=int8", "target.threads=3"]
     files = [ExportedFile(format="onnx", file="model.onnx", bytes=2)]
     for name in ("model.onnx", "model.onnx.data"):
         (tmp_path / name).write_bytes(name.encode())
-    source = SimpleNamespace(recipe=Recipe.load("digits_vit", changes), files=files, model=tiny_vit)
-    made = write_triton_server(source, tmp_path, lambda *_: None)  # type: ignore[arg-type]
+    recipe = Recipe.load("digits_vit", changes)
+    facts = {"name": recipe.name, "precision": recipe.file_precision, "asked_threads": recipe.target.threads}
+    source = SimpleNamespace(**facts, file=lambda format_: files[0], model=tiny_vit)
+    made = TritonServer().write(source, tmp_path, lambda *_: None)  # type: ignore[arg-type]
     assert made.file == "triton-server/a_b"
     for name in ("model.onnx", "model.onnx.data"):
         assert (tmp_path / made.file / "1" / name).read_bytes() == name.encode()

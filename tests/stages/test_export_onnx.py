@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -14,10 +15,11 @@ import torch
 from helpers import Demo, random_model, run_cli
 from torch import Tensor, nn
 
-from lpvit_cli.export.layer import Choice
-from lpvit_cli.measure.accuracy import Accuracy
+from lpvit_cli.export import onnx_file as export_onnx
+from lpvit_cli.export.layer import FormChoice
 from lpvit_cli.measure.statistics import Ratio
-from lpvit_cli.stages import export_onnx, exporting
+from lpvit_cli.tasks.classification import Accuracy
+from lpvit_cli.tasks.evaluation import Validation
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def test_of_the_mix_and_all_dense_the_faster_is_kept(
     def pretend(*arguments: Any) -> Any:
         return measure(*arguments).model_copy(update={"speedup": Ratio(next(speedups), 0.5, 2.0)})
 
-    chosen = Choice("rows", {"rows": 1.0, "dense": 2.0})
+    chosen = FormChoice("rows", {"rows": 1.0, "dense": 2.0})
     monkeypatch.setattr(export_onnx, "measure", pretend)
     monkeypatch.setattr(export_onnx, "choose_forms", lambda layers, *_: dict.fromkeys(layers, chosen))
     _, result = run("form=auto")
@@ -112,7 +114,7 @@ def test_nothing_is_left_of_a_failure(run: Any, changes: list[str], code: int, t
 
 
 def test_a_file_that_lost_accuracy_fails(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "measure_accuracy", lambda *_: Accuracy(90.0, 99.0, 360))
+    monkeypatch.setattr(Validation, "accuracy", lambda *_: Accuracy(90.0, 99.0, 360))
     folder, result = run("max_drop=2")
     assert result.code == 4
     assert "model.onnx has 90.00 % top-1" in json.loads(result.out)["error"]["message"]
@@ -136,9 +138,8 @@ def test_ranges_are_means_over_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model = random_model("swin")
     x = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(export_onnx, "calibration_batches", lambda *_: Calibration([(x[:3], None), (x[3:], None)]))
     linears: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    source: Any = type("Source", (), {"model": model, "recipe": None})
+    source: Any = SimpleNamespace(model=model, calibration=lambda: Calibration([(x[:3], None), (x[3:], None)]))
     ranges = export_onnx._input_ranges(source, linears, lambda *_: None)
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in linears}
     for name, linear in linears.items():

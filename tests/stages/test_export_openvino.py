@@ -9,7 +9,7 @@ import pytest
 from helpers import Demo, run_cli
 
 from lpvit_cli.errors import EnvironmentFault
-from lpvit_cli.export.openvino import OpenVinoModel
+from lpvit_cli.targets.openvino import OpenVinoModel
 
 DIGIT = Path(__file__).parents[2] / "examples" / "digit_3.png"
 

@@ -11,13 +11,14 @@ import torch
 from helpers import relative, run_cli
 from torch import nn
 
-from lpvit_cli.console import Console
+from lpvit_cli.cli.console import Console
 from lpvit_cli.errors import CheckFailed, UsageError
-from lpvit_cli.lora import load_adapted
-from lpvit_cli.models import load_model
-from lpvit_cli.recipe import FinetuneSection
+from lpvit_cli.models.folder import load_model
+from lpvit_cli.recipe.finetune import FinetuneSection
+from lpvit_cli.recovery.lora import load_adapted
+from lpvit_cli.recovery.start import ranks_of
 from lpvit_cli.sparse import sparse_layers, sparsify
-from lpvit_cli.stages.finetune import block_masks, ranks_of, require_same_masks
+from lpvit_cli.sparse.masks import block_masks, require_same_masks
 
 MASK = torch.tensor([[True, False], [False, True]] * 8)
 SMALL = [
@@ -169,7 +170,7 @@ def test_a_diverged_recovery_keeps_its_last_good_state(run: Path) -> None:
 
 
 def test_labels_that_the_head_does_not_have_are_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lpvit_cli.data import SyntheticReader
+    from lpvit_cli.data.readers import SyntheticReader
 
     given = SyntheticReader.__getitem__
     monkeypatch.setattr(SyntheticReader, "__getitem__", lambda self, i: (given(self, i)[0], 10 if i == 5 else 0))

@@ -10,12 +10,13 @@ import torch
 from helpers import run_cli
 from safetensors.torch import load_file
 
-from lpvit_cli.console import Console
+from lpvit_cli.cli.console import Console
 from lpvit_cli.errors import CheckFailed
-from lpvit_cli.models import load_model
+from lpvit_cli.models.folder import load_model
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.sparse import sparse_layers
-from lpvit_cli.stages.gradual import require_nested, step_recipe
+from lpvit_cli.sparse.masks import require_nested
+from lpvit_cli.stages.gradual import step_recipe
 
 SMALL = [
     "model.weights=null",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import run_cli
 
-from lpvit_cli.console import Console
+from lpvit_cli.cli.console import Console
 from lpvit_cli.stages import STAGES
 
 SMALL = [
@@ -60,7 +60,7 @@ def test_interrupt_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     assert json.loads(result.out)["error"]["kind"] == "Interrupted"
     assert "run the same command again" in result.err
     earlier = [s.folder for s in STAGES[: STAGES.index(stage)]]
-    progress = [name for name in left_over(folder) if ".progress-" in name]
+    progress = [name for name in left_over(folder) if name.endswith(".progress")]
     assert left_over(folder) == sorted(earlier + progress)
     assert bool(progress) is (stage.command == "finetune-lora-ga")
 

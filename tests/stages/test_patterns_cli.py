@@ -11,7 +11,7 @@ import torch
 from helpers import Demo, Result, run_cli
 
 from lpvit_cli import load_model
-from lpvit_cli.models import read_config
+from lpvit_cli.models.folder import read_config
 from lpvit_cli.sparse import sparse_layers
 
 HEAD, NEURONS = 60, 60  # features of a head, neurons in a group: the blocks are 240 x 60
@@ -117,8 +117,14 @@ def test_several_shapes_end_in_the_report_and_in_the_folder(calibrated: Path, de
         (["prune.patterns=[neurons]", "prune.budget.latency_ms=1"], "a profile has no smaller layers"),
         (["prune.patterns=[neurons]", "prune.block=[240,50]"], "groups of 50 do not divide the 960 of blocks.0.mlp.fc2"),
         (["prune.block=[[60,60],[60,961]]"], "60x961 is larger than layer blocks.0.attn.qkv (720x240, out x in)"),
-        (["prune.budget.flops=0.01"], "flops 0.01 cannot be reached: with min_keep 0.05 it can be from 0.1"),
-        (["prune.budget.sparsity=0.99"], "sparsity 0.99 cannot be reached: with min_keep 0.05 it can be from 0 to 0.9"),
+        (
+            ["prune.budget.flops=0.01", "prune.min_keep=0.25"],
+            "flops 0.01 cannot be reached: with min_keep 0.25 it can be from 0.2",
+        ),
+        (
+            ["prune.budget.sparsity=0.99", "prune.min_keep=0.25"],
+            "sparsity 0.99 cannot be reached: with min_keep 0.25 it can be from 0 to 0.7",
+        ),
     ],
 )
 def test_what_pruning_cannot_do_is_told_and_leaves_nothing(calibrated: Path, demo: Demo, changes: list[str], told: str) -> None:

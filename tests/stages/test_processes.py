@@ -36,7 +36,7 @@ OPTIONS = [option for change in SMALL for option in ("--set", change)]
 LPVIT = "from lpvit_cli.cli import app; app()"
 DIES = f"""
 import os
-from lpvit_cli.training.trainer import Trainer
+from lpvit_cli.recovery.trainer import Trainer
 step = Trainer._step
 def dying(self, batches):
     if os.environ["RANK"] == "1" and self.done == 9:
@@ -49,7 +49,7 @@ Trainer._step = dying
 
 KNOWS_NO_LABEL = f"""
 import os
-from lpvit_cli.data import SyntheticReader
+from lpvit_cli.data.readers import SyntheticReader
 given = SyntheticReader.__getitem__
 if os.environ["RANK"] == "1":
     SyntheticReader.__getitem__ = lambda self, index: (given(self, index)[0], 10)

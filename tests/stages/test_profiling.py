@@ -17,17 +17,16 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from lpvit_cli import Recipe
-from lpvit_cli.console import Console
-from lpvit_cli.measure import energy as energy_module
-from lpvit_cli.measure.energy import Energy, EnergyRun
-from lpvit_cli.measure.meters import MeterError, Reading
-from lpvit_cli.measure.power import Work
+from lpvit_cli.cli.console import Console
+from lpvit_cli.measure.energy import run as energy_module
+from lpvit_cli.measure.energy.meters.base import MeterError, Reading
+from lpvit_cli.measure.energy.power import Work
+from lpvit_cli.measure.energy.run import Energy, EnergyRun
 from lpvit_cli.measure.profile import DeviceProfile
 from lpvit_cli.measure.statistics import percentiles
 from lpvit_cli.measure.timing import Subject, Timing, TimingRun
-from lpvit_cli.run import Run
 from lpvit_cli.sparse import BlockSparseLinear
-from lpvit_cli.stages import PROFILE
+from lpvit_cli.stages import PROFILE, run_of
 from lpvit_cli.stages import profile as stage
 
 QUICK = ["--set", "profile.rounds=6", "--device", "cpu"]
@@ -76,7 +75,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def profiled(work: Path, *overrides: str, **prune: Any) -> DeviceProfile:
     recipe = Recipe.load("digits_vit", ["device=cpu", *overrides])
     recipe = recipe.model_copy(update={"prune": recipe.prune.model_copy(update=prune)})
-    report = stage.run_stage(recipe, Run(recipe, work), work, quiet)
+    report = stage.run_stage(recipe, run_of(recipe, work), work, quiet)
     loaded = DeviceProfile.load(work / "profile.json")
     assert loaded == report.profile
     return loaded
@@ -112,7 +111,7 @@ def test_fractions_are_of_whole_blocks_each_measured_once(tmp_path: Path, made_u
 
 
 def test_dense_and_sparse_get_the_same_input_and_with_all_blocks_agree(tmp_path: Path, made_up: dict[str, Any]) -> None:
-    profiled(tmp_path, "profile.batch_size=3")
+    profiled(tmp_path, "target.batch_size=3")
     subjects = made_up["subjects"]
     assert subjects["model"].args[0].shape == (3, 3, 32, 32)
     for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
@@ -127,7 +126,7 @@ def test_dense_and_sparse_get_the_same_input_and_with_all_blocks_agree(tmp_path:
 
 def test_how_it_is_measured_follows_the_recipe(tmp_path: Path, made_up: dict[str, Any]) -> None:
     before = torch.get_num_threads()
-    more = f"bench.threads={before + 1}"
+    more = f"target.threads={before + 1}"
     profile = profiled(tmp_path, "profile.rounds=9", "bench.dtypes=[bfloat16]", more, "bench.energy.window_seconds=3")
     assert (made_up["rounds"], made_up["window_s"], made_up["images_per_call"]) == (9, 3, 1)
     assert (made_up["threads"], made_up["inference"]) == (before + 1, True)
@@ -171,7 +170,7 @@ def test_doubts_are_told() -> None:
 
 def test_a_model_faster_than_its_layers_is_doubtful(tmp_path: Path, made_up: dict[str, Any]) -> None:
     recipe = Recipe.load("digits_vit", ["device=cpu"])
-    (note,) = stage.run_stage(recipe, Run(recipe, tmp_path), tmp_path, quiet).notes
+    (note,) = stage.run_stage(recipe, run_of(recipe, tmp_path), tmp_path, quiet).notes
     assert "longer than the whole model" in note
 
 
@@ -228,9 +227,9 @@ def test_it_is_skipped_while_it_holds(once: tuple[Path, Result]) -> None:
 @pytest.mark.parametrize(
     ("options", "plan"),
     [
-        (["--batch-size", "2"], "runs again (profile.batch_size: 1 -> 2)"),
-        (["--dtype", "bfloat16"], "runs again (bench.dtypes: [] -> ['bfloat16'])"),
-        (["--set", "bench.threads=1"], "runs again (bench.threads: None -> 1)"),
+        (["--batch-size", "2"], "runs again (target.batch_size: 1 -> 2)"),
+        (["--dtype", "bfloat16"], "runs again (target.precision: auto -> bfloat16)"),
+        (["--set", "target.threads=1"], "runs again (target.threads: None -> 1)"),
         (["--set", "prune.block=[60,60]"], "runs again (prune.block: [240, 60] -> [60, 60])"),
         (["--set", "model.kwargs.depth=3"], "runs again (model.kwargs.depth: 2 -> 3)"),
         (["--set", "model.weights=null", "--set", "prune.budget.flops=0.6", "--set", "data.val_images=9"], "up to date"),
@@ -242,9 +241,9 @@ def test_it_is_made_again_when_what_it_depends_on_changes(once: tuple[Path, Resu
 
 
 def test_it_does_not_hold_on_another_machine(once: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(Recipe.load(once[0] / "recipe.yaml"), once[0])
+    run = run_of(Recipe.load(once[0] / "recipe.yaml"), once[0])
     assert run.changes(PROFILE) == []
-    monkeypatch.setattr("lpvit_cli.models.describe_device", lambda device: "a faster one")
+    monkeypatch.setattr("lpvit_cli.devices.describe_device", lambda device: "a faster one")
     (change,) = run.changes(PROFILE) or [""]
     assert change.endswith("-> a faster one")
 

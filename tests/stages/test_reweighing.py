@@ -13,15 +13,15 @@ from stages.plans import batches, plan_of, quiet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lpvit_cli.pruning.block_obs import removal_order
 from lpvit_cli.pruning.cost import layer_cost
-from lpvit_cli.pruning.parts import Option
-from lpvit_cli.pruning.saliency import Removal
-from lpvit_cli.pruning.surgeon import removal_order
-from lpvit_cli.recipe import Budget, Power
+from lpvit_cli.pruning.engine import prune_model
+from lpvit_cli.pruning.groups import Option
+from lpvit_cli.pruning.plan import Plan
+from lpvit_cli.pruning.removal import Removal
+from lpvit_cli.recipe.prune import Budget, Power
 from lpvit_cli.sparse import densify
-from lpvit_cli.stages import pruned_model as engine
-from lpvit_cli.stages.plan import Plan
-from lpvit_cli.stages.pruned_model import prune_model
+from lpvit_cli.tasks.classification import Classification
 
 # one layer
 
@@ -29,7 +29,7 @@ from lpvit_cli.stages.pruned_model import prune_model
 def option_of(weight: Tensor, hessian: Tensor, output_weights: Tensor, block: tuple[int, int], balanced: bool) -> Option:
     greedy = removal_order(weight, hessian, block, output_weights)
     layer = nn.Linear(weight.shape[1], weight.shape[0])
-    return Option(block, Removal.greedy(*greedy, balanced), layer_cost(layer, 3, block, Power()), greedy)
+    return Option(block, Removal.greedy(*greedy, balanced), layer_cost(layer, 3, block, Power()))
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -55,7 +55,7 @@ def test_weights_that_grow_by_a_factor_in_every_block_row_make_a_new_order(
 def test_in_general_the_ratio_of_the_mean_weights_counts() -> None:
     old, new = (torch.diag(torch.tensor(weights)) for weights in ([1.0, 3.0, 2.0, 2.0], [8.0, 0.0, 1.0, 5.0]))
     order, errors = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[1.0, 10.0], [4.0, 5.0]]).double()
-    option = Option((2, 3), Removal.greedy(order, errors), layer_cost(nn.Linear(6, 4), 1, (2, 3), Power()), (order, errors))
+    option = Option((2, 3), Removal.greedy(order, errors), layer_cost(nn.Linear(6, 4), 1, (2, 3), Power()))
     got = option.reweighed(old + 0.7 - 0.7 * torch.eye(4), new, False)  # products of errors are no part of the ratio
     assert got.removal.distortion.tolist() == [0, 2, 8, 15.5, 35.5]
     assert got.removal.order.tolist() == [0, 3, 2, 1]
@@ -78,15 +78,20 @@ def test_outputs_without_a_gradient_weigh_nothing_before_and_after() -> None:
 
 
 class Watched:
-    """Divergences as told, and the models they were asked of."""
+    """Divergences as told, and the models they were asked of, the dense one left out."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *values: float) -> None:
         self.values, self.models = list(values), []
-        monkeypatch.setattr(engine, "divergence", self)
+        dense: list[nn.Module] = []
 
-    def __call__(self, model: nn.Module, target: Tensor, calibration: object, device: object) -> float:
-        self.models.append(copy.deepcopy(model))
-        return self.values[len(self.models) - 1]
+        def outputs(task: Classification, model: nn.Module, calibration: object, device: object) -> Tensor:
+            if dense:
+                self.models.append(copy.deepcopy(model))
+            dense.append(model)
+            return torch.zeros(1)
+
+        monkeypatch.setattr(Classification, "outputs", outputs)
+        monkeypatch.setattr(Classification, "divergence", lambda *_: self.values[len(self.models) - 1])
 
 
 def same_weights(a: nn.Module, b: nn.Module, plan: Plan) -> bool:
@@ -142,7 +147,7 @@ def test_gradients_of_the_pruned_model_are_added_to_those_of_the_dense_one(monke
     _, pruned = prune_model(plan, Budget(sparsity=0.6), quiet)
     dense, images = output_gradients(plan.model, name)
     after, _ = output_gradients(watched.models[0], name)
-    greedy = plan.parts[name].options[0].greedy
+    greedy = plan.groups[name].options[0].removal.by_row
     assert greedy is not None
     errors = greedy[1]
     ratio = torch.stack([(a + d).sum() / d.sum() for a, d in zip(after.split(16), dense.split(16), strict=True)])

@@ -10,8 +10,8 @@ from helpers import relative
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from lpvit_cli.recipe import Augment, Distill, FinetuneSection
-from lpvit_cli.training.objective import Objective, Teacher, distillation, first_nonfinite, mixed
+from lpvit_cli.recipe.finetune import Augment, Distill, FinetuneSection
+from lpvit_cli.recovery.objective import Objective, Teacher, distillation, first_nonfinite, mixed
 
 
 class Fixed(nn.Module):

@@ -13,16 +13,18 @@ from helpers import relative
 from torch import Tensor, nn
 
 from lpvit_cli.curvature.mfac import MFAC
-from lpvit_cli.data import Batches, SyntheticReader, transform_for
+from lpvit_cli.data.batches import Batches
+from lpvit_cli.data.readers import SyntheticReader
+from lpvit_cli.data.transforms import transform_for
 from lpvit_cli.errors import CheckFailed, EnvironmentFault
-from lpvit_cli.lora import adapt
-from lpvit_cli.measure.accuracy import Accuracy
-from lpvit_cli.recipe import Augment, FinetuneSection
+from lpvit_cli.recipe.finetune import Augment, FinetuneSection
+from lpvit_cli.recovery import trainer as module
+from lpvit_cli.recovery.lora import adapt
+from lpvit_cli.recovery.objective import Objective
+from lpvit_cli.recovery.start import choose_trained
+from lpvit_cli.recovery.trainer import Trainer, learning_rate
 from lpvit_cli.sparse import sparsify
-from lpvit_cli.stages.finetune import choose_trained
-from lpvit_cli.training import trainer as module
-from lpvit_cli.training.objective import Objective
-from lpvit_cli.training.trainer import Trainer, learning_rate
+from lpvit_cli.tasks.classification import Accuracy
 
 MASK = torch.tensor([[True, False], [False, True]] * 8)
 CPU = torch.device("cpu")

@@ -1,0 +1,1 @@
+"""What `lpvit bench` measures and compares."""

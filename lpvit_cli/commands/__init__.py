@@ -1,0 +1,1 @@
+"""Commands that are no stage of a run: each is one function."""

@@ -1,0 +1,81 @@
+"""doctor: what this machine can do, each line ok or with the way to get there."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+
+from lpvit_cli.errors import LpvitError
+from lpvit_cli.measure.energy.meters import open_meter
+from lpvit_cli.measure.machine import cpu_name, installed
+
+OPTIONAL = {
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "export, predict on .onnx files",
+    "matplotlib": "pictures in report.html",
+    "scikit-learn": "the built-in digits",
+    "datasets": "hfds/ datasets",
+    "webdataset": "wds/ datasets",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    import torch
+
+    findings = [
+        Finding("lpvit", True, f"{installed('lpvit')}, Python {platform.python_version()}"),
+        Finding("torch", True, f"{torch.__version__}, timm {installed('timm')}"),
+        Finding("CPU", True, f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
+    ]
+    count = torch.cuda.device_count()
+    for index in range(count):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"sm_{properties.major}{properties.minor}"
+        findings.append(
+            Finding(f"cuda:{index}", True, f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}")
+        )
+    if count == 0:
+        built = torch.version.cuda
+        remedy = "an NVIDIA driver is needed" if built else "install a CUDA build of torch"
+        findings.append(Finding("GPU", False, "no usable CUDA device; everything runs on the CPU", remedy))
+    triton = installed("triton")
+    findings.append(Finding("triton", bool(triton), triton or "not installed", "" if triton else "pip install triton (Linux)"))
+    for kind in ("cuda", "cpu"):
+        uuid = str(torch.cuda.get_device_properties(0).uuid) if kind == "cuda" and count else ""
+        meter, reasons = open_meter(kind, uuid)
+        name = "GPU energy (NVML)" if kind == "cuda" else "CPU energy (RAPL)"
+        findings.append(
+            Finding(name, meter is not None, "readable" if meter else "; ".join(reasons), "energy is reported as not measured")
+        )
+    findings += _profiles()
+    for package, use in OPTIONAL.items():
+        found = installed(package)
+        findings.append(Finding(package, bool(found), found or f"not installed; needed for {use}", f"pip install {package}"))
+    return findings
+
+
+def _profiles() -> list[Finding]:
+    """The saved device profiles."""
+    from lpvit_cli.measure.profile import DeviceProfile, saved_profiles
+
+    findings = []
+    for path in saved_profiles():
+        name = f"profile {path.stem}"
+        try:
+            saved = DeviceProfile.load(path)
+        except LpvitError as error:
+            findings.append(Finding(name, False, error.message, error.hint))
+        else:
+            energy = f"energy by {saved.energy_source}" if saved.energy_source else "no energy"
+            where = f"{saved.model} on {saved.device}, {saved.dtype}, batch {saved.batch_size}"
+            findings.append(Finding(name, True, f"{where}; {energy}"))
+    return findings or [Finding("device profiles", False, "none saved", "lpvit profile RECIPE --name NAME")]

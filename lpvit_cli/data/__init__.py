@@ -1,0 +1,1 @@
+"""Images: readers, transforms, batches."""

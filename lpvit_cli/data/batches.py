@@ -1,0 +1,162 @@
+"""Batches of images for a model, in an order that depends on the seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from lpvit_cli import distributed
+from lpvit_cli.data.readers import Reader
+from lpvit_cli.data.transforms import UNREADABLE, transform_for
+from lpvit_cli.errors import EnvironmentFault, ForeignLabel
+from lpvit_cli.models.protocol import VisionModel
+from lpvit_cli.randomness import seeded
+from lpvit_cli.recipe.data import DataSection
+
+Batch = tuple[Tensor, Tensor]  # images [n, 3, H, W] float32, labels [n] int64
+
+
+class _Guarded(Dataset):
+    """Transformed images; an unreadable one becomes its file name instead of an exception in a worker.
+
+    With a `seed`, what the transform draws depends on it and the image only.
+    """
+
+    def __init__(self, reader: Reader, transform: Any, seed: tuple[int, ...] | None):
+        self.reader, self.transform, self.seed = reader, transform, seed
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+        try:
+            image, label = self.reader[index]
+            if not isinstance(image, Image.Image):
+                with image:
+                    image = Image.open(image).convert("RGB")
+            image = image.convert("RGB")
+            if self.seed is None:
+                return self.transform(image), label
+            with seeded(*self.seed, index):
+                return self.transform(image), label
+        except UNREADABLE:
+            return self.reader.filename(index)
+
+
+def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
+    good = [item for item in items if not isinstance(item, str)]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
+    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
+    return images, labels, [item for item in items if isinstance(item, str)]
+
+
+@dataclass
+class Batches:
+    """Iterable over (images, labels). Unreadable images are skipped and listed in `skipped`; too many are an error.
+
+    `limit` takes that many images: a random choice fixed by `seed` when shuffling, else the first ones. With several processes
+    each gets its share of every batch. `augmented`: the transform draws random numbers.
+    """
+
+    source: Reader | IterableDataset
+    transform: Any
+    batch_size: int  # of all processes together
+    num_classes: int | None = None  # labels must be below; None: any
+    workers: int = 0
+    shuffle: bool = False
+    augmented: bool = False
+    seed: int = 0
+    limit: int | None = None
+    max_corrupt: float = 0.01
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def images(self) -> int | None:
+        """How many images one pass of all processes asks for; None where the source does not know."""
+        try:
+            available = len(self.source)  # type: ignore[arg-type]
+        except TypeError:
+            return self.limit
+        return min(available, self.limit or available)
+
+    @property
+    def share(self) -> int:
+        """About how many images one pass of this process asks for; 0 where the source does not know."""
+        return -(-(self.images or 0) // distributed.world())
+
+    def __len__(self) -> int:
+        return -(-(self.images or 0) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch for batch in self.epoch(0) if len(batch[0]))
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """One pass, from batch `start` on; its order and images depend on seed and number only.
+
+        Every process gets as many batches as the others. One is empty where a process has no readable image in it.
+        """
+        if isinstance(self.source, IterableDataset):
+            yield from self._stream()
+            return
+        generator = np.random.RandomState((self.seed * 100_003 + number) % 2**32)
+        indices = np.arange(len(self.source))
+        if self.limit and self.shuffle:
+            indices = np.random.RandomState(self.seed).permutation(indices)
+        indices = indices[: self.limit]
+        if self.shuffle:
+            indices = generator.permutation(indices)
+        rank, world = distributed.rank(), distributed.world()
+        whole = [indices[at : at + self.batch_size] for at in range(0, len(indices), self.batch_size)][start:]
+        dataset = _Guarded(self.source, self.transform, (self.seed, number) if self.augmented else None)
+        shares = [batch[rank::world].tolist() for batch in whole]
+        loader = DataLoader(dataset, batch_sampler=shares, num_workers=self.workers, collate_fn=_collate)
+        empty = start == 0 and (any(shares) or not shares)  # a share may be empty where others' are not
+        for images, labels, unreadable in loader:
+            self._count(unreadable, -(-len(indices) // world))
+            self._require_known(labels)
+            empty = empty and not len(images)
+            yield images, labels
+        if empty:
+            raise EnvironmentFault("data: not one image could be read", "check data.root and the split")
+
+    def _count(self, unreadable: list[str], total: int) -> None:
+        self.skipped += [name for name in unreadable if name not in self.skipped]
+        if unreadable and len(self.skipped) > self.max_corrupt * total:
+            raise EnvironmentFault(
+                f"data: {len(self.skipped)} of {total} images cannot be read so far, more than data.max_corrupt"
+                f" (first: {self.skipped[0]})",
+                "repair or remove them, or raise data.max_corrupt",
+            )
+
+    def _require_known(self, labels: Tensor) -> None:
+        strange = [label for label in labels.tolist() if self.num_classes is not None and not 0 <= label < self.num_classes]
+        if strange and self.num_classes:
+            raise ForeignLabel(
+                f"data: an image has label {strange[0]}, but the model has classes 0 to {self.num_classes - 1}",
+                "use the data set the model was trained on, or a model with a head for these classes",
+            )
+
+    def _stream(self) -> Iterator[Batch]:
+        self.source.transform = self.transform  # type: ignore[union-attr]
+        rank, world = distributed.rank(), distributed.world()
+        seen = 0
+        for images, labels in DataLoader(self.source, self.batch_size, num_workers=min(self.workers, 1)):  # type: ignore[arg-type]
+            images = images[: self.limit - seen] if self.limit else images
+            labels = labels[: len(images)]
+            self._require_known(labels)
+            seen += len(images)
+            yield images[rank::world], labels[rank::world]
+            if self.limit and seen >= self.limit:
+                return
+
+
+def batches(model: VisionModel, source: Reader | IterableDataset, data: DataSection, **options: Any) -> Batches:
+    """Batches of `source` as `model` wants them, with the recipe's batch size, workers and patience."""
+    options.setdefault("transform", transform_for(model))
+    options.setdefault("batch_size", data.peek("batch_size"))  # what is evaluated does not depend on it
+    workers = data.peek("workers")
+    return Batches(source, num_classes=model.num_classes, workers=workers, max_corrupt=data.max_corrupt, **options)

@@ -1,0 +1,20 @@
+"""The calibration and the validation images of a recipe."""
+
+from __future__ import annotations
+
+from lpvit_cli.data.batches import Batches, batches
+from lpvit_cli.data.readers import open_images
+from lpvit_cli.models.protocol import VisionModel
+from lpvit_cli.recipe.data import CalibrateSection, DataSection
+
+
+def calibration_batches(data: DataSection, settings: CalibrateSection, seed: int, model: VisionModel) -> Batches:
+    """The same images every time, for the same sections and seed."""
+    source = open_images(data, data.train_split, model)
+    size = settings.peek("batch_size")
+    return batches(model, source, data, batch_size=size, shuffle=True, seed=seed, limit=settings.images)
+
+
+def validation_batches(data: DataSection, model: VisionModel) -> Batches:
+    source = open_images(data, data.val_split, model)
+    return batches(model, source, data, limit=data.val_images)

@@ -1,0 +1,123 @@
+"""Does an exported file compute what the model computes, and how fast?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lpvit_cli.errors import CheckFailed
+from lpvit_cli.export.layer import ExportLayer, FormChoice
+from lpvit_cli.export.results import ExportedLayer, ExportSpeed, Parity
+from lpvit_cli.export.source import Source
+from lpvit_cli.measure.timing import Subject, time_in_visits, verdict
+from lpvit_cli.models.protocol import VisionModel
+from lpvit_cli.progress import Progress
+from lpvit_cli.tasks.classification import Accuracy
+from lpvit_cli.tasks.evaluation import Validation
+
+DENSE = "dense"  # what files are measured against
+BATCH_SIZES = (1, 2, 7)
+VISITS, SAMPLES = 3, 4  # of each file that is timed
+
+
+def check(exported: VisionModel, source: Source, file: str, progress: Progress) -> tuple[list[Parity], Accuracy]:
+    """`exported` against the model on real images, and its accuracy. Raises CheckFailed where they differ too much."""
+    parity = []
+    with torch.inference_mode():
+        for batch in first_images(source.validation, sum(BATCH_SIZES)).split(BATCH_SIZES):
+            logits, reference = exported(batch), source.original(batch)
+            result = Parity(
+                batch_size=len(batch),
+                relative_error=relative_error(logits, reference),
+                agreement=same_top1(logits, reference),
+                agreement_but_ties=agreement(logits, reference, source.tolerance),
+            )
+            require_parity(result, source.tolerance, file)
+            parity.append(result)
+    validation = Validation(source.validation, torch.device("cpu"), torch.float32, progress)
+    accuracy = validation.accuracy(exported, "evaluating the exported file")
+    if accuracy.top1 < source.accuracy.top1 - source.settings.max_drop:
+        raise CheckFailed(
+            f"export: {file} has {accuracy.top1:.2f} % top-1, the model {source.accuracy.top1:.2f} %: more than "
+            f"export.max_drop = {source.settings.max_drop:g} points are lost",
+            "another export.precision keeps more (int8-static, float32); nothing was written",
+        )
+    return parity, accuracy
+
+
+def measure(
+    source: Source,
+    runtime: str,
+    file: str,
+    open_dense: Callable[[], Subject],
+    open_file: Callable[[], Subject],
+    progress: Progress,
+) -> ExportSpeed:
+    """The file against the dense model in the same runtime, in turn, one alive at a time."""
+    timing = time_in_visits(
+        {DENSE: open_dense, file: open_file},
+        visits=VISITS,
+        samples=SAMPLES,
+        threads=source.threads,
+        on_visit=lambda done, total: progress(f"timing {file}", done, total, f"{done}/{total}"),
+    )
+    ratio = timing.ratio(DENSE, file)
+    return ExportSpeed(
+        threads=source.threads,
+        batch_size=source.batch_size,
+        timing=timing,
+        speedup=ratio,
+        verdict=verdict(file, f"dense float32 in {runtime}", ratio, timing, timing.subjects[file]),
+    )
+
+
+def describe(layers: Mapping[str, ExportLayer], choices: Mapping[str, FormChoice]) -> list[ExportedLayer]:
+    """How each layer was written."""
+    return [
+        ExportedLayer(
+            name=name,
+            shape=layer.weight.shape,
+            block=layer.weight.block,
+            density=layer.weight.density,
+            form=choices[name].form,
+            times_us=choices[name].times_us,
+        )
+        for name, layer in layers.items()
+    ]
+
+
+def first_images(batches: object, count: int) -> Tensor:
+    """The first `count` images [count, 3, H, W], repeated where the split holds fewer."""
+    images = torch.empty(0)
+    for batch, _ in batches:  # type: ignore[attr-defined]
+        images = torch.cat([images, batch]) if len(images) else batch
+        if len(images) >= count:
+            break
+    return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
+
+
+def require_parity(result: Parity, tolerance: float, file: str) -> None:
+    if not result.relative_error <= tolerance or result.agreement_but_ties < 1:
+        raise CheckFailed(
+            f"export: {file} disagrees with the model at batch {result.batch_size}: relative error "
+            f"{result.relative_error:.1e} (at most {tolerance:g}), same top-1 for {result.agreement:.0%} of the images",
+            "try export.form=dense, another export.opset or export.precision; nothing was written",
+        )
+
+
+def relative_error(logits: Tensor, reference: Tensor) -> float:
+    """||logits - reference|| / ||reference||."""
+    return float((logits.double() - reference.double()).norm() / reference.double().norm())
+
+
+def same_top1(logits: Tensor, reference: Tensor) -> float:
+    """Fraction of images [n, classes] whose top-1 is the same class."""
+    return float((logits.argmax(dim=1) == reference.argmax(dim=1)).double().mean())
+
+
+def agreement(logits: Tensor, reference: Tensor, tolerance: float) -> float:
+    """Fraction of images [n, classes] whose top-1 agrees; a tie within `tolerance` of the row's norm counts as agreeing."""
+    chosen = reference.gather(1, logits.argmax(dim=1, keepdim=True))[:, 0]
+    return float((reference.amax(dim=1) - chosen <= tolerance * reference.norm(dim=1)).double().mean())

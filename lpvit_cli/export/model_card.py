@@ -1,0 +1,85 @@
+"""What may be told of a run outside this machine, and the model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lpvit_cli.export.documents import document
+from lpvit_cli.export.results import ExportedFile
+from lpvit_cli.export.source import Publication
+from lpvit_cli.numbers import by, giga, interval, percent, size
+from lpvit_cli.recipe.source import PATHS
+from lpvit_cli.tasks.classification import Accuracy
+
+
+def public_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A model folder's config.json without the paths of this machine: neither where the images lie nor the parent."""
+    public = {key: value for key, value in config.items() if key != "parent"}
+    if "data" in public:
+        public["data"] = {key: value for key, value in public["data"].items() if key != "root"}
+    return public
+
+
+def public_recipe(recipe: Any) -> tuple[str, list[str]]:
+    """The recipe as YAML with file names for paths, and these names: they are meant from the recipe's own folder."""
+    content: dict[str, Any] = recipe.model_dump(mode="json")
+    names = []
+    for *sections, key in sorted(PATHS):
+        section: Any = content
+        for name in sections:
+            section = section and section[name]  # a section may be left out
+        if section and (path := section[key]):
+            section[key] = Path(path).name
+            names.append(f"`{'.'.join([*sections, key])}` is `{Path(path).name}`")
+    return yaml.safe_dump(content, sort_keys=False), names
+
+
+def model_card(
+    published: Publication,
+    precision: str,
+    onnx: ExportedFile | None,
+    onnx_device: str,
+    onnx_notes: list[str],
+    preprocessing: list[str],
+    input_size: tuple[int, int, int],
+    versions: dict[str, str | None],
+) -> str:
+    """README.md: front matter, then what the reports say; what none of them measured is called not measured."""
+    recipe, pruned = published.recipe, published.pruned
+    return document(
+        "model_card.md",
+        recipe=recipe,
+        precision=precision,
+        base_model=recipe.model.name.removeprefix("hf-hub:") if recipe.model.name.startswith("hf-hub:") else None,
+        pruned=pruned,
+        finetuned=published.finetuned,
+        bench=published.bench,
+        onnx=onnx,
+        onnx_device=onnx_device,
+        onnx_notes=onnx_notes,
+        blocks=", ".join(sorted({by(layer.block) for layer in pruned.layers})),
+        accuracies=_accuracies(published, precision, onnx),
+        files_needed=public_recipe(recipe)[1],
+        preprocessing=preprocessing,
+        input_size=input_size,
+        versions=", ".join(f"{package} {number}" for package, number in versions.items() if number),
+        giga=giga,
+        interval=interval,
+        percent=percent,
+        size=size,
+    )
+
+
+def _accuracies(published: Publication, precision: str, onnx: ExportedFile | None) -> dict[str, Accuracy | None]:
+    """By row of the card's table; None: not measured."""
+    rows: dict[str, Accuracy | None] = {
+        "dense": published.pruned.accuracy_dense,
+        "pruned, one-shot": published.pruned.accuracy,
+        "recovered": published.finetuned.accuracy if published.finetuned else None,
+    }
+    if onnx:
+        rows[f"ONNX file, {precision}"] = onnx.accuracy
+    return rows

@@ -1,0 +1,169 @@
+"""The ONNX file: block-sparse layers in the forms that onnxruntime runs fastest here, timed against the dense model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from lpvit_kernels import BlockSparseMatrix
+from torch import Tensor, nn
+
+from lpvit_cli.export.check import check, describe, measure
+from lpvit_cli.export.choose import choose_forms
+from lpvit_cli.export.forms import forms_of
+from lpvit_cli.export.graph import HALF, as_float32, dense_graph, save_onnx
+from lpvit_cli.export.layer import ExportLayer, FormChoice
+from lpvit_cli.export.results import ExportedFile, ExportedLayer, ExportSpeed
+from lpvit_cli.export.rewrite import rewrite
+from lpvit_cli.export.source import DENSE_FOLDER, Source
+from lpvit_cli.measure.machine import cpu_name, installed
+from lpvit_cli.measure.timing import Subject
+from lpvit_cli.progress import Progress
+from lpvit_cli.sparse import BlockSparseLinear, densify
+from lpvit_cli.targets.onnxruntime import OnnxModel, session
+
+FILE = "model.onnx"
+HALF_NOTE = "half precision is for GPUs: speed not measured. There a stock ONNX file runs, but not faster for its sparsity"
+
+
+def write_onnx(source: Source, work: Path, progress: Progress) -> ExportedFile:
+    settings, file = source.settings, work / FILE
+    progress("exporting to ONNX", 0, 1, "")
+    layers = exported_layers(source, progress)
+    dense = dense_file(source, work)
+
+    def graph_of(choices: dict[str, FormChoice]) -> ir.Model:
+        graph = dense_graph(densify(source.model), settings.opset, source.precision)
+        rewrite(graph, layers, {name: choice.form for name, choice in choices.items()})
+        return graph
+
+    def speed_of(graph: ir.Model) -> ExportSpeed:
+        save_onnx(graph, file, source.config)
+        return measure(source, "onnxruntime", FILE, partial(_open, dense, source), partial(_open, file, source), progress)
+
+    candidates = _candidates(source, layers, progress)
+    choices, graph, speed = candidates[0], graph_of(candidates[0]), None
+    if source.precision in HALF:
+        source.notes.append(HALF_NOTE)
+    else:
+        speed = speed_of(graph)
+        if speed.speedup.value < 1 and len(candidates) > 1:
+            other = graph_of(candidates[1])
+            if (measured := speed_of(other)).speedup.value > speed.speedup.value:
+                source.notes.append("as a whole, the mix of the fastest forms was slower: all layers are dense")
+                choices, graph, speed = candidates[1], other, measured
+    written = describe(layers, choices)
+    save_onnx(graph, file, source.config | {"export": _account(source.precision, written, speed)})
+    runnable = file
+    if source.precision == "bfloat16":
+        runnable = dense.with_name("checked.onnx")
+        as_float32(graph)
+        save_onnx(graph, runnable, source.config)
+        source.notes.append("onnxruntime's CPU provider has no bfloat16: what was checked is the file with float32 arithmetic")
+    parity, result = check(OnnxModel(runnable), source, FILE, progress)
+    return ExportedFile(
+        format="onnx",
+        file=FILE,
+        bytes=_size(file),
+        bytes_dense=_size(dense),
+        parity=parity,
+        accuracy=result,
+        layers=written,
+        speed=speed,
+    )
+
+
+def exported_layers(source: Source, progress: Progress) -> dict[str, ExportLayer]:
+    """The linear layers that are written anew: the block-sparse ones, in int8 also those of prune.layers that are dense."""
+    precision, prunable = source.precision, source.prunable
+    int8 = precision.startswith("int8")
+    if source.settings.form == "dense" and not int8:
+        return {}
+    linears: dict[str, Any] = {
+        name: module
+        for name, module in source.model.named_modules()
+        if isinstance(module, BlockSparseLinear) or (int8 and isinstance(module, nn.Linear) and prunable(name))
+    }
+    ranges = _input_ranges(source, linears, progress) if precision == "int8-static" else {}
+    dtype = HALF.get(precision, torch.float32)
+    made = {}
+    for name, linear in linears.items():
+        weight = linear.weight
+        if isinstance(linear, nn.Linear):
+            weight = BlockSparseMatrix.from_dense(weight.detach(), tuple(weight.shape), torch.ones(1, 1, dtype=torch.bool))
+        bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        made[name] = ExportLayer(name, weight.to(dtype), bias, int8, ranges.get(name))
+    return made
+
+
+def _input_ranges(source: Source, linears: dict[str, nn.Module], progress: Progress) -> dict[str, tuple[float, float]]:
+    """Smallest and largest input of each layer: of every image of the calibration data, and then the mean over the images."""
+    sums: dict[str, Tensor] = {name: torch.zeros(2) for name in linears}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            by_image = inputs[0].reshape(images, -1)
+            sums[name] += torch.stack([by_image.amin(dim=1).sum(), by_image.amax(dim=1).sum()])
+
+        return hook
+
+    handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    calibration, done = source.calibration(), 0
+    try:
+        with torch.inference_mode():
+            for batch, _ in calibration:
+                images = len(batch)
+                source.model(batch)
+                done += images
+                progress("calibrating int8", done, calibration.images or 0, f"{done} images")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (float(low), float(high)) for name, (low, high) in ((name, total / done) for name, total in sums.items())}
+
+
+def dense_file(source: Source, work: Path) -> Path:
+    """The dense model in float32, to measure against; made once for all formats."""
+    path = work / DENSE_FOLDER / FILE
+    if not path.exists():
+        path.parent.mkdir()
+        save_onnx(dense_graph(source.dense(), source.settings.opset), path, {})
+    return path
+
+
+def _candidates(source: Source, layers: dict[str, ExportLayer], progress: Progress) -> list[dict[str, FormChoice]]:
+    """The forms to try: what was asked for, or else the fastest of each layer, and all dense for when that mix is slower."""
+    settings = source.settings
+    if settings.form != "auto" or source.precision in HALF:
+        form = "dense" if settings.form == "auto" else settings.form
+        return [{name: FormChoice(form if form in forms_of(layer) else "dense", {}) for name, layer in layers.items()}]
+    chosen = choose_forms(layers, source.tokens(layers), source.threads, progress)
+    return [chosen, {name: FormChoice("dense", choice.times_us) for name, choice in chosen.items()}]
+
+
+def _open(path: Path, source: Source) -> Subject:
+    return partial(session(path, source.threads).run, None, {"images": source.images.numpy()})
+
+
+def _account(precision: str, layers: list[ExportedLayer], speed: ExportSpeed | None) -> dict[str, Any]:
+    """How the file came about, for its metadata."""
+    return {
+        "precision": precision,
+        "forms": {layer.name: layer.form for layer in layers},
+        "times_us": {layer.name: layer.times_us for layer in layers if layer.times_us},
+        "speedup_over_dense_float32": speed and dataclasses.asdict(speed.speedup),
+        "threads": speed and speed.threads,
+        "batch_size": speed and speed.batch_size,
+        "cpu": cpu_name(),
+        "versions": {package: installed(package) for package in ("lpvit", "torch", "onnxruntime")},
+    }
+
+
+def _size(file: Path) -> int:
+    """With its external data."""
+    return sum(path.stat().st_size for path in file.parent.glob(f"{file.name}*"))

@@ -1,0 +1,50 @@
+"""Anything lpvit can run, by its path or name: model folders, run folders, exported files, timm names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lpvit_cli.errors import UsageError
+from lpvit_cli.export.formats.base import Format
+from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.folder import load_model, read_config
+from lpvit_cli.models.protocol import VisionModel
+from lpvit_cli.recipe.model import ModelSection
+from lpvit_cli.registry import FORMATS
+
+LATEST = ("gradual", "finetuned", "pruned")  # folders of a run that hold a model, the one that came last first
+
+
+def readers() -> dict[str, Format]:
+    """The formats whose files can be run, by ending."""
+    by_ending: dict[str, Format] = {}
+    for name in FORMATS.names():
+        one = FORMATS.get(name)()
+        if one.suffix:
+            by_ending.setdefault(one.suffix, one)
+    return by_ending
+
+
+def open_model(name: str) -> tuple[VisionModel, dict[str, Any]]:
+    """A model folder, a run folder (its latest model), a file that export wrote, or a timm name; with its data section."""
+    path, endings = Path(name), readers()
+    if not (path / "config.json").is_file():  # what export wrote, if it is that
+        path = next((file for suffix in endings for file in sorted(path.glob(f"model*{suffix}"))), path)
+    if path.is_file():
+        if path.suffix not in endings:
+            raise UsageError(
+                f"{path}: not a model lpvit can run",
+                "give a model folder, a .onnx, .pt2 or .xml file written by lpvit, or a timm name",
+            )
+        exported = endings[path.suffix].open(path)
+        return exported, exported.config.get("data", {})
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            path = next((path / folder for folder in LATEST if (path / folder / "config.json").is_file()), path)
+        return load_model(path), read_config(path).get("data", {})
+    if path.suffix in endings or (len(path.parts) > 1 and not name.startswith("hf-hub:")):
+        raise UsageError(
+            f"{name}: no such model folder or file", "runs/NAME/pruned, runs/NAME/export/model.onnx, or a timm name"
+        )
+    return build_model(ModelSection(name=name, pretrained=True)), {}

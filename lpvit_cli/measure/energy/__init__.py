@@ -1,0 +1,1 @@
+"""Joules: windows of a counter, power traces, meters, power models."""

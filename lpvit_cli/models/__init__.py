@@ -1,0 +1,1 @@
+"""Models: how they are built, saved and loaded, and what they are made of."""

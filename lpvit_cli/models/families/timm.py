@@ -1,0 +1,92 @@
+"""timm models: by name, with their weights, and small for rehearsals."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, cast
+
+import timm
+import torch
+from torch import nn
+
+from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.models.protocol import VisionModel
+from lpvit_cli.models.tensors import _load_strictly, read_tensors
+from lpvit_cli.recipe.model import ModelSection
+
+
+def build_model(section: ModelSection) -> VisionModel:
+    """The dense timm model of a recipe, in eval mode on the CPU; its preprocessing is in `model.pretrained_cfg`.
+
+    Raises UsageError (unknown model or argument), EnvironmentFault (weights not to be had, unreadable, foreign).
+    """
+    model = _create(section.name, section.kwargs, section.pretrained or section.name.startswith("hf-hub:"))
+    preprocess = {k: v for k, v in section.preprocess.model_dump().items() if v is not None}
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": _input_size(model, section.kwargs), **preprocess}
+    if section.weights:
+        _load_strictly(model, read_tensors(section.weights), section.weights)
+    return model.eval()
+
+
+def shrink(section: ModelSection) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of the same architecture with little depth and small images, for smoke runs."""
+    name = section.name.removeprefix("hf-hub:").split("/")[-1]
+    candidates: list[dict[str, Any]] = [
+        {"img_size": 64, "depth": 2},
+        {"img_size": 64, "depths": (1, 1, 1, 1)},
+        {"img_size": 64},
+        {},
+    ]
+    size = section.kwargs.get("img_size") or 65
+    if (size if isinstance(size, int) else max(size)) <= 64:
+        candidates = [{"depth": 2}, *candidates[2:]]
+    for candidate in candidates:
+        kwargs = {**section.kwargs, **candidate}
+        try:
+            with torch.device("meta"):
+                timm.create_model(name, **kwargs)
+        except (TypeError, AssertionError, ValueError, RuntimeError, IndexError):
+            continue
+        return name, kwargs
+    return name, section.kwargs  # let building it explain what is wrong
+
+
+def _create(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
+    hub = name.startswith("hf-hub:")
+    if not hub and not _exists(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        raise UsageError(
+            f"model.name: timm has no model {name!r}",
+            f"did you mean {', '.join(near)}?" if near else "list them: python -c 'import timm; print(timm.list_models())'",
+        )
+    try:
+        model = cast(VisionModel, timm.create_model(name, pretrained=pretrained, **kwargs))
+    except Exception as error:  # the hub client and timm raise many kinds; each means: these weights or arguments do not work
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
+        if pretrained:
+            from_file = "pass the file: --set model.pretrained=false --set model.weights=FILE.safetensors"
+            raise EnvironmentFault(
+                f"model.name: cannot get the pretrained weights of {name!r} ({reason})",
+                f"connect to the hub once, or {'give a timm name and ' if hub else ''}{from_file}",
+            ) from error
+        raise UsageError(
+            f"model.kwargs: timm cannot build {name!r} with {kwargs} ({reason})", "correct model.kwargs"
+        ) from error
+    if not any(isinstance(module, nn.Linear) for module in model.modules()):
+        raise UsageError(f"model.name: {name!r} has no linear layers to prune", "choose a vision transformer")
+    return model
+
+
+def _exists(name: str) -> bool:
+    architecture, _, tag = name.partition(".")
+    return timm.is_model(architecture) and (not tag or name in timm.list_pretrained(architecture + "*"))
+
+
+def _input_size(model: VisionModel, kwargs: dict[str, Any]) -> tuple[int, int, int]:
+    """timm does not write img_size back into the model's configuration."""
+    size = kwargs.get("img_size")
+    if size is None:
+        channels, height, width = model.pretrained_cfg["input_size"]
+        return channels, height, width
+    height, width = (size, size) if isinstance(size, int) else size
+    return 3, height, width

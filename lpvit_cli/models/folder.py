@@ -1,0 +1,101 @@
+"""Model folders out and back.
+
+A model folder holds `config.json` (architecture, preprocessing, sparsity) and `model.safetensors` (dense tensors named as
+in timm; sparse layers packed as `<layer>.values`, `.row_ptr`, `.cols`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lpvit_kernels import BlockSparseMatrix
+from torch import nn
+
+from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.models.families.timm import _create
+from lpvit_cli.models.protocol import VisionModel
+from lpvit_cli.models.tensors import _load_strictly, read_tensors, write_tensors
+from lpvit_cli.recipe.model import ModelSection
+from lpvit_cli.sparse import BlockSparseLinear, narrow, sparse_layers, width
+
+FORMAT = "lpvit-model"
+PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
+
+
+def model_config(section: ModelSection, model: VisionModel, **more: Any) -> dict[str, Any]:
+    """What config.json says beside the sparsity: enough to build the model and to feed it, without the recipe."""
+    return {
+        "architecture": section.name.removeprefix("hf-hub:").split("/")[-1],
+        "kwargs": section.kwargs,
+        "num_classes": model.num_classes,
+        "preprocessing": {k: v for k, v in model.pretrained_cfg.items() if k in PREPROCESSING},
+        **more,
+    }
+
+
+def save_model(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
+    """Write a model folder; asserts that the indices of every sparse layer hold."""
+    widths = {name: kept for name, module in model.named_modules() if (kept := width(module)) is not None}
+    sparsity = {}
+    for name, layer in sparse_layers(model).items():
+        weight = BlockSparseMatrix(layer.values.detach(), layer.row_ptr, layer.cols, (layer.out_features, layer.in_features))
+        blocks = weight.block_mask.numel()
+        sparsity[name] = {
+            "shape": list(weight.shape),
+            "block": list(weight.values.shape[1:]),
+            "blocks": blocks,
+            "kept": len(weight.cols),
+        }
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    content = {"format": FORMAT, "format_version": 1, **config, "widths": widths, "sparsity": sparsity}
+    (folder / "config.json").write_text(json.dumps(content, indent=1))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict) or config.get("format") != FORMAT:
+            raise ValueError("not an lpvit model")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"{folder}: no config.json there", "give a model folder, such as runs/NAME/pruned") from error
+    except (OSError, ValueError) as error:
+        raise EnvironmentFault(f"{path}: unreadable: {error}", "make the model folder again with `lpvit run`") from error
+    return config
+
+
+def load_model(path: str | Path) -> VisionModel:
+    """Read a model folder back: a timm model, its pruned layers BlockSparseLinear, in eval mode on the CPU.
+
+    Raises UsageError when `path` is no model folder, EnvironmentFault when its files are damaged or do not fit together.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    tensors = read_tensors(folder / "model.safetensors")
+    damaged = f"{folder}: config.json and model.safetensors do not fit together"
+    try:
+        model = _create(config["architecture"], config["kwargs"], pretrained=False)
+        model.pretrained_cfg = {**model.pretrained_cfg, **config["preprocessing"]}
+        for name, kept in config.get("widths", {}).items():
+            whole = width(model.get_submodule(name))
+            if whole is None or type(kept) is not int or not 0 < kept <= whole:
+                raise ValueError(f"{name}: config.json says {kept} neurons or heads, the architecture has {whole}")
+            if kept < whole:
+                narrow(model.get_submodule(name), torch.arange(kept))
+        for name, layer in config["sparsity"].items():
+            values = tensors[f"{name}.values"]
+            if list(values.shape[1:]) != layer["block"]:
+                raise ValueError(f"{name}: blocks of {list(values.shape[1:])}, config.json says {layer['block']}")
+            dense = model.get_submodule(name)
+            if not isinstance(dense, nn.Linear) or list(dense.weight.shape) != layer["shape"]:
+                raise ValueError(f"{name}: config.json says {layer['shape']}, the architecture something else")
+            weight = BlockSparseMatrix(values, tensors[f"{name}.row_ptr"], tensors[f"{name}.cols"], tuple(layer["shape"]))
+            model.set_submodule(name, BlockSparseLinear(weight, dense.bias))
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        raise EnvironmentFault(f"{damaged}: {error}", "make the model folder again with `lpvit run`") from error
+    _load_strictly(model, tensors, folder / "model.safetensors")
+    return model.eval()

@@ -1,0 +1,14 @@
+"""What lpvit asks of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class VisionModel(nn.Module):
+    """What every timm model has besides being a module; for the type checker, and for models that are not timm's."""
+
+    num_classes: int
+    pretrained_cfg: dict[str, Any]  # preprocessing: input_size (C, H, W), mean, std, interpolation, crop_pct ...

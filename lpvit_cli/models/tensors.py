@@ -1,0 +1,62 @@
+"""safetensors files in and out. Pickles are refused, never loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lpvit_cli.errors import EnvironmentFault, UsageError
+
+PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt", ".tar")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file. Pickled checkpoints run code when loaded, so they are refused with the way to convert them."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such weights file", "check the path; in a recipe it is relative to the recipe's folder")
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise EnvironmentFault(f"{path}: cannot be read: {error}", "check its permissions and the disk") from error
+    except (SafetensorError, ValueError, KeyError) as error:
+        with path.open("rb") as file:
+            head = file.read(2)
+        if path.suffix not in PICKLES and not head.startswith((b"PK", b"\x80")):
+            raise EnvironmentFault(f"{path}: not a readable safetensors file: {error}", "copy or download it again") from error
+        convert = f"torch.load('{path.name}', weights_only=True)"
+        raise EnvironmentFault(
+            f"{path}: is a pickled checkpoint; loading one can run any code, so lpvit reads safetensors only",
+            f'convert: python -c "import torch, safetensors.torch as s; c = {convert}; '
+            f"s.save_file(c.get('model', c.get('state_dict', c)), '{path.stem}.converted.safetensors')\"",
+        ) from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file with the permissions of any other file (the library leaves it readable by its owner only)."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
+
+
+def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load tensors; every name and shape must agree."""
+    expected = model.state_dict()
+    missing = sorted(expected.keys() - tensors.keys())
+    foreign = sorted(tensors.keys() - expected.keys())
+    shapes = [
+        f"{k} {list(tensors[k].shape)} for {list(v.shape)}"
+        for k, v in expected.items()
+        if k in tensors and tensors[k].shape != v.shape
+    ]
+    for what, names in (("misses", missing), ("has foreign tensors", foreign), ("has other shapes", shapes)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise EnvironmentFault(
+                f"{path}: does not fit the model: {what}: {names[0]}{more}",
+                "check model.name and model.kwargs against the weights",
+            )
+    model.load_state_dict(tensors)

@@ -1,0 +1,1 @@
+"""What a run folder is, and what a stage is. Knows no stage by name."""

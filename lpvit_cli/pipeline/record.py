@@ -1,0 +1,61 @@
+"""stage.json: what an artefact depends on, and how it came about."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lpvit_cli.errors import EnvironmentFault
+from lpvit_cli.files import replace_text
+from lpvit_cli.recipe import Recipe
+
+FILE = "stage.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """`reads`: the recipe keys read while the artefact was made; `inputs`: their values and all else it depends on."""
+
+    stage: str
+    fingerprint: str
+    reads: list[str]
+    inputs: dict[str, Any]
+    created: str
+    duration_s: float
+    command: str
+    git_commit: str | None
+    device: str
+
+    def save(self, folder: Path) -> None:
+        replace_text(folder / FILE, json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> Record | None:
+        """The record in an artefact's folder; None where there is none. Raises EnvironmentFault where it cannot be read."""
+        path = folder / FILE
+        try:
+            content = json.loads(path.read_text())
+            return cls(**({"reads": [], "device": ""} | content))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise EnvironmentFault(f"{path}: unreadable: {error}", f"delete {folder} and run the stage again") from error
+
+
+def values_of(recipe: Recipe, reads: list[str], content_of: Callable[[Path], str | None]) -> dict[str, Any]:
+    """The values of recipe keys by flat name; of a path, also what identifies its content."""
+    flat = recipe.flat()
+    values: dict[str, Any] = {}
+    for read in reads:
+        values |= {key: value for key, value in flat.items() if key == read or key.startswith(f"{read}.")}
+        if isinstance(path := recipe.find(read), Path):
+            values[f"{read} ({'file names' if path.is_dir() else 'content'})"] = content_of(path)
+    return values
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The names whose values differ, sorted."""
+    return [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]

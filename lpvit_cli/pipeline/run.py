@@ -1,0 +1,301 @@
+"""A run folder: what has been made from a recipe, whether it still holds, and how a new artefact gets in.
+
+A stage writes into a temporary sibling that is renamed when it is complete, so a kill never leaves half an artefact.
+`stage.json` beside each artefact lists everything its content depends on; a stage is skipped while nothing of that has changed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache, cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lpvit_cli import __version__, distributed
+from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.files import content_id, digest, publish, replace_text, writing
+from lpvit_cli.pipeline.record import Record, differences, values_of
+from lpvit_cli.pipeline.stage import Stage
+from lpvit_cli.progress import Progress
+from lpvit_cli.recipe import Recipe
+from lpvit_cli.recipe.section import Reads, recording
+
+if TYPE_CHECKING:
+    import torch
+
+INPUTS = "inputs.json"  # in a progress folder: what it depends on
+
+
+class Run:
+    """RUN/, bound to the recipe at hand. `stages`: all that may have an artefact there."""
+
+    def __init__(self, recipe: Recipe, folder: Path, stages: Sequence[Stage]):
+        self.recipe, self.folder, self.stages = recipe, folder, stages
+        self._reads = Reads()  # of the stage that is at work
+        self._content_of = cache(content_id)  # a folder of a million images is walked once
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where lpvit works."""
+        from lpvit_cli.devices import pick_device
+
+        return pick_device(self.recipe.peek("device"))
+
+    @cached_property
+    def target_device(self) -> torch.device:
+        """Where the model will run."""
+        from lpvit_cli.devices import pick_device
+
+        return pick_device(self.recipe.target_device)
+
+    @contextmanager
+    def open(self, overwrite: bool = False) -> Iterator[None]:
+        """Claim the folder for this recipe and process; refuse one that belongs to something else.
+
+        Of several processes the main one claims it, and only that one writes.
+        """
+        if not distributed.is_main():
+            distributed.broadcast(None)
+            yield
+            return
+        foreign = self._foreign()
+        if foreign and not overwrite:
+            raise UsageError(f"{self.folder}: {foreign}", "choose another --output, or pass --overwrite to take it over")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EnvironmentFault(f"{self.folder}: cannot create: {error.strerror}", "choose another --output") from error
+        with writing(self.folder), (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise EnvironmentFault(
+                    f"{self.folder}: another lpvit is working in this folder", "wait for it, or choose another --output"
+                ) from error
+            self._tidy(take_over=bool(foreign))
+            replace_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
+            distributed.broadcast(None)
+            yield
+
+    def _foreign(self) -> str:
+        """What the folder holds that is not this recipe's run; empty when it is free or ours."""
+        made_by = self.folder / "recipe.yaml"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"{self.folder}: is a file, a run needs a folder", "choose another --output")
+        if not self.folder.is_dir() or not any(p.name != ".lock" for p in self.folder.iterdir()):
+            return ""
+        name = re.search(r"^name: (.*)$", made_by.read_text(), re.MULTILINE) if made_by.is_file() else None
+        if name is None:
+            return "is not empty and not a run folder"
+        return (
+            "" if name[1].strip("'\"") == self.recipe.name else f"holds a run of recipe {name[1]!r}, not {self.recipe.name!r}"
+        )
+
+    def _tidy(self, take_over: bool) -> None:
+        """With the lock held: finish an interrupted publication, and remove what a run taken over has made."""
+        for stage in self.stages:
+            artefact, old = self.folder / stage.folder, self.folder / f".{stage.folder}.old"
+            if old.is_dir() and not artefact.exists():
+                old.rename(artefact)
+            if artefact.exists() and not (artefact / "stage.json").is_file():
+                raise UsageError(f"{artefact}: is in the way and not made by lpvit", "move it, or choose another --output")
+        for stage in self.stages if take_over else ():
+            shutil.rmtree(self.folder / stage.folder, ignore_errors=True)
+            self._clear(stage)
+
+    # what an artefact depends on
+
+    def upstream(self, stage: Stage) -> Stage | None:
+        """The stage whose artefact this one goes on from."""
+        return stage.upstream(self) or None
+
+    def sources(self, stage: Stage) -> list[Stage]:
+        """The stages of this run whose artefacts this one reads."""
+        before = self.upstream(stage)
+        return [*([before] if before else []), *stage.sources(self)]
+
+    def inputs(self, stage: Stage, reads: list[str]) -> dict[str, Any]:
+        """Everything an artefact depends on that was made by reading these recipe keys: flat names and JSON values."""
+        inputs = values_of(self.recipe, reads, self._content_of)
+        inputs |= {"versions.lpvit": __version__, "versions.torch": version("torch"), "versions.timm": version("timm")}
+        if before := self.upstream(stage):
+            record = self.record(before)
+            inputs[before.folder] = record.fingerprint if record else None
+        inputs |= dict(stage.inputs(self))
+        if stage.timed:
+            from lpvit_cli.devices import describe_device
+
+            inputs["measured on"] = describe_device(self.target_device)
+        return inputs
+
+    def record(self, stage: Stage) -> Record | None:
+        return Record.load(self.folder / stage.folder)
+
+    def changes(self, stage: Stage) -> list[str] | None:
+        """Why the artefact does not hold any more: [] it holds; None there is none."""
+        record = self.record(stage)
+        if record is None:
+            return None
+        for before in self.sources(stage):
+            if earlier := self.changes(before):
+                return [f"{before.folder}: {earlier[0]}"]
+        old, new = record.inputs, self.inputs(stage, record.reads)
+        return [
+            f"{key} was made again" if key in self._artefacts else f"{key}: {old.get(key, 'none')} -> {new.get(key, 'none')}"
+            for key in differences(old, new)
+        ]
+
+    @property
+    def _artefacts(self) -> set[str]:
+        return {stage.folder for stage in self.stages}
+
+    def command(self, stage: Stage) -> str:
+        """What makes a stage's artefact in this folder."""
+        elsewhere = self.folder != Path("runs") / self.recipe.name
+        return f"lpvit {stage.command} {self.recipe.name}" + f" --output {self.folder}" * elsewhere
+
+    def artefact(self, stage: Stage) -> Path:
+        """Folder of an artefact that holds, or a UsageError that says which command makes it."""
+        changes = distributed.on_main(lambda: self.changes(stage))
+        if changes is None:
+            raise UsageError(f"{self.folder}: nothing from `{stage.command}` there yet", f"run: {self.command(stage)}")
+        if changes:
+            raise UsageError(
+                f"{self.folder / stage.folder} was made with other settings ({changes[0]})",
+                f"run `lpvit {stage.command}` again with the same recipe and --set options, or `lpvit run`",
+            )
+        return self.folder / stage.folder
+
+    def model_artefact(self, stage: Stage) -> Path:
+        """The model folder that a stage takes: the artefact it goes on from."""
+        before = self.upstream(stage)
+        assert before is not None
+        return self.artefact(before)
+
+    def report(self, stage: Stage) -> Any:
+        """The report of an artefact; an EnvironmentFault where another lpvit has written it."""
+        path = self.folder / stage.folder / "report.json"
+        try:
+            return stage.report_class.model_validate_json(path.read_text())
+        except (OSError, ValueError) as error:
+            raise EnvironmentFault(
+                f"{path}: not a report of this version of lpvit", f"make it again: {self.command(stage)} --no-resume"
+            ) from error
+
+    # progress that a killed stage goes on from
+
+    def progress_folder(self, stage: Stage) -> Path:
+        """Where a long stage may keep restartable progress; it goes when the artefact is published or its inputs change."""
+        folder = self._progress_path(stage)
+        if distributed.is_main():
+            folder.mkdir(exist_ok=True)
+            write = partial(self._write_inputs, stage, self._reads)
+            self._reads.on_new = write  # what is read from now on counts too
+            write()
+        return folder
+
+    def _progress_path(self, stage: Stage) -> Path:
+        return self.folder / f".{stage.folder}.progress"
+
+    def _write_inputs(self, stage: Stage, reads: Reads) -> None:
+        keys = list(reads.keys)
+        content = {"reads": keys, "inputs": self.inputs(stage, keys)}
+        replace_text(self._progress_path(stage) / INPUTS, json.dumps(content, indent=1))
+
+    def _usable_progress(self, stage: Stage) -> Path | None:
+        """The progress folder, if it is of the same inputs. Where other settings would lose it a UsageError says which, unless
+        what the stage reads was made again, which spoils it."""
+        folder = self._progress_path(stage)
+        try:
+            content = json.loads((folder / INPUTS).read_text())
+            old, new = content["inputs"], self.inputs(stage, content["reads"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # of no use: it does not say what it depends on
+        changed = differences(old, new)
+        if not changed:
+            return folder
+        begun = any(path.suffix not in (".json", ".jsonl") for path in folder.iterdir())  # there is a state to go on from
+        if begun and not self._artefacts & set(changed):
+            key, more = changed[0], f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise UsageError(
+                f"{self.folder}: an interrupted {stage.command} was begun with other settings: {key} was "
+                f"{old.get(key, 'none')}, is {new.get(key, 'none')}{more}",
+                "go on with the old settings, or start anew with --no-resume",
+            )
+        return None
+
+    # making an artefact
+
+    def execute(self, stage: Stage, progress: Progress, resume: bool = True) -> Any:
+        """Run one stage and publish what it made; returns its report."""
+        self.inputs(stage, [])  # a device that is not there is told before what is to be made for it
+        for before in self.sources(stage):
+            self.artefact(before)
+        if not distributed.is_main():
+            distributed.broadcast(None)  # leftovers of other settings are gone
+            with tempfile.TemporaryDirectory() as scratch:
+                return stage.function(self.recipe, self, Path(scratch), progress)
+        self._clear(stage, keep=self._usable_progress(stage) if resume else None)
+        distributed.broadcast(None)
+        work = self.folder / f".{stage.folder}.partial"
+        started = time.monotonic()
+        self._reads = Reads()
+        with writing(self.folder / stage.folder):
+            work.mkdir()
+            try:
+                with recording(self._reads):
+                    report = stage.function(self.recipe, self, work, progress)
+                replace_text(work / "report.json", report.model_dump_json(indent=1))
+                self._record(stage, report.device, time.monotonic() - started).save(work)
+                publish(work, self.folder / stage.folder)
+            except BaseException:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+        self._clear(stage)
+        return report
+
+    def _record(self, stage: Stage, device: str, seconds: float) -> Record:
+        reads = list(self._reads.keys)
+        inputs = self.inputs(stage, reads)
+        return Record(
+            stage=stage.command,
+            fingerprint=digest(inputs),
+            reads=reads,
+            inputs=inputs,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            duration_s=round(seconds, 1),
+            command=" ".join(sys.argv),
+            git_commit=git_commit(),
+            device=device,
+        )
+
+    def _clear(self, stage: Stage, keep: Path | None = None) -> None:
+        """Remove leftovers of this folder's earlier processes (the lock is ours)."""
+        for leftover in self.folder.glob(f".{stage.folder}.*"):
+            if leftover != keep:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def git_commit() -> str | None:
+    """The commit of lpvit itself, when it runs from a checkout."""
+    checkout = Path(__file__).parent.parent.parent
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", checkout, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""What a budget may count, one file for each kind."""

@@ -1,0 +1,39 @@
+"""Images, and what calibration does with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator
+
+from lpvit_cli.recipe.section import Section, beside_the_recipe
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class DataSection(Section):
+    """Images: `digits` and `synthetic` are built in, `folder` and `tar` need root, `hfds/NAME` and `wds/NAME` as in timm."""
+
+    dataset: str
+    root: Path | None = None
+    train_split: str = "train"
+    val_split: str = "validation"
+    val_images: PositiveInt | None = None  # None: all of them
+    batch_size: PositiveInt = 64
+    workers: int = Field(default=4, ge=0)  # processes that decode images
+    max_corrupt: Fraction = 0.01  # unreadable images are skipped and counted; more than this fraction is an error
+
+    @field_validator("root")
+    @classmethod
+    def _beside_the_recipe(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        return beside_the_recipe(path, info)
+
+
+class CalibrateSection(Section):
+    """Statistics of the dense model. `gradient` is the loss they are taken of: `empirical` uses the given labels; without
+    labels, `sampled` draws them from the model (the true Fisher) and `logits` takes mean(logits^2) (LPViT)."""
+
+    images: PositiveInt = 2048
+    batch_size: PositiveInt = 16
+    gradient: Literal["empirical", "sampled", "logits"] = "empirical"

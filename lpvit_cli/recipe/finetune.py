@@ -1,0 +1,77 @@
+"""Recovery on kept blocks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from lpvit_cli.recipe.data import Fraction
+from lpvit_cli.recipe.model import ModelSection
+from lpvit_cli.recipe.section import Section
+
+
+class Augment(Section):
+    """timm's training augmentation. `mixup` and `cutmix` are the alpha of their Beta distribution, `erasing` and `flip`
+    probabilities; 0: not at all."""
+
+    rand_augment: str | None = "rand-m9-mstd0.5-mmax9-inc1"  # at 10, posterize would be to 0 bits: refused by Pillow
+    mixup: float = Field(default=0.0, ge=0)
+    cutmix: float = Field(default=0.0, ge=0)
+    erasing: Fraction = 0.0
+    flip: Fraction = 0.5
+
+
+class Distill(Section):
+    """Distillation: (1 - weight) * cross-entropy + weight * T^2 * KL from the teacher (`soft`), or cross-entropy with the class
+    the teacher decides for (`hard`, as in DeiT, without its token). `teacher`: any timm model of the same classes; None: the
+    dense parent."""
+
+    kind: Literal["soft", "hard"] = "soft"
+    weight: Fraction = 0.5
+    temperature: float = Field(default=2.0, gt=0)
+    teacher: ModelSection | None = None
+
+
+class Mfac(Section):
+    """SGD preconditioned by the inverse Fisher of the latest `window` gradients plus `damping` (M-FAC, arXiv 2107.03356). Takes
+    window x trained parameters x 4 bytes, in the checkpoint too. The default window goes with the default finetune.lr; steps
+    grow with the window, so halve one when you double the other."""
+
+    window: PositiveInt = 128
+    damping: float = Field(default=1e-4, gt=0)
+
+
+class FinetuneSection(Section):
+    """Recovery on kept blocks. `lora_ga` starts low-rank adapters from the gradient, `lora` at random, `full` trains all kept
+    weights. `alpha`, `gamma`: the scales of the paper. Validated after every epoch, the best model is kept, the pruned one if
+    none is better."""
+
+    method: Literal["lora_ga", "lora", "full"] = "lora_ga"
+    epochs: PositiveInt = 10
+    # for all pruned layers, or by glob: the first that matches a layer counts, a layer that none matches stays as it is
+    rank: PositiveInt | Annotated[dict[str, PositiveInt], Field(min_length=1)] = 16
+    alpha: float = Field(default=16.0, gt=0)
+    gamma: float = Field(default=16.0, gt=0)
+    init_batches: PositiveInt = 8
+    also_train: tuple[Literal["norms", "biases", "head"], ...] = ("norms", "biases")
+    optimizer: Literal["adamw", "mfac"] = "adamw"
+    mfac: Mfac = Mfac()  # with optimizer: mfac
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_epochs: float = Field(default=1.0, ge=0)
+    accumulate: PositiveInt = 1  # batches of data.batch_size images a step
+    clip_norm: float = Field(default=1.0, gt=0)
+    ema: float | None = Field(default=None, gt=0, lt=1)  # decay of a moving average of what is trained, which is then kept
+    label_smoothing: Fraction = 0.0
+    augment: Augment | None = None
+    distill: Distill | None = Distill()
+    target_top1: float | None = Field(default=None, gt=0, le=100)  # stop as soon as the validation accuracy is that good
+
+    @model_validator(mode="after")
+    def _decays_to_the_pruned_model(self) -> Self:
+        if self.weight_decay and self.method == "lora_ga":
+            raise ValueError(
+                "weight_decay needs method: lora or full (LoRA-GA's factors start at full length: decay undoes it)"
+            )
+        return self

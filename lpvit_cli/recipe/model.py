@@ -1,0 +1,40 @@
+"""The dense model of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from lpvit_cli.recipe.section import Section, beside_the_recipe
+
+
+class Preprocess(Section):
+    """What differs from the model's own preprocessing (timm's pretrained_cfg). Pixels are in 0..1 before mean and std."""
+
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    crop_pct: float | None = Field(default=None, gt=0, le=1)
+    interpolation: Literal["bicubic", "bilinear", "nearest"] | None = None
+
+
+class ModelSection(Section):
+    """The dense model: a timm name (or `hf-hub:owner/name`), its constructor arguments, and where its weights come from."""
+
+    name: str
+    pretrained: bool = False
+    weights: Path | None = None  # a safetensors file, named as in timm
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    preprocess: Preprocess = Field(default_factory=Preprocess)
+
+    @field_validator("weights")
+    @classmethod
+    def _beside_the_recipe(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        return beside_the_recipe(path, info)
+
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> Self:
+        if self.pretrained and self.weights:
+            raise ValueError("give either pretrained: true or weights: FILE, not both")
+        return self

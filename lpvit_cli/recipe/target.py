@@ -1,0 +1,24 @@
+"""Where the model will run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from lpvit_cli.recipe.section import Section
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+FilePrecision = Literal["float32", "float16", "bfloat16", "int8", "int8-static"]
+PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int8-static")  # of files
+
+
+class TargetSection(Section):
+    """Where the model will run: profile, prune, bench, tune and export measure and choose for this. `precision` auto is the
+    recipe's `dtype`, and float32 for files; `device` auto is the recipe's `device`."""
+
+    runtime: Literal["torch", "onnxruntime"] = "torch"
+    precision: Literal["auto", "float32", "float16", "bfloat16", "int8", "int8-static"] = "auto"
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    threads: PositiveInt | None = None  # CPU threads; None: torch's default, and all cores for files
+    batch_size: PositiveInt = 1  # images in a call

@@ -1,0 +1,51 @@
+"""What a recovery went through, as JSON lines: one for each step and one after each epoch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from lpvit_cli import distributed
+
+
+class History:
+    """A file that the main process appends to, and that is cut back to a checkpoint when steps are made again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def add(self, **entry: Any) -> None:
+        if distributed.is_main():
+            self.path.parent.mkdir(exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def cut(self, steps: int, epochs: int) -> None:
+        """Forget what came after so many steps and epochs, and a line that a kill has cut short."""
+        if distributed.is_main() and self.path.is_file():
+            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            self.path.write_text("".join(line for line in lines if _within(json.loads(line), steps, epochs)))
+
+
+def _within(entry: dict[str, Any], steps: int, epochs: int) -> bool:
+    within: bool = entry["step"] <= steps if "step" in entry else entry["epoch"] <= epochs
+    return within
+
+
+def read_losses(path: Path) -> list[float]:
+    """The training loss of every step."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return [entry["loss"] for entry in entries if "step" in entry]
+
+
+class Epoch(BaseModel):
+    """Loss and accuracy while training, and the accuracy on the validation images after it."""
+
+    epoch: int
+    loss: float
+    top1: float
+    validation_top1: float
+    images_per_second: float

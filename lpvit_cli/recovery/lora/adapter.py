@@ -1,0 +1,108 @@
+"""Adapters apart from their base: adapter.safetensors with adapter_config.json, in the names that peft reads.
+
+The product in the file is relative to the pruned model as it is on disk: where LoRA-GA's start was absorbed by W0, the factors
+hold it too, with the opposite sign, at twice the rank. Factors are scaled so that the product is B A (peft: lora_alpha = r).
+What peft cannot know is the mask: outside of it B A is not zero, and lpvit never forms it there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.models.folder import load_model
+from lpvit_cli.models.protocol import VisionModel
+from lpvit_cli.models.tensors import write_tensors
+from lpvit_cli.recovery.lora.layers import adapt, adapters_of
+from lpvit_cli.sparse import sparse_layers
+
+ADAPTER, CONFIG = "adapter.safetensors", "adapter_config.json"
+FORMAT = "lpvit-adapter"
+PREFIX = "base_model.model."
+FACTORS = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
+
+
+def save_adapter(folder: Path, model: nn.Module, base: Path) -> None:
+    """Write the adapters of `model`, and what else was trained (what requires a gradient), over the model folder `base`."""
+    factors = {name: adapter.factors() for name, adapter in adapters_of(model).items()}
+    tensors = {f"{PREFIX}{name}{FACTORS['A']}": a for name, (a, _) in factors.items()}
+    tensors |= {f"{PREFIX}{name}{FACTORS['B']}": b for name, (_, b) in factors.items()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not name.endswith((".lora_a", ".lora_b")):
+            tensors[PREFIX + name.replace(".base.", ".base_layer.")] = parameter
+    described = {"format": FORMAT, "base": _digest(base)}
+    write_tensors(folder / ADAPTER, {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, described)
+    ranks = {name: len(a) for name, (a, _) in factors.items()}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(base),
+        "inference_mode": True,
+        "r": max(ranks.values()),
+        "lora_alpha": max(ranks.values()),
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "target_modules": list(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=1))
+
+
+def load_adapted(base: Path, adapter: Path) -> VisionModel:
+    """The pruned model folder `base` with the adapter on it, not merged; frozen, in eval mode, on the CPU.
+
+    Raises UsageError for an adapter of another model, EnvironmentFault for an unreadable one.
+    """
+    path = adapter / ADAPTER if adapter.is_dir() else adapter
+    tensors, made_for = _read(path)
+    model = load_model(base)
+    if made_for != _digest(base):
+        raise UsageError(
+            f"{path}: was made for another pruned model than {base}",
+            "give the model folder that was recovered (its config: adapter_config.json, base_model_name_or_path)",
+        )
+    factors = {
+        name.removesuffix(FACTORS["A"]): (a, tensors[name.replace(FACTORS["A"], FACTORS["B"])])
+        for name, a in tensors.items()
+        if name.endswith(FACTORS["A"])
+    }
+    layers, parameters = sparse_layers(model), dict(model.named_parameters())
+    others = {name.replace(".base_layer.", "."): t for name, t in tensors.items() if not name.endswith(tuple(FACTORS.values()))}
+    if foreign := sorted((factors.keys() - layers.keys()) | (others.keys() - parameters.keys())):
+        raise EnvironmentFault(f"{path}: {foreign[0]} is not in {base}", "copy the adapter again, or recover again")
+    for name, (a, b) in factors.items():
+        if a.shape != (len(a), layers[name].in_features) or b.shape != (layers[name].out_features, len(a)):
+            raise EnvironmentFault(f"{path}: factors of {name} do not fit the layer", "copy the adapter again")
+    with torch.no_grad():
+        for name, tensor in others.items():
+            parameters[name].copy_(tensor)
+        for name, (a, b) in factors.items():
+            made = adapt(model, {name: len(a)}, alpha=len(a) ** 0.5)[name]
+            made.lora_a.copy_(a)
+            made.lora_b.copy_(b)
+    return model.requires_grad_(False).eval()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors by their names in the model, and what identifies the base."""
+    if not path.is_file():
+        raise UsageError(f"{path}: no such adapter", f"give a recovered folder, or an {ADAPTER}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UsageError(f"{path}: not an adapter made by lpvit", "give one that finetune-lora-ga wrote")
+            return {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}, metadata["base"]  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError) as error:
+        raise EnvironmentFault(f"{path}: unreadable: {error}", "copy it again, or recover again") from error
+
+
+def _digest(base: Path) -> str:
+    with (base / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

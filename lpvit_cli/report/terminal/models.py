@@ -1,0 +1,77 @@
+"""What the terminal shows of exporting, evaluating, predicting and tuning."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from lpvit_cli.numbers import by, percent, size
+from lpvit_cli.report.schema import EvaluateReport, ExportReport, PredictReport, TuneReport
+from lpvit_cli.report.terminal.cells import numbers, table
+
+
+def export(report: ExportReport, folder: Path) -> list[Any]:
+    shown: list[Any] = []
+    for file in report.files:
+        smaller = f" ({file.bytes / file.bytes_dense:.2f}x dense float32)" if file.bytes_dense else ""
+        precision = f", {report.precision}" if file.format in ("onnx", "triton-server") else ""
+        shown.append(Text(f"{folder / file.file}: {file.format}{precision}, {size(file.bytes)}{smaller}", "bold"))
+        if file.speed:
+            shown.append(f"{file.speed.verdict}; batch {file.speed.batch_size}, {file.speed.threads} threads")
+        if file.layers:
+            counts = Counter(layer.form for layer in file.layers)
+            shown.append("layers by form: " + ", ".join(f"{count} {form}" for form, count in counts.most_common()))
+        if file.parity:
+            rows = table("against the model, on real images", "batch", "relative error", "same top-1")
+            for parity in file.parity:
+                rows.add_row(str(parity.batch_size), f"{parity.relative_error:.1e}", percent(parity.agreement))
+            shown.append(rows)
+        if file.accuracy:
+            before = report.accuracy_model.top1
+            shown.append(f"top-1 {file.accuracy.top1:.2f} % (model {before:.2f} %) on {file.accuracy.images} images")
+    return shown
+
+
+def evaluate(report: EvaluateReport, folder: Path) -> list[Any]:
+    result = report.accuracy
+    skipped = f", {report.skipped_images} unreadable images skipped" if report.skipped_images else ""
+    where = f"{result.images} images of {report.dataset}"
+    return [f"{report.model}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {where}{skipped}"]
+
+
+def predict(report: PredictReport, folder: Path) -> list[Any]:
+    shown = []
+    for prediction in report.predictions:
+        rows = table(prediction.image, "class", "index", "probability")
+        names = prediction.names or ["" for _ in prediction.classes]
+        for name, index, probability in zip(names, prediction.classes, prediction.probabilities, strict=True):
+            rows.add_row(name, str(index), percent(probability))
+        shown.append(rows)
+    return shown
+
+
+PASSES = {"forward": "forward", "input_gradient": "dx", "weight_gradient": "dW"}
+
+
+def tune(report: TuneReport, folder: Path) -> list[Any]:
+    kinds = len({one.kind for one in report.tuned}) > 1
+    columns = ("kept", "tokens", *(["pass"] * kinds), "fastest", "x dense", "GFLOP/s")
+    rows = numbers(f"fastest on {report.device}, {report.dtype}; GFLOP/s on kept blocks", "layer", *columns)
+    for one in report.tuned:
+        more = f" +{len(one.layers) - 1}" if len(one.layers) > 1 else ""
+        rows.add_row(
+            f"{one.layers[0]}{more}\n{by(one.shape)} in {by(one.block)}",
+            f"{100 * one.density:.0f} %",
+            str(one.tokens),
+            *([PASSES[one.kind]] * kinds),
+            one.choice,
+            "-" if one.speedup is None else f"{one.speedup:.2f}",
+            f"{1e3 * one.kept_tflops:.0f}",
+        )
+    forward = [one for one in report.tuned if one.kind == "forward" and one.density < 1]
+    dense = sum(one.choice == "dense" for one in forward)
+    told = f"dense is the fastest forward for {dense} of {len(forward)} with removed blocks: lpvit runs those as dense layers"
+    return [rows, *([told] if forward else [])]

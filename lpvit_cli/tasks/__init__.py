@@ -1,0 +1,1 @@
+"""What "as good as before" means for a model."""

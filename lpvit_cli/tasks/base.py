@@ -1,0 +1,39 @@
+"""What a task is: what "as good as before" means for a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # images [n, C, H, W], labels [n] (of no meaning where a task needs none)
+Loss = Callable[[Tensor, Tensor], Tensor]  # outputs [n, ...], labels [n] -> sum over the n images
+
+
+class Task(ABC):
+    """The loss whose curvature is taken, and how far a pruned model is from its parent."""
+
+    @abstractmethod
+    def loss(self, gradient: str, seed: int) -> Loss:
+        """The loss of the kind `gradient`; what it draws depends on the seed."""
+
+    @abstractmethod
+    def outputs(self, model: nn.Module, batches: Batches, device: torch.device) -> Tensor:
+        """What the model says of all images, as `divergence` compares it; on the CPU."""
+
+    @abstractmethod
+    def divergence(self, outputs: Tensor, reference: Tensor) -> float:
+        """How far outputs are from those of the dense model; 0 where they are equal."""
+
+    @abstractmethod
+    def distillation(self, outputs: Tensor, taught: Tensor) -> Tensor:
+        """The loss of following a teacher that gives `taught` for the same images: a scalar, averaged over images."""
+
+
+def outputs_of(model: nn.Module, batches: Batches, device: torch.device) -> Tensor:
+    """The outputs of all images, in float32 on the CPU."""
+    model.eval().to(device)  # before inference mode, whose tensors no backward pass could use
+    with torch.inference_mode():
+        return torch.cat([model(images.to(device)).float().cpu() for images, _ in batches])

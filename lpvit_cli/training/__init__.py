@@ -1,1 +1,0 @@
-"""Training a pruned model again: the loss it is trained on, the loop, and its checkpoints."""
