@@ -3,23 +3,26 @@
 The names below load on first use, so that `lpvit --help` does not pay for torch.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "load_model"]
+__version__ = "0.2.0"
+__all__ = ["Recipe", "__version__", "export_onnx", "load_model", "prune"]
 
 if TYPE_CHECKING:
+    from lpvit_cli.api import export_onnx, prune
     from lpvit_cli.models.folder import load_model
     from lpvit_cli.recipe import Recipe
 
+_PLACES = {
+    "Recipe": "lpvit_cli.recipe",
+    "export_onnx": "lpvit_cli.api",
+    "load_model": "lpvit_cli.models.folder",
+    "prune": "lpvit_cli.api",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "Recipe":
-        from lpvit_cli.recipe import Recipe
-
-        return Recipe
-    if name == "load_model":
-        from lpvit_cli.models.folder import load_model
-
-        return load_model
+    if name in _PLACES:
+        return getattr(import_module(_PLACES[name]), name)
     raise AttributeError(f"module 'lpvit_cli' has no attribute {name!r}")

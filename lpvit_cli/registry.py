@@ -63,9 +63,9 @@ class Registry:
             raise ValueError(f"should be {', '.join(first)} or {last}" if first else f"should be {last}")
         return name
 
-    def foreign(self) -> dict[str, str]:
-        """Names of things that are not lpvit's own, by the module they are from."""
-        return {getattr(thing, "__module__", ""): name for name, thing in self._things.items()}
+    def foreign(self) -> dict[Any, str]:
+        """What is not lpvit's own, with its name in words."""
+        return {thing: f"{self.kind} {name!r}" for name, thing in self._things.items()}
 
     def _entry_points(self) -> dict[str, Any]:
         if self._plugins is None:
@@ -127,10 +127,16 @@ ALL = (METHODS, BUDGETS, FORMATS, METERS)
 
 def foreign_culprit(traceback: TracebackType | None) -> str | None:
     """Which thing of another package an exception came through, in words; None: it is lpvit's own."""
-    modules = {module: f"{registry.kind} {name!r}" for registry in ALL for module, name in registry.foreign().items()}
+    foreign = {thing: words for registry in ALL for thing, words in registry.foreign().items()}
     found = None
     while traceback is not None:
-        module = traceback.tb_frame.f_globals.get("__name__", "")
-        found = f"the {modules[module]} ({module})" if module in modules else found
+        here = traceback.tb_frame.f_locals
+        owner = here.get("cls", type(here.get("self")))
+        kin = next(
+            (thing for thing in foreign if isinstance(owner, type) and isinstance(thing, type) and issubclass(thing, owner)),
+            None,
+        )
+        if kin is not None and owner is not object and not owner.__module__.startswith("lpvit_cli."):
+            found = f"the {foreign[kin]} ({kin.__module__})"
         traceback = traceback.tb_next
     return found

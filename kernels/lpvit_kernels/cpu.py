@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lpvit_kernels.kept import kept
 from lpvit_kernels.matrix import BlockSparseMatrix
+from lpvit_kernels.memo import memo
 
 CHUNK = 256  # tokens
 
@@ -44,7 +44,7 @@ def strided(x: Tensor, weight: BlockSparseMatrix, transposed: bool) -> Tensor:
 
 def gathered(x: Tensor, weight: BlockSparseMatrix, transposed: bool) -> Tensor:
     """As `strided`."""
-    packed = kept(weight.values, f"gathered {transposed}", lambda: _packed(weight, transposed))
+    packed = memo(weight.values, f"gathered {transposed}", lambda: _packed(weight, transposed))
     y = x.new_empty(len(x), weight.shape[transposed])
     for x_part, y_part in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
         x_slices, y_slices = _slices(x_part, weight, not transposed), _slices(y_part, weight, transposed)

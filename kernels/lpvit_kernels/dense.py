@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lpvit_kernels.kept import kept
 from lpvit_kernels.matrix import BlockSparseMatrix
+from lpvit_kernels.memo import memo
 
 
 def product(x: Tensor, weight: BlockSparseMatrix, transposed: bool, bias: Tensor | None) -> Tensor:
     """x [tokens, in], bias [out] -> x W^T + b [tokens, out]; `transposed`: [tokens, out], bias [in] -> x W + b [tokens, in]."""
-    dense, rows, columns = kept(weight.values, "dense", lambda: _shrunk(weight))
+    dense, rows, columns = memo(weight.values, "dense", lambda: _shrunk(weight))
     sources, targets = (rows, columns) if transposed else (columns, rows)
     x = x if sources is None else x[:, sources]
     if targets is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lpvit_kernels.kept import Made, drop, kept
+from lpvit_kernels.memo import Made, drop, memo
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -90,8 +90,8 @@ class BlockSparseMatrix:
 
         It lives and changes with both: it is kept with `cols`, in what is kept with `row_ptr`.
         """
-        of_rows = kept(self.row_ptr, "by columns", WeakTensorKeyDictionary)
-        return kept(self.cols, f"{name} {self.shape} {self.block}", make, of_rows)
+        of_rows = memo(self.row_ptr, "by columns", WeakTensorKeyDictionary)
+        return memo(self.cols, f"{name} {self.shape} {self.block}", make, of_rows)
 
     @property
     def block_rows(self) -> Tensor:

@@ -10,8 +10,8 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from lpvit_kernels import backends, reference
-from lpvit_kernels.kept import drop, kept
 from lpvit_kernels.matrix import BlockSparseMatrix
+from lpvit_kernels.memo import drop, memo
 
 
 def linear(
@@ -92,7 +92,7 @@ def _autocast(
             drop(values)  # the operator that computes their gradient sees the converted ones
         values = values.to(dtype)
     else:
-        values = kept(values, f"as {dtype}", lambda: weight.values.to(dtype))
+        values = memo(values, f"as {dtype}", lambda: weight.values.to(dtype))
     others = [None if t is None else t.to(dtype) for t in (bias, scale, residual)]
     return x.to(dtype), weight.with_values(values), others[0], others[1], others[2]
 

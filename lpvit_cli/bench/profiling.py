@@ -9,12 +9,17 @@ import torch
 from lpvit_kernels import tune
 from torch import nn
 
-from lpvit_cli.measure.energy.run import EnergyRun
+from lpvit_cli.bench.work import work_of
+from lpvit_cli.devices import describe_device, type_name
+from lpvit_cli.measure.energy.run import EnergyRun, energy_on
+from lpvit_cli.measure.machine import provenance
 from lpvit_cli.measure.profile import KEPT, DeviceProfile, LayerProfile, SparseProfile
-from lpvit_cli.measure.timing import Subject, TimingRun
+from lpvit_cli.measure.timing import Subject, TimingRun, cpu_threads, time_interleaved
 from lpvit_cli.models.flops import count_flops
 from lpvit_cli.models.protocol import VisionModel
+from lpvit_cli.progress import Progress
 from lpvit_cli.pruning.blocks import Block, grid, require_fit
+from lpvit_cli.recipe.measure import EnergySection
 from lpvit_cli.sparse import BlockSparseLinear
 
 WARMUP_SECONDS = 0.1  # for each of some thirty subjects
@@ -34,6 +39,62 @@ class LayerKind:
     def subject(self, block: Block | None = None, kept_blocks: int = 0) -> str:
         """What this layer is called among the subjects of a measurement; without a block, as nn.Linear."""
         return f"{self.names[0]} {block} {kept_blocks}" if block else f"{self.names[0]} dense"
+
+
+def measure_profile(
+    model: VisionModel,
+    linears: dict[str, nn.Linear],
+    blocks: tuple[Block, ...],
+    *,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    threads: int | None,
+    batch_size: int,
+    rounds: int,
+    energy: EnergySection,
+    progress: Progress,
+) -> tuple[DeviceProfile, list[str]]:
+    """What the whole model and each distinct layer of `linears` take on a device, for a batch; and what makes that doubtful."""
+    layers = distinct_layers(model, linears, blocks, batch_size)
+    images = torch.randn(batch_size, *model.pretrained_cfg["input_size"]).to(device, dtype)
+    subjects: dict[str, Subject] = {MODEL: partial(model.to(device, dtype), images)}
+    with cpu_threads(threads), torch.inference_mode():
+        for layer in layers:
+            subjects |= _subjects(layer, blocks, device, dtype)
+        timing = time_interleaved(
+            subjects,
+            device=device,
+            rounds=rounds,
+            warmup_seconds=WARMUP_SECONDS,
+            on_round=lambda done, total: progress("timing the layers", done, total, f"round {done}/{total}"),
+        )
+        measured, reasons = energy_on(
+            device,
+            subjects,
+            images_per_call=1,  # joules per call, whatever it holds
+            trials=TRIALS,
+            window_s=energy.window_seconds,
+            allow_mig=energy.allow_mig,
+            on_trial=lambda done, total: progress("energy of the layers", done, total, f"trial {done}/{total}"),
+        )
+        ms = {subject: timed.percentiles.p50 for subject, timed in timing.subjects.items()}
+        mj = _millijoules(measured)
+        profile = DeviceProfile(
+            device=describe_device(device),
+            dtype=type_name(dtype),
+            threads=timing.threads,
+            model=name,
+            batch_size=batch_size,
+            provenance=provenance("lpvit", "torch", "timm", "triton"),
+            model_ms=ms[MODEL],
+            model_mj=mj.get(MODEL),
+            model_work=work_of(model, images),
+            energy_source=measured.source if measured and mj else None,
+            energy_reasons=reasons,
+            layers=[_layer_profile(layer, blocks, ms, mj) for layer in layers],
+        )
+    return profile, advice(timing, profile)
 
 
 def distinct_layers(
@@ -59,7 +120,7 @@ def kept_counts(shape: tuple[int, int], block: Block) -> list[int]:
     return sorted({max(1, round(fraction * rows * columns)) for fraction in KEPT})
 
 
-def layer_subjects(layer: LayerKind, blocks: tuple[Block, ...], device: torch.device, dtype: torch.dtype) -> dict[str, Subject]:
+def _subjects(layer: LayerKind, blocks: tuple[Block, ...], device: torch.device, dtype: torch.dtype) -> dict[str, Subject]:
     """The layer as nn.Linear, and as block-sparse with random blocks kept, all on the same random x [rows, in]."""
     out, columns = layer.shape
     x = torch.randn(layer.rows, columns).to(device, dtype)
@@ -75,12 +136,12 @@ def layer_subjects(layer: LayerKind, blocks: tuple[Block, ...], device: torch.de
     return {layer.subject(): partial(dense.to(device, dtype), x), **made}
 
 
-def millijoules(energy: EnergyRun | None) -> dict[str, float]:
+def _millijoules(energy: EnergyRun | None) -> dict[str, float]:
     """Of one call of each subject; empty when not measured."""
     return {name: 1000 * one.joules_per_image for name, one in energy.subjects.items()} if energy else {}
 
 
-def layer_profile(layer: LayerKind, blocks: tuple[Block, ...], ms: dict[str, float], mj: dict[str, float]) -> LayerProfile:
+def _layer_profile(layer: LayerKind, blocks: tuple[Block, ...], ms: dict[str, float], mj: dict[str, float]) -> LayerProfile:
     sparse = []
     for block in blocks:
         places = grid(layer.shape, block)

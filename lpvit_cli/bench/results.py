@@ -52,7 +52,7 @@ class LayersBench(BaseModel):
 
 
 class BatchBench(BaseModel):
-    """One batch size in one dtype. Ratios are baseline over subject: above 1 is faster (or thriftier)."""
+    """One batch size in one dtype. Ratios are baseline over subject: above 1 is faster, or uses less energy."""
 
     batch_size: int
     asked_batch_size: int  # larger, where that did not fit into memory

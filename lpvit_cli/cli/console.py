@@ -15,6 +15,7 @@ from typing import Any
 
 from lpvit_cli import distributed
 from lpvit_cli.errors import EnvironmentFault, ForeignLabel, LpvitError
+from lpvit_cli.registry import foreign_culprit
 
 INTERRUPTED = 130
 
@@ -106,11 +107,16 @@ class Console:
             code = INTERRUPTED
             self._fail("Interrupted", "interrupted", "nothing half-made was left; run the same command again to go on", code)
         except Exception as error:
-            code = 1
-            traceback.print_exc(file=sys.stderr)
-            self._fail(
-                "Bug", f"{type(error).__name__}: {error}", "this is a bug in lpvit: please report it with the lines above", code
-            )
+            told = f"{type(error).__name__}: {error}"
+            if culprit := foreign_culprit(error.__traceback__):
+                code = EnvironmentFault.exit_code
+                if self.verbose:
+                    traceback.print_exc(file=sys.stderr)
+                self._fail("PluginFault", f"{culprit} failed: {told}", "report it to its author; --verbose shows where", code)
+            else:
+                code = 1
+                traceback.print_exc(file=sys.stderr)
+                self._fail("Bug", told, "this is a bug in lpvit: please report it with the lines above", code)
         finally:
             self._stop_bar()
         if self.json_mode:

@@ -260,7 +260,7 @@ def _plan(console: Console, order: Order, run: Run, stages: tuple[Stage, ...], a
     lines = (f"# {stage}: {what}" for stage, what in plan.items())
     console.human(run.recipe.to_yaml(), f"# output: {run.folder}", *lines)
     if PRUNE in stages or SWEEP in stages:
-        from lpvit_cli.stages.prune import predict
+        from lpvit_cli.commands.predict_pruning import predict
 
         prediction = predict(run.recipe, run, console.progress)
         console.document["prediction"] = prediction.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""bench --compare: two reports of bench, before and after; slower or thirstier beyond the interval fails the check."""
+"""bench --compare: two reports of bench, before and after; more time or energy beyond the interval fails the check."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _changes(old: BatchBench, new: BatchBench) -> list[Change]:
 
 
 def _changes_of(what: What, batch: BatchBench, before: Samples, after: Samples) -> list[Change]:
-    """Slower or thirstier by more than the dense baseline of the same reports: what that moved by is the machine's doing."""
+    """Slower, or using more energy, by more than the dense baseline moved by: that is the machine's doing."""
     ratios = {name: unpaired_ratio(before[name], after[name]) for name in before if name in after}
     control = ratios[batch.baseline].low if batch.baseline in ratios and batch.baseline.startswith(DENSE) else 1.0
     return [
@@ -120,9 +120,11 @@ def _changes_of(what: What, batch: BatchBench, before: Samples, after: Samples) 
 
 
 def _said(change: Change) -> str:
-    how = {"ms": ("faster", "slower"), "J/image": ("thriftier", "thirstier")}[change.what][change.ratio.value < 1]
-    times = max(change.ratio.value, 1 / change.ratio.value)
-    return f"{change.subject} is {times:.2f}x {how} at batch {change.batch_size}, {change.dtype}"
+    times, worse = max(change.ratio.value, 1 / change.ratio.value), change.ratio.value < 1
+    how = f"is {times:.2f}x {'slower' if worse else 'faster'}"
+    if change.what == "J/image":
+        how = f"uses {times:.2f}x {'more' if worse else 'less'} energy"
+    return f"{change.subject} {how} at batch {change.batch_size}, {change.dtype}"
 
 
 def _busy(report: BenchReport) -> list[str]:

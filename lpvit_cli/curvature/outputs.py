@@ -40,7 +40,7 @@ def output_moments(
         handles.append(observe_outputs(layer, sums[name]))
     try:
         for images, labels in batches:
-            loss(model(images.to(device).requires_grad_()), labels).backward()
+            loss(model(images.to(device).detach().requires_grad_()), labels).backward()
     finally:
         for handle in handles:
             handle.remove()

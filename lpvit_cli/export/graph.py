@@ -18,18 +18,17 @@ from torch import Tensor, nn
 
 from lpvit_cli.errors import CheckFailed, UsageError
 from lpvit_cli.export.rewrite import SCOPES
-from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.targets.base import METADATA_KEY
 
 INLINE_BYTES = 2**30  # of weights; larger ones lie beside the graph, which protobuf ends at 2 GiB
 HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def dense_graph(model: VisionModel, opset: int, precision: str = "float32") -> ir.Model:
+def dense_graph(model: nn.Module, opset: int, precision: str = "float32", example: Tensor | None = None) -> ir.Model:
     """`model` (dense layers only) as a graph: input `images` [batch, 3, H, W] float32, output `logits` float32.
 
-    The batch is dynamic. With `precision` float16 or bfloat16 everything between input and output has that type.
-    Raises UsageError when `opset` is one that torch or onnx cannot write.
+    The batch is dynamic. `example`: an input; None: an image of the size in `model.pretrained_cfg`. With `precision` float16 or
+    bfloat16 everything between input and output has that type. Raises UsageError when torch or onnx cannot write `opset`.
     """
     if precision == "bfloat16" and opset < 22:
         raise UsageError("export.opset: bfloat16 needs opset 22 or newer", "add --set export.opset=22")
@@ -38,7 +37,8 @@ def dense_graph(model: VisionModel, opset: int, precision: str = "float32") -> i
             f"export.opset: {opset} is newer than the installed onnx knows ({newest})", "choose 20, or upgrade onnx"
         )
     inside: nn.Module = Cast(model, HALF[precision]) if precision in HALF else model
-    example = torch.randn(2, *model.pretrained_cfg["input_size"])
+    cfg: Any = model.pretrained_cfg if example is None else None
+    example = torch.randn(2, *(cfg["input_size"] if example is None else example.shape[1:]))
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")
         try:

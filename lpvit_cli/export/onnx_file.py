@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ HALF_NOTE = "half precision is for GPUs: speed not measured. There a stock ONNX 
 def write_onnx(source: Source, work: Path, progress: Progress) -> ExportedFile:
     settings, file = source.settings, work / FILE
     progress("exporting to ONNX", 0, 1, "")
-    layers = exported_layers(source, progress)
+    layers = exported_layers(source.model, source.precision, settings.form, source.prunable)
+    if source.precision == "int8-static":
+        layers = _with_ranges(layers, source, progress)
     dense = dense_file(source, work)
 
     def graph_of(choices: dict[str, FormChoice]) -> ir.Model:
-        graph = dense_graph(densify(source.model), settings.opset, source.precision)
-        rewrite(graph, layers, {name: choice.form for name, choice in choices.items()})
-        return graph
+        return sparse_graph(source.model, layers, choices, settings.opset, source.precision)
 
     def speed_of(graph: ir.Model) -> ExportSpeed:
         save_onnx(graph, file, source.config)
@@ -78,18 +78,30 @@ def write_onnx(source: Source, work: Path, progress: Progress) -> ExportedFile:
     )
 
 
-def exported_layers(source: Source, progress: Progress) -> dict[str, ExportLayer]:
-    """The linear layers that are written anew: the block-sparse ones, in int8 also those of prune.layers that are dense."""
-    precision, prunable = source.precision, source.prunable
+def sparse_graph(
+    model: nn.Module,
+    layers: Mapping[str, ExportLayer],
+    choices: Mapping[str, FormChoice],
+    opset: int,
+    precision: str,
+    example: Tensor | None = None,
+) -> ir.Model:
+    """The graph of a model whose `layers` are written in the forms chosen; the rest as in `dense_graph`."""
+    graph = dense_graph(densify(model), opset, precision, example)
+    rewrite(graph, layers, {name: choice.form for name, choice in choices.items()})
+    return graph
+
+
+def exported_layers(model: nn.Module, precision: str, form: str, prunable: Callable[[str], bool]) -> dict[str, ExportLayer]:
+    """The linear layers that are written anew: the block-sparse ones, in int8 also those `prunable` ones that are dense."""
     int8 = precision.startswith("int8")
-    if source.settings.form == "dense" and not int8:
+    if form == "dense" and not int8:
         return {}
     linears: dict[str, Any] = {
         name: module
-        for name, module in source.model.named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, BlockSparseLinear) or (int8 and isinstance(module, nn.Linear) and prunable(name))
     }
-    ranges = _input_ranges(source, linears, progress) if precision == "int8-static" else {}
     dtype = HALF.get(precision, torch.float32)
     made = {}
     for name, linear in linears.items():
@@ -97,8 +109,13 @@ def exported_layers(source: Source, progress: Progress) -> dict[str, ExportLayer
         if isinstance(linear, nn.Linear):
             weight = BlockSparseMatrix.from_dense(weight.detach(), tuple(weight.shape), torch.ones(1, 1, dtype=torch.bool))
         bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-        made[name] = ExportLayer(name, weight.to(dtype), bias, int8, ranges.get(name))
+        made[name] = ExportLayer(name, weight.to(dtype), bias, int8)
     return made
+
+
+def _with_ranges(layers: dict[str, ExportLayer], source: Source, progress: Progress) -> dict[str, ExportLayer]:
+    ranges = _input_ranges(source, {name: source.model.get_submodule(name) for name in layers}, progress)
+    return {name: dataclasses.replace(layer, x_range=ranges[name]) for name, layer in layers.items()}
 
 
 def _input_ranges(source: Source, linears: dict[str, nn.Module], progress: Progress) -> dict[str, tuple[float, float]]:

@@ -1,13 +1,14 @@
 """Model folders out and back.
 
 A model folder holds `config.json` (architecture, preprocessing, sparsity) and `model.safetensors` (dense tensors named as
-in timm; sparse layers packed as `<layer>.values`, `.row_ptr`, `.cols`)."""
+in timm; sparse layers packed as `<layer>.values`, `.row_ptr`, `.cols`).
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lpvit_kernels import BlockSparseMatrix
@@ -17,8 +18,8 @@ from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.models.families.timm import _create
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.tensors import _load_strictly, read_tensors, write_tensors
-from lpvit_cli.recipe.model import ModelSection
-from lpvit_cli.sparse import BlockSparseLinear, narrow, sparse_layers, width
+from lpvit_cli.recipe.model import ModelSection, Preprocess
+from lpvit_cli.sparse import BlockSparseLinear, densify, narrow, sparse_layers, width
 
 FORMAT = "lpvit-model"
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
@@ -99,3 +100,23 @@ def load_model(path: str | Path) -> VisionModel:
         raise EnvironmentFault(f"{damaged}: {error}", "make the model folder again with `lpvit run`") from error
     _load_strictly(model, tensors, folder / "model.safetensors")
     return model.eval()
+
+
+def as_dense(source: Path, weights: Path) -> ModelSection:
+    """The model folder `source` as a dense model; `weights` is written, with zeros for removed blocks."""
+    config = read_config(source)
+    write_tensors(weights, {name: t.contiguous() for name, t in densify(load_model(source)).state_dict().items()})
+    given = config["preprocessing"]
+    interpolation = given.get("interpolation")
+    known = get_args(Preprocess.model_fields["interpolation"].annotation)
+    return ModelSection(
+        name=config["architecture"],
+        kwargs={**config["kwargs"], "num_classes": config["num_classes"]},
+        weights=weights,
+        preprocess=Preprocess(
+            mean=given.get("mean"),
+            std=given.get("std"),
+            crop_pct=given.get("crop_pct"),
+            interpolation=interpolation if interpolation in str(known) else None,
+        ),
+    )

@@ -11,22 +11,19 @@ import shutil
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import get_args
 
 from lpvit_cli.errors import UsageError
 from lpvit_cli.files import replace_text
 from lpvit_cli.models.families.timm import build_model
-from lpvit_cli.models.folder import load_model, model_config, read_config
-from lpvit_cli.models.tensors import write_tensors
+from lpvit_cli.models.folder import as_dense, load_model, model_config, read_config
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
-from lpvit_cli.recipe.model import ModelSection, Preprocess
+from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.recipe.prune import Budget
 from lpvit_cli.recipe.section import note_reads
 from lpvit_cli.report.pictures import gradual_picture
 from lpvit_cli.report.schema import GradualReport, GradualStep
-from lpvit_cli.sparse import densify
 from lpvit_cli.sparse.masks import block_masks, require_nested
 from lpvit_cli.stages import CALIBRATE, FINETUNE, GRADUAL, PRUNE, profile_path, run_of
 
@@ -91,26 +88,6 @@ def step_recipe(recipe: Recipe, model: ModelSection, value: float, profile: Path
     prune = recipe.prune.model_copy(update={"budget": budget, "profile": profile})
     changes = {"model": model, "prune": prune, "finetune": finetune, "schedule": (), "sweep": ()}
     return Recipe.model_validate(recipe.model_copy(update=changes).plain())
-
-
-def as_dense(source: Path, weights: Path) -> ModelSection:
-    """The model folder `source` as a dense model to prune on; `weights` is written, its removed blocks zeros."""
-    config = read_config(source)
-    write_tensors(weights, {name: t.contiguous() for name, t in densify(load_model(source)).state_dict().items()})
-    given = config["preprocessing"]
-    interpolation = given.get("interpolation")
-    known = get_args(Preprocess.model_fields["interpolation"].annotation)
-    return ModelSection(
-        name=config["architecture"],
-        kwargs={**config["kwargs"], "num_classes": config["num_classes"]},
-        weights=weights,
-        preprocess=Preprocess(
-            mean=given.get("mean"),
-            std=given.get("std"),
-            crop_pct=given.get("crop_pct"),
-            interpolation=interpolation if interpolation in str(known) else None,
-        ),
-    )
 
 
 def _execute(step: Run, progress: Progress) -> None:

@@ -6,29 +6,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lpvit_cli.curvature import load_statistics
 from lpvit_cli.data.readers import class_names
 from lpvit_cli.data.splits import calibration_batches, validation_batches
 from lpvit_cli.devices import describe_device, pick_dtype
 from lpvit_cli.errors import UsageError
-from lpvit_cli.measure.profile import PROFILE_FILE, DeviceProfile
+from lpvit_cli.measure.profile import DeviceProfile
 from lpvit_cli.models.families.timm import build_model
 from lpvit_cli.models.folder import model_config, save_model
 from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
-from lpvit_cli.pruning.blocks import Block
-from lpvit_cli.pruning.cost import LayerCost
 from lpvit_cli.pruning.engine import prune_model
-from lpvit_cli.pruning.plan import Allocation, Plan, build_plan
+from lpvit_cli.pruning.plan import Plan, build_plan
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.recipe.prune import Budget
 from lpvit_cli.registry import BUDGETS
-from lpvit_cli.report.schema import LayerReport, PredictedPoint, PredictionReport, PruneReport
-from lpvit_cli.stages import CALIBRATE, PROFILE, PRUNE, profile_path
+from lpvit_cli.report.layers import layer_reports
+from lpvit_cli.report.schema import PruneReport
+from lpvit_cli.stages import CALIBRATE, profile_path
 from lpvit_cli.stages.calibrate import STATISTICS
 from lpvit_cli.tasks.classification import Accuracy, Classification
 from lpvit_cli.tasks.evaluation import Validation
@@ -133,78 +132,3 @@ def open_profile(recipe: Recipe, run: Run) -> DeviceProfile | None:
             "run `lpvit profile` where a power meter can be read, or with --fit, or give a latency_ms or flops budget",
         )
     return profile
-
-
-def predict(recipe: Recipe, run: Run, progress: Progress) -> PredictionReport:
-    """What prune, or its sweep, would give, from the calibration alone: no weight is touched, nothing is evaluated."""
-    kind = recipe.prune.budget.kind
-    reasons = []
-    if recipe.prune.budget.is_searched:
-        reasons.append(f"{kind}: finding the model takes evaluating some; give a flops budget to predict")
-    if run.changes(CALIBRATE) != []:
-        sketch = build_model(recipe.model.model_copy(update={"pretrained": False, "weights": None}))
-        prunable_layers(sketch, recipe.prune.layers)  # a glob that matches nothing is not worth a calibration
-        reasons.append(f"this recipe is not calibrated yet: {run.command(CALIBRATE)}")
-    if PROFILE in run.sources(PRUNE) and run.changes(PROFILE) != []:
-        reasons.append(f"{kind}: no device profile: {run.command(PROFILE)}")
-    if reasons:
-        return PredictionReport(device=describe_device(run.device), kind=kind, points=[], reasons=reasons)
-    plan = make_plan(recipe, run, progress).plan
-    if plan.profile is None and run.changes(PROFILE) == []:
-        plan.profile = DeviceProfile.load(run.artefact(PROFILE) / PROFILE_FILE)
-    if plan.profile is None:
-        reasons.append(f"latency: no device profile: {run.command(PROFILE)}")
-    points = []
-    for value in recipe.sweep or (recipe.prune.budget.value,):
-        allocation = plan.allocation(Budget.model_validate({kind: value}))
-        predicted = plan.predict(allocation)
-        points.append(
-            PredictedPoint(
-                budget=value,
-                kept_fraction=predicted.kept_fraction,
-                kept_by_layer={layer.name: layer.kept_fraction for layer in layer_reports(plan, allocation)},
-                flops=predicted.flops,
-                bytes=predicted.bytes,
-                energy_uj=predicted.energy_uj,
-                latency_ms=predicted.latency_ms,
-            )
-        )
-    return PredictionReport(
-        device=plan.profile.device if plan.profile else describe_device(run.device),
-        kind=kind,
-        flops_dense=plan.flops.total,
-        bytes_dense=plan.bytes_dense,
-        energy_uj_dense=plan.energy_uj_dense,
-        latency_ms_dense=plan.profile.model_ms if plan.profile else None,
-        points=points,
-        reasons=reasons,
-    )
-
-
-def layer_reports(plan: Plan, allocation: Allocation) -> list[LayerReport]:
-    """One for each prunable layer; coupled ones share their distortion."""
-    masks, reports = allocation.masks or allocation.planned_masks(), {}
-    for name, group in allocation.groups.items():
-        block, coupling = allocation.option(name).block, group.coupling
-        for layer, mask in group.masks(name, masks[name]).items():
-            cost = group.costs[block][layer]
-            shape = (coupling.width, cost.shape[1]) if coupling and layer != name else block
-            reports[layer] = _layer_report(plan, layer, shape, mask, allocation.distortion(name), cost)
-    return [reports[layer] for layer in plan.layers]
-
-
-def _layer_report(plan: Plan, name: str, block: Block, mask: Tensor, distortion: float, cost: LayerCost) -> LayerReport:
-    whole = torch.ones_like(mask)
-    return LayerReport(
-        name=name,
-        shape=cost.shape,
-        block=block,
-        blocks=mask.numel(),
-        kept_blocks=int(mask.sum()),
-        kept_map=["".join("#" if kept else "." for kept in row) for row in mask.tolist()],
-        distortion=distortion,
-        flops_dense=int(cost.flops.sum()),
-        flops=int(cost.flops[mask].sum()),
-        energy_uj_dense=plan.energy_uj(name, block, whole, cost),
-        energy_uj=plan.energy_uj(name, block, mask, cost),
-    )

@@ -7,22 +7,18 @@ from pathlib import Path
 
 import torch
 
-from lpvit_cli.bench.subjects import forward_of
+from lpvit_cli.bench.models import time_models
 from lpvit_cli.devices import pick_dtype
 from lpvit_cli.errors import UsageError
 from lpvit_cli.files import replace_text
-from lpvit_cli.measure.timing import TimingRun, cpu_threads, time_interleaved
 from lpvit_cli.models.folder import load_model
-from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.recipe.prune import Budget
 from lpvit_cli.report.pictures import sweep_picture
 from lpvit_cli.report.schema import DENSE, PruneReport, SweepPoint, SweepReport
-from lpvit_cli.sparse import fuse, trim
 from lpvit_cli.stages.prune import make_plan
-from lpvit_cli.targets.tuning import tune_model
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> SweepReport:
@@ -35,7 +31,18 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Sweep
         folder = work / f"{value:g}"
         reports[value] = pruner.prune_to(Budget.model_validate({kind: value}), folder)
         replace_text(folder / "report.json", reports[value].model_dump_json(indent=1))
-    timing = _speed(recipe, run, pruner.model, [work / f"{value:g}" for value in reports], progress)
+    models = {DENSE: pruner.model} | {f"{value:g}": load_model(work / f"{value:g}") for value in reports}
+    device, generator = run.target_device, torch.Generator().manual_seed(recipe.seed)
+    images = torch.randn(recipe.target.batch_size, *pruner.model.pretrained_cfg["input_size"], generator=generator)
+    timing = time_models(
+        models,
+        DENSE,
+        images.to(device, pick_dtype(recipe.target_dtypes[0], device)),
+        threads=recipe.target.threads,
+        rounds=recipe.bench.rounds,
+        warmup_seconds=recipe.bench.warmup_seconds,
+        progress=progress,
+    )
     points = [
         SweepPoint(
             budget=value,
@@ -59,25 +66,3 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Sweep
     if find_spec("matplotlib"):
         replace_text(work / "sweep.svg", sweep_picture(result))
     return result
-
-
-def _speed(recipe: Recipe, run: Run, dense: VisionModel, folders: list[Path], progress: Progress) -> TimingRun:
-    """All models of the sweep and the dense one, interleaved, on a batch of `target.batch_size` random images."""
-    target, device = recipe.target, run.target_device
-    dtype = pick_dtype(recipe.target_dtypes[0], device)
-    models = {DENSE: dense} | {folder.name: fuse(trim(load_model(folder))) for folder in folders}
-    generator = torch.Generator().manual_seed(recipe.seed)
-    size = (target.batch_size, *dense.pretrained_cfg["input_size"])
-    images = torch.randn(size, generator=generator).to(device, dtype)
-    with cpu_threads(target.threads):
-        for name, model in models.items():
-            model.to(device, dtype)
-            if name != DENSE:
-                tune_model(model, [target.batch_size], ("forward",), progress, again=False)
-        return time_interleaved(
-            {name: forward_of(model, images) for name, model in models.items()},
-            device=device,
-            rounds=recipe.bench.rounds,
-            warmup_seconds=recipe.bench.warmup_seconds,
-            on_round=lambda done, total: progress("timing the sweep", done, total, f"round {done}/{total}"),
-        )

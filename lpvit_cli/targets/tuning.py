@@ -66,8 +66,9 @@ def tune_model(
     return found
 
 
-def layer_tokens(model: VisionModel, names: Iterable[str] | None = None) -> dict[str, int]:
-    """Rows of x that one image gives each of these linear layers; None: the block-sparse ones."""
+def layer_tokens(model: nn.Module, names: Iterable[str] | None = None, example: Tensor | None = None) -> dict[str, int]:
+    """Rows of x that one image gives each of these linear layers; None: the block-sparse ones. `example`: an input; None: an
+    image of the size in `model.pretrained_cfg`."""
     tokens: dict[str, int] = {}
 
     def count(name: str) -> object:
@@ -78,10 +79,11 @@ def layer_tokens(model: VisionModel, names: Iterable[str] | None = None) -> dict
 
     watched = sparse_layers(model) if names is None else names
     handles = [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in watched]  # type: ignore[arg-type]
-    like = next(model.parameters())
+    like, cfg = next(model.parameters()), getattr(model, "pretrained_cfg", {})
+    size = cfg["input_size"] if example is None else example.shape[1:]
     try:
         with torch.inference_mode():
-            model.eval()(torch.zeros(1, *model.pretrained_cfg["input_size"], device=like.device, dtype=like.dtype))
+            model.eval()(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
     finally:
         for handle in handles:
             handle.remove()

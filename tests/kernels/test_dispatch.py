@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import masked, relative
 from lpvit_kernels import BlockSparseMatrix, cpu, dense, dispatch, linear, tune, tuned, tuning
-from lpvit_kernels.kept import _KEPT
+from lpvit_kernels.memo import _MEMO
 from lpvit_kernels.tuned import Choice, Config, Tuned
 
 BLOCK = (32, 16)
@@ -237,7 +237,7 @@ def test_tuning_leaves_no_copies_and_no_random_numbers_behind() -> None:
     expected = torch.rand(1)
     torch.manual_seed(3)
     tune(weight, 40)
-    assert weight.values not in _KEPT
+    assert weight.values not in _MEMO
     assert torch.rand(1) == expected
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import masked, relative
 from lpvit_kernels import BlockSparseMatrix, backends, forget, linear, random_block_sparse
-from lpvit_kernels.kept import _KEPT
+from lpvit_kernels.memo import _MEMO
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -136,7 +136,7 @@ def test_packed_weights_follow_changes_of_the_values(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["gathered", "strided", "batched", "dense"])
 def test_what_is_kept_of_a_weight_goes_with_it(backend: str, dtype: torch.dtype) -> None:
     gc.collect()
-    before = len(_KEPT)
+    before = len(_MEMO)
     for _ in range(3):
         matrix = random_block_sparse(SHAPE, BLOCK, 0.5, empty_rows=1, dtype=dtype)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -149,7 +149,7 @@ def test_what_is_kept_of_a_weight_goes_with_it(backend: str, dtype: torch.dtype)
             assert matrix.by_column.order.shape == (6,)
     del matrix
     gc.collect()
-    assert len(_KEPT) == before
+    assert len(_MEMO) == before
 
 
 def optimized(backend: str, autocast: bool = False, compiled: bool = False) -> tuple[list[float], Tensor]:

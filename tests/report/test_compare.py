@@ -49,7 +49,7 @@ def before(tmp_path: Path) -> Path:
         ({"sparse": 0.9}, 0, "not worse: 1 of 2 numbers improved"),
         ({"sparse": 1.003}, 0, "not worse"),  # within the interval: samples spread by 3 %
         ({"sparse": 1.1}, 4, "worse: sparse is 1.10x slower at batch 64, float32"),
-        ({"sparse_energy": 1.2}, 4, "worse: sparse is 1.20x thirstier at batch 64, float32"),
+        ({"sparse_energy": 1.2}, 4, "worse: sparse uses 1.20x more energy at batch 64, float32"),
         ({"masked_dense": 1.1}, 0, "not worse"),  # not lpvit's kernels
         ({"dense": 1.1}, 0, "the machine has changed: dense is 1.10x slower"),
         ({"dense": 1.1, "masked_dense": 1.1, "sparse": 1.1}, 0, "the machine has changed: dense is 1.10x slower"),

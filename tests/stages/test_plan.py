@@ -17,8 +17,8 @@ from lpvit_cli.pruning.engine import prune_model
 from lpvit_cli.pruning.methods.obs import images_in_sequence, sequential_images
 from lpvit_cli.pruning.plan import Plan
 from lpvit_cli.recipe.prune import Budget
+from lpvit_cli.report.layers import layer_reports
 from lpvit_cli.sparse import BlockSparseLinear, densify, sparse_layers
-from lpvit_cli.stages.prune import layer_reports
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from lpvit_cli import Recipe
+from lpvit_cli.bench import profiling
 from lpvit_cli.cli.console import Console
 from lpvit_cli.measure.energy import run as energy_module
 from lpvit_cli.measure.energy.meters.base import MeterError, Reading
@@ -67,8 +68,8 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         asked.update(how, images_per_call=images_per_call)
         return EnergyRun("made up", 0.0, {name: Energy(cost(one), 0.0, 0.0, []) for name, one in subjects.items()}), []
 
-    monkeypatch.setattr(stage, "time_interleaved", time)
-    monkeypatch.setattr(stage, "energy_on", energy)
+    monkeypatch.setattr(profiling, "time_interleaved", time)
+    monkeypatch.setattr(profiling, "energy_on", energy)
     return asked
 
 
@@ -163,7 +164,7 @@ def test_doubts_are_told() -> None:
     timing = TimingRun({"a": Timing([1.0], percentiles([1.0]), 1, 0, 1, None, host_bound=True)}, 1, foreign_load=0.5)
     facts: dict[str, Any] = {"device": "d", "dtype": "float32", "threads": 1, "model": "m", "batch_size": 1, "provenance": {}}
     facts |= {"model_work": Work(1, 1), "model_mj": None, "energy_source": None, "energy_reasons": [], "layers": []}
-    busy, host = stage.advice(timing, DeviceProfile(model_ms=1, **facts))
+    busy, host = profiling.advice(timing, DeviceProfile(model_ms=1, **facts))
     assert "other processes used 50%" in busy
     assert "1 of 1 times are the host's" in host
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Made = TypeVar("Made")
-_KEPT: Any = WeakTensorKeyDictionary()
+_MEMO: Any = WeakTensorKeyDictionary()
 
 
-def kept(tensor: Tensor, name: str, make: Callable[[], Made], among: Any = _KEPT) -> Made:
+def memo(tensor: Tensor, name: str, make: Callable[[], Made], among: Any = _MEMO) -> Made:
     """What `make()` gave for this tensor under this name; made anew after the tensor was changed in place.
 
     Changes of inference tensors are not counted: of them nothing is kept.
@@ -37,7 +37,7 @@ def kept(tensor: Tensor, name: str, make: Callable[[], Made], among: Any = _KEPT
 def drop(*tensors: Tensor) -> None:
     """Drop what is kept of these tensors."""
     for tensor in tensors:
-        _KEPT.pop(tensor, None)
+        _MEMO.pop(tensor, None)
 
 
 def _made(make: Callable[[], Made]) -> Made:

@@ -1,0 +1,199 @@
+"""lpvit from Python: prune, recover and export any module of linear layers, without a recipe or a run folder.
+
+What the stages call, with plain arguments. Images are tensors [n, C, H, W], or whatever the model takes: one tensor, or any
+iterable of batches, tensors or pairs of (images, labels).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from lpvit_cli.curvature import collect
+from lpvit_cli.devices import pick_device
+from lpvit_cli.errors import CheckFailed, UsageError, require
+from lpvit_cli.measure.profile import DeviceProfile
+from lpvit_cli.models.layers import own_layers
+from lpvit_cli.progress import Progress, silent
+from lpvit_cli.pruning.engine import prune_model
+from lpvit_cli.pruning.plan import build_plan
+from lpvit_cli.recipe.errors import explain
+from lpvit_cli.recipe.prune import Block, PruneSection
+from lpvit_cli.registry import BUDGETS
+from lpvit_cli.tasks.base import Task
+from lpvit_cli.tasks.classification import Classification
+from lpvit_cli.tasks.features import Features
+
+BATCH = 32  # images at a time, where one tensor holds them all
+TASKS: dict[str, type[Task]] = {"classification": Classification, "features": Features}
+Images = Tensor | Iterable[Tensor] | Iterable[tuple[Tensor, Tensor]]
+
+
+def prune(
+    model: nn.Module,
+    images: Images,
+    *,
+    block: Block | Sequence[Block] = (64, 32),
+    layers: str | Sequence[str] = (),
+    task: str = "classification",
+    gradient: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    profile: DeviceProfile | str | Path | None = None,
+    progress: Progress = silent,
+    **settings: Any,
+) -> nn.Module:
+    """A pruned copy of `model`, on the CPU in eval mode; `model` stays as it is.
+
+    `images`: calibration images, a few hundred, held in memory. `settings`: one budget (`sparsity=0.5`, `flops=0.5`, or with a
+    device `profile` `latency_ms`, `energy_mj`) and keys of a recipe's prune section (`method`, `patterns`, `beta` ...).
+    `block`: output x input features; of several, each layer takes one. `layers`: globs over module names; default: the blocks
+    of a timm model, else all linear layers that the model calls but for one that gives its output. `task`: "classification"
+    (outputs are logits) or "features". `gradient`, of classification: "sampled", "logits", or "empirical" (needs labels).
+
+    Raises UsageError where arguments, layers or budget do not fit.
+    """
+    batches = _batches(images)
+    dense = copy.deepcopy(model).cpu().eval()
+    example = batches[0][0][:1]
+    found = own_layers(dense, example, [layers] if isinstance(layers, str) else layers)
+    options, where = _settings(settings, block), pick_device(device)
+    judged, gradient = _task(task), gradient or "sampled"
+    statistics = collect(
+        dense,
+        found,
+        batches,
+        judged.loss(gradient, seed),
+        where,
+        lambda done: progress("calibrating", done, 0, f"{done} images"),
+    )
+    dense.cpu()
+    plan = build_plan(
+        options,
+        dense,
+        found,
+        {name: layer.to(torch.device("cpu")) for name, layer in statistics.items()},
+        batches,
+        example=example,
+        task=judged,
+        gradient=gradient,
+        seed=seed,
+        device=where,
+        progress=progress,
+        profile=profile if isinstance(profile, DeviceProfile) or profile is None else DeviceProfile.load(profile),
+    )
+    pruned, _ = prune_model(plan, options.budget, progress)
+    return pruned.requires_grad_(True).eval()
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What `export_onnx` wrote: the form of each block-sparse layer, and ||file - model|| / ||model|| of the outputs."""
+
+    path: Path
+    forms: dict[str, str]
+    relative_error: float
+    bytes: int
+
+
+def export_onnx(
+    model: nn.Module,
+    example: Tensor,
+    path: str | Path,
+    *,
+    form: str = "auto",
+    precision: str = "float32",
+    opset: int = 20,
+    threads: int = 1,
+    tolerance: float | None = None,
+    progress: Progress = silent,
+) -> OnnxFile:
+    """Write `model`, block-sparse layers and all, as an ONNX file that a stock onnxruntime runs; `example`: an input [n, ...].
+
+    `form`: how block-sparse layers are written; auto times the forms here with `threads` on inputs like `example`, and takes
+    the fastest. `precision`: float32, float16, bfloat16 or int8. What was written is run and compared with the model on
+    `example`. Raises CheckFailed, and leaves no file, where they differ by more than `tolerance` (default: by precision);
+    EnvironmentFault without onnx, onnxscript and onnxruntime.
+    """
+    require("onnx", "onnxscript", "onnxruntime")
+    from lpvit_cli.export.choose import choose_forms
+    from lpvit_cli.export.forms import FORMS, forms_of
+    from lpvit_cli.export.graph import HALF, as_float32, save_onnx
+    from lpvit_cli.export.layer import FormChoice
+    from lpvit_cli.export.onnx_file import exported_layers, sparse_graph
+    from lpvit_cli.export.source import TOLERANCES
+    from lpvit_cli.targets.onnxruntime import session
+    from lpvit_cli.targets.tuning import layer_tokens
+
+    if precision not in TOLERANCES or precision == "int8-static" or form not in ("auto", *FORMS):
+        raise UsageError(
+            f"export_onnx: form {form!r}, precision {precision!r}: not both known",
+            f"forms: auto, {', '.join(FORMS)}; precisions: float32, float16, bfloat16, int8",
+        )
+    model, path = copy.deepcopy(model).cpu().eval(), Path(path)
+    layers = exported_layers(model, precision, form, lambda name: False)
+    tokens = {name: len(example) * rows for name, rows in layer_tokens(model, layers, example).items()}
+    if form == "auto" and precision not in HALF:
+        choices = choose_forms(layers, tokens, threads, progress)
+    else:
+        asked = "dense" if form == "auto" else form
+        choices = {name: FormChoice(asked if asked in forms_of(layer) else "dense", {}) for name, layer in layers.items()}
+    graph = sparse_graph(model, layers, choices, opset, precision, example)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_onnx(graph, partial, {})
+        size = partial.stat().st_size
+        checked = partial
+        if precision == "bfloat16":  # which onnxruntime's CPU provider does not have
+            checked = partial.with_suffix(".checked")
+            as_float32(graph)
+            save_onnx(graph, checked, {})
+        with torch.no_grad():
+            reference = model(example.float().cpu())
+        written = torch.from_numpy(session(checked, threads).run(None, {"images": example.float().cpu().numpy()})[0])
+        error = float((written.double() - reference.double()).norm() / reference.double().norm())
+        if not error <= (tolerance or TOLERANCES[precision]):
+            raise CheckFailed(
+                f"export_onnx: {path} differs from the model by {error:.1e}, more than {tolerance or TOLERANCES[precision]:g}",
+                "try form='dense', another opset or precision; nothing was written",
+            )
+        partial.replace(path)
+    finally:
+        for left in (partial, partial.with_suffix(".checked")):
+            left.unlink(missing_ok=True)
+    return OnnxFile(path, {name: choice.form for name, choice in choices.items()}, error, size)
+
+
+def _batches(images: Images) -> list[tuple[Tensor, Tensor]]:
+    """(images, labels) in batches; labels of no meaning where there are none."""
+    given: list[Any] = list(images.split(BATCH)) if isinstance(images, Tensor) else list(images)
+    if not given:
+        raise UsageError("images: there are none", "give a tensor [n, C, H, W], or an iterable of them")
+    pairs = [one if isinstance(one, tuple | list) else (one, torch.zeros(len(one), dtype=torch.int64)) for one in given]
+    return [(batch, labels) for batch, labels in pairs]
+
+
+def _task(name: str) -> Task:
+    if name not in TASKS:
+        raise UsageError(f"task: there is none called {name!r}", f"choose one of {', '.join(TASKS)}")
+    return TASKS[name]()
+
+
+def _settings(settings: dict[str, Any], block: Any) -> PruneSection:
+    """The prune section that keyword arguments say; budgets are named by their kind."""
+    budget = {kind: settings.pop(kind) for kind in BUDGETS.names() if kind in settings}
+    content = {**settings, "block": block, "budget": budget}
+    try:
+        made = PruneSection.model_validate(content)
+    except ValidationError as error:
+        raise explain(error, PruneSection, content, {}, Path("lpvit_cli.prune")) from None
+    if made.budget.is_searched:
+        raise UsageError(f"prune: {made.budget.kind} needs images to evaluate on", "give sparsity=, flops= or latency_ms=")
+    return made
