@@ -54,7 +54,7 @@ class Output:
 class Order:
     """What all commands that take a recipe understand."""
 
-    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")] = None
+    recipe: RecipeArgument
     set_: Set = None
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/<recipe name>).")] = None
     resume: Annotated[
@@ -81,6 +81,13 @@ class Order:
         made += [dtype.format(self.dtype)] * (self.dtype is not None)
         made += [f"seed={self.seed}"] * (self.seed is not None)
         return made + [batch_size.format(self.batch_size)] * (self.batch_size is not None)
+
+
+@dataclass
+class BenchOrder(Order):
+    """As Order, where there may be no recipe: two reports can be compared instead."""
+
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")] = ""
 
 
 class Command(TyperCommand):
@@ -139,7 +146,7 @@ def command(group: typer.Typer, name: str | None = None, summary: str | None = N
 
 def _parameters(body: Callable[..., None], hints: dict[str, Any]) -> Iterator[Parameter]:
     _, *own = signature(body).parameters.values()
-    for parameter in own:
+    for parameter in sorted(own, key=lambda one: is_dataclass(hints[one.name])):  # a command's own options first
         kind = hints[parameter.name]
         if is_dataclass(kind):
             yield from _options(kind)

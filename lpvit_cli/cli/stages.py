@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lpvit_cli import distributed
-from lpvit_cli.cli.common import Order, app, command
+from lpvit_cli.cli.common import BenchOrder, Order, app, command
 from lpvit_cli.cli.console import Console
 from lpvit_cli.errors import CheckFailed, EnvironmentFault, UsageError
 from lpvit_cli.pipeline.stage import Stage
@@ -86,7 +86,7 @@ def gradual(console: Console, order: Order) -> None:
 @command(app, BENCH.command, BENCH.summary)
 def bench(
     console: Console,
-    order: Order,
+    order: BenchOrder,
     baseline: Annotated[
         str | None,
         typer.Option(
@@ -199,9 +199,8 @@ def load(order: Order, name: str, overrides: list[str], instead: str = "") -> Re
     """The recipe that was asked for; small for a rehearsal."""
     from lpvit_cli.recipe import Recipe
 
-    if order.recipe is None:
-        other = f", or: {instead}" if instead else ""
-        raise UsageError(f"{name}: which recipe?", f"run: lpvit {name} RECIPE{other}")
+    if not order.recipe:
+        raise UsageError(f"{name}: which recipe?", f"run: lpvit {name} RECIPE, or: {instead}")
     recipe = Recipe.load(order.recipe, overrides)
     if order.smoke:
         from lpvit_cli.models.families.timm import shrink
