@@ -36,10 +36,11 @@ OnStep = Callable[[int, int, str], None]  # steps of this epoch done and in all,
 
 
 def learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Factor in (0, 1]: linear warm-up over `warmup` steps, then half a cosine to zero at `steps`."""
+    """Factor in (0, 1]: linear warm-up over `warmup` steps, which may be a fraction, then half a cosine from 1 to 0 at `steps`."""
     if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
+        return min(1.0, (step + 1) / warmup)
+    start = math.ceil(warmup)  # the first step that does not warm up
+    return 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, steps - start)))
 
 
 def optimizer_of(parameters: list[nn.Parameter], settings: FinetuneSection) -> torch.optim.Optimizer:

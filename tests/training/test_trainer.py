@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,18 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine(make: Callable[..., Tra
     assert [line["lr"] for line in steps if "step" in line] == pytest.approx([1e-2 * learning_rate(k, 6, 3) for k in range(6)])
     assert [line["step"] for line in steps if "step" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["epoch"] for line in steps if "step" not in line] == [1, 2]
+
+
+@pytest.mark.parametrize("warmup", [0, 0.23, 0.5, 1, 1.5, 2.7, 4.01, 9.9, 20.5])
+def test_no_warm_up_overshoots_the_rate(warmup: float) -> None:
+    """`warmup_epochs` may be a fraction of an epoch, so the warm-up may end between two steps."""
+    factors = [learning_rate(step, 10, warmup) for step in range(10)]
+    assert all(0 < factor <= 1 for factor in factors)
+    warm = math.ceil(warmup)
+    assert factors[:warm] == pytest.approx([min(1, (step + 1) / warmup) for step in range(min(warm, 10))])
+    falling = factors[warm:]
+    assert falling[:1] in ([1.0], []), "the cosine starts at the whole rate"
+    assert falling == sorted(falling, reverse=True)
 
 
 @pytest.mark.parametrize(("accuracies", "best"), [((5.0, 9.0, 7.0), 2), ((9.0, 9.0, 2.0), 2), ((1.0, 2.0, 1.5), 0)])
