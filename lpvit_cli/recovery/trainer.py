@@ -36,7 +36,7 @@ OnStep = Callable[[int, int, str], None]  # steps of this epoch done and in all,
 
 
 def learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Factor in (0, 1]: linear warm-up over `warmup` steps, which may be a fraction, then half a cosine from 1 to 0 at `steps`."""
+    """Factor in (0, 1]: linear warm-up over `warmup` steps (not always whole), then half a cosine from 1 to 0 at `steps`."""
     if step < warmup:
         return min(1.0, (step + 1) / warmup)
     start = math.ceil(warmup)  # the first step that does not warm up
