@@ -1,6 +1,6 @@
 """Prune a hand-written module that gives features, judged by its features.
 
-    python examples/prune_own_module.py
+python examples/prune_own_module.py
 """
 
 import torch

@@ -11,9 +11,7 @@ from torchvision.models import VisionTransformer
 import lpvit_cli as lpvit
 
 torch.manual_seed(0)
-model = VisionTransformer(
-    image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=256, num_classes=10
-)
+model = VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=256, num_classes=10)
 torch.nn.init.normal_(model.heads.head.weight, std=0.1)  # torchvision starts it at zero
 images = torch.randn(96, 3, 32, 32)
 

@@ -99,6 +99,15 @@ def broadcast(thing: Thing) -> Thing:
     return things[0]
 
 
+def share(*tensors: Tensor) -> None:
+    """Give every process what the main process has in each tensor, in place."""
+    if world() > 1:
+        import torch.distributed as dist
+
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
 def on_main(work: Callable[[], Thing]) -> Thing:
     """Do this in the main process alone; every process gets the result (anything that pickles), or raises the LpvitError."""
     if world() == 1:

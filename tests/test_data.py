@@ -382,22 +382,37 @@ def test_a_batch_of_broken_images_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("failure", [OSError, SyntaxError, ValueError, Image.DecompressionBombError])
-def test_whatever_pillow_raises_is_an_unreadable_image(failure: type[Exception]) -> None:
-    def fail(image: Image.Image) -> Tensor:
+@pytest.mark.parametrize("place", ["opening", "decoding"])
+def test_whatever_pillow_raises_is_an_unreadable_image(
+    monkeypatch: pytest.MonkeyPatch, failure: type[Exception], place: str
+) -> None:
+    def fail(*args: object, **more: object) -> Any:
         raise failure("unreadable")
 
-    source = Batches(Numbered(3), fail, batch_size=2, max_corrupt=1.0)
+    reader = Numbered(3)
+    if place == "opening":
+        monkeypatch.setattr(Numbered, "__getitem__", fail)
+    else:
+        monkeypatch.setattr(Image.Image, "convert", fail)
+    source = Batches(reader, brightness, batch_size=2, max_corrupt=1.0)
     with pytest.raises(EnvironmentFault, match="not one image could be read"):
         list(source)
     assert source.skipped == ["image 0", "image 1", "image 2"]
 
 
-def test_bugs_are_no_unreadable_images() -> None:
-    def bug(image: Image.Image) -> Tensor:
-        raise ZeroDivisionError
+@pytest.mark.parametrize("bug", [ZeroDivisionError, OSError, SyntaxError, ValueError, Image.DecompressionBombError])
+@pytest.mark.parametrize("augmented", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bugs_are_no_unreadable_images(bug: type[Exception], augmented: bool, workers: int) -> None:
+    """Only a file can be damaged: a transform that fails on an image that was read is wrong, whatever it raises."""
 
-    with pytest.raises(ZeroDivisionError):
-        list(Batches(Numbered(3), bug, batch_size=2, max_corrupt=1.0))
+    def fail(image: Image.Image) -> Tensor:
+        raise bug("in the transform")
+
+    source = Batches(Numbered(3), fail, batch_size=2, max_corrupt=1.0, augmented=augmented, workers=workers)
+    with pytest.raises(bug, match="in the transform"):
+        list(source)
+    assert source.skipped == []
 
 
 # the order of batches

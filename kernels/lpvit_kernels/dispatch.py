@@ -136,10 +136,16 @@ def _interpreted() -> bool:
 def hardware(device: str, threads: int) -> str:
     """The device and the versions that times depend on."""
     if device.startswith("cuda"):
-        import triton
-
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}"
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {_triton_version()}"
     return f"{_cpu_name()}, {threads} threads, torch {torch.__version__}"
+
+
+def _triton_version() -> str:
+    if not find_spec("triton"):
+        return "no triton"
+    import triton
+
+    return f"triton {triton.__version__}"
 
 
 def _cpu_name() -> str:

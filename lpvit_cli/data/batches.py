@@ -24,7 +24,8 @@ Batch = tuple[Tensor, Tensor]  # images [n, 3, H, W] float32, labels [n] int64
 
 
 class _Guarded(Dataset):
-    """Transformed images; an unreadable one becomes its file name instead of an exception in a worker.
+    """Transformed images; an unreadable one becomes its file name instead of an exception in a worker. What a transform raises
+    is a bug, and comes through.
 
     With a `seed`, what the transform draws depends on it and the image only.
     """
@@ -34,17 +35,21 @@ class _Guarded(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
         try:
-            image, label = self.reader[index]
-            if not isinstance(image, Image.Image):
-                with image:
-                    image = Image.open(image).convert("RGB")
-            image = image.convert("RGB")
-            if self.seed is None:
-                return self.transform(image), label
-            with seeded(*self.seed, index):
-                return self.transform(image), label
+            image, label = self._read(index)
         except UNREADABLE:
             return self.reader.filename(index)
+        if self.seed is None:
+            return self.transform(image), label
+        with seeded(*self.seed, index):
+            return self.transform(image), label
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        """Opened, decoded and in RGB: all that a damaged file can fail in."""
+        image, label = self.reader[index]
+        if isinstance(image, Image.Image):
+            return image.convert("RGB"), label
+        with image:
+            return Image.open(image).convert("RGB"), label
 
 
 def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, list[str]]:

@@ -15,7 +15,7 @@ from lpvit_kernels import BlockSparseMatrix
 from torch import nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.models.families.timm import _create
+from lpvit_cli.models.families.timm import _create, resolve
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.tensors import _load_strictly, read_tensors, write_tensors
 from lpvit_cli.recipe.model import ModelSection, Preprocess
@@ -26,10 +26,11 @@ PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop
 
 
 def model_config(section: ModelSection, model: VisionModel, **more: Any) -> dict[str, Any]:
-    """What config.json says beside the sparsity: enough to build the model and to feed it, without the recipe."""
+    """What config.json says beside the sparsity: enough to build the model and to feed it, without the recipe or the hub."""
+    architecture, kwargs = resolve(section)
     return {
-        "architecture": section.name.removeprefix("hf-hub:").split("/")[-1],
-        "kwargs": section.kwargs,
+        "architecture": architecture,
+        "kwargs": kwargs,
         "num_classes": model.num_classes,
         "preprocessing": {k: v for k, v in model.pretrained_cfg.items() if k in PREPROCESSING},
         **more,

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lpvit_cli import distributed
 from lpvit_cli.curvature.mfac import MFAC
 from lpvit_cli.data.batches import Batch, Batches
-from lpvit_cli.errors import CheckFailed
+from lpvit_cli.errors import CheckFailed, EnvironmentFault
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.randomness import seed_all
 from lpvit_cli.recipe.finetune import FinetuneSection
@@ -36,10 +36,11 @@ OnStep = Callable[[int, int, str], None]  # steps of this epoch done and in all,
 
 
 def learning_rate(step: int, steps: int, warmup: float) -> float:
-    """Factor in (0, 1]: linear warm-up over `warmup` steps, then half a cosine to zero at `steps`."""
+    """Factor in (0, 1]: linear warm-up over `warmup` steps (not always whole), then half a cosine from 1 to 0 at `steps`."""
     if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
+        return min(1.0, (step + 1) / warmup)
+    start = math.ceil(warmup)  # the first step that does not warm up
+    return 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, steps - start)))
 
 
 def optimizer_of(parameters: list[nn.Parameter], settings: FinetuneSection) -> torch.optim.Optimizer:
@@ -66,6 +67,10 @@ class Sums:
 
 class Trainer:
     """Trains the parameters of `model` that require a gradient, and keeps those of the best validation accuracy.
+
+    Training moves buffers too, such as the statistics of BatchNorm: they are kept and restored with the parameters. The moving
+    average takes floating-point buffers like parameters, so that statistics go with the weights they belong to, and the model's
+    own integers. With several processes an epoch ends with the buffers of the main process in all.
 
     The model as it is given counts as epoch 0. Everything needed to go on is in `folder`: checkpoint.safetensors and
     history.jsonl, a line for every step and every epoch.
@@ -94,8 +99,12 @@ class Trainer:
             self.forward = DistributedDataParallel(model, devices, broadcast_buffers=False)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = optimizer_of(list(self.trained.values()), settings)
-        self.average = {name: p.detach().clone() for name, p in self.trained.items()} if settings.ema else {}
-        self.best = {name: p.detach().clone() for name, p in self.trained.items()}
+        written = model.state_dict().keys()
+        self.buffers = {name: b for name, b in model.named_buffers() if name in written}
+        self.moving: dict[str, Tensor] = {**self.trained, **self.buffers}  # all that training may change
+        averaged = {name for name in self.moving if name in self.trained or _has_mean(self.buffers[name])}
+        self.average = _copies({name: self.moving[name] for name in averaged}) if settings.ema else {}
+        self.best = _copies(self.moving)
         self.best_epoch, self.best_accuracy = 0, before
         self.history: list[Epoch] = []
         self.log = History(folder / "history.jsonl")
@@ -110,13 +119,11 @@ class Trainer:
     # the loop
 
     def fit(self, on_step: OnStep) -> None:
-        """Train the epochs that are left, or until the validation accuracy is `target_top1`; end with the best parameters."""
+        """Train the epochs that are left, or until the validation accuracy is `target_top1`; end with the best of them."""
         while not self.finished:
             self._epoch(on_step)
             self._end_of_epoch()
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(self.best[name])
+        self._put(self.best)
 
     @property
     def finished(self) -> bool:
@@ -201,7 +208,8 @@ class Trainer:
         self.scaler.update()
         if self.settings.ema:
             decay = min(self.settings.ema, (1 + step) / (10 + step))  # soon forgets where it started
-            torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in parameters], 1 - decay)
+            now = [self.moving[name].detach() for name in self.average]
+            torch._foreach_lerp_(list(self.average.values()), now, 1 - decay)
 
     def _diverged(self, what: str, x: Tensor | None, where: str | None = None) -> None:
         if x is not None:
@@ -215,10 +223,11 @@ class Trainer:
         )
 
     def _end_of_epoch(self) -> None:
+        distributed.share(*self.buffers.values(), *(self.average[name] for name in self.buffers if name in self.average))
         with self._averaged():
             accuracy = self.evaluate()
             if (accuracy.top1, accuracy.top5) >= (self.best_accuracy.top1, self.best_accuracy.top5):
-                self.best = {name: p.detach().clone() for name, p in self.trained.items()}
+                self.best = _copies(self.moving)
                 self.best_epoch, self.best_accuracy = len(self.history) + 1, accuracy
         sums = self.sums
         epoch = Epoch(
@@ -236,13 +245,15 @@ class Trainer:
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """With the moving average in the place of what is trained, where there is one."""
-        own = {name: self.trained[name].detach().clone() for name in self.average}
-        with torch.no_grad():
-            for name, tensor in self.average.items():
-                self.trained[name].copy_(tensor)
-            yield
-            for name, tensor in own.items():
-                self.trained[name].copy_(tensor)
+        own = _copies({name: self.moving[name] for name in self.average})
+        self._put(self.average)
+        yield
+        self._put(own)
+
+    @torch.no_grad()
+    def _put(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.moving[name].copy_(tensor)
 
     # going on after a kill
 
@@ -277,6 +288,8 @@ class Trainer:
         self.model.load_state_dict(groups["model"])
         checkpoint.load_optimizer(self.optimizer, groups.get("optimizer", {}))
         for held, group in ((self.average, "average"), (self.best, "best")):
+            if held.keys() != groups.get(group, {}).keys():
+                raise EnvironmentFault(f"{self.checkpoint}: misses tensors of this model", "start anew with --no-resume")
             for name, tensor in held.items():
                 tensor.copy_(groups[group][name])
         self.history = [Epoch.model_validate(epoch) for epoch in state["history"]]
@@ -285,6 +298,15 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.log.cut(self.done, len(self.history))
         return self.done
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _has_mean(buffer: Tensor) -> bool:
+    """Whether an average over steps is meant: of no indices and counts, and of no mask with infinities."""
+    return buffer.is_floating_point() and bool(buffer.isfinite().all())
 
 
 def _grouped(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:

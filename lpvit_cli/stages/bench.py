@@ -16,7 +16,7 @@ from lpvit_cli.devices import describe_device, pick_dtype
 from lpvit_cli.errors import UsageError, require
 from lpvit_cli.measure.machine import installed, machine
 from lpvit_cli.measure.timing import cpu_threads, current
-from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.families.timm import build_model, resolve
 from lpvit_cli.models.folder import read_config
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
@@ -89,7 +89,8 @@ def require_same_model(folder: Path, model: ModelSection) -> None:
     """Raise UsageError where the model folder holds another architecture than the recipe tells."""
     config = read_config(folder)
     found = (config["architecture"], config["kwargs"])
-    wanted = (model.name.removeprefix("hf-hub:").split("/")[-1], json.loads(json.dumps(model.kwargs)))
+    architecture, kwargs = resolve(model)
+    wanted = (architecture, json.loads(json.dumps(kwargs)))
     if found != wanted:
         raise UsageError(
             f"{folder} holds {found[0]} with {found[1]}, the recipe says {wanted[0]} with {wanted[1]}",

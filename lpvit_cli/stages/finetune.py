@@ -17,7 +17,7 @@ from lpvit_cli.data.readers import Reader, open_images, require_same_classes
 from lpvit_cli.data.splits import validation_batches
 from lpvit_cli.data.transforms import transform_for
 from lpvit_cli.devices import autocast, describe_device, pick_dtype
-from lpvit_cli.errors import UsageError
+from lpvit_cli.errors import CheckFailed, UsageError
 from lpvit_cli.files import replace_text
 from lpvit_cli.models.families.timm import build_model
 from lpvit_cli.models.folder import load_model, read_config, save_model
@@ -34,7 +34,10 @@ from lpvit_cli.report.pictures import recovery_picture
 from lpvit_cli.report.schema import FinetuneReport
 from lpvit_cli.sparse.masks import block_masks, require_same_masks
 from lpvit_cli.stages import FINETUNE, PRUNE
+from lpvit_cli.tasks.classification import Accuracy
 from lpvit_cli.tasks.evaluation import Validation
+
+ROUNDING_POINTS, ROUNDING_IMAGES = 1.0, 3  # how far the accuracy of merged weights may be from that of separate ones
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> FinetuneReport:
@@ -84,9 +87,11 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
     if ranks:
         save_adapter(work, model, parent)
     merge(model)
-    recovered = validation.accuracy(model, "evaluating the recovered model")
     save_model(work, model.cpu(), {**read_config(parent), "parent": str(parent)})
-    require_same_masks(masks, block_masks(load_model(work)))
+    written = load_model(work)
+    require_same_masks(masks, block_masks(written))
+    recovered = validation.accuracy(written, "evaluating the recovered model")
+    require_accuracy(recovered, trainer.best_accuracy, trainer.best_epoch)
     skipped = distributed.all_gather(train.skipped)
     report = FinetuneReport(
         device=describe_device(device),
@@ -119,6 +124,18 @@ def _training_images(recipe: Recipe, model: VisionModel) -> Reader:
             "use a folder, tar or hfds/ dataset, or leave recovery out: --set finetune=null",
         )
     return source
+
+
+def require_accuracy(written: Accuracy, best: Accuracy, epoch: int) -> None:
+    """The model on disk, with its adapters merged, scores what the best epoch did: within the rounding of the merged weights,
+    which may turn some images whose first two classes are nearly even."""
+    allowed = ROUNDING_POINTS + 100 * ROUNDING_IMAGES / max(1, best.images)
+    if abs(written.top1 - best.top1) > allowed:
+        which = f"epoch {epoch}" if epoch else "the pruned model (epoch 0)"
+        raise CheckFailed(
+            f"the recovered model scores {written.top1:.2f} % as written, {which} scored {best.top1:.2f} %",
+            "please report this as a bug",
+        )
 
 
 def teacher_of(recipe: Recipe, model: VisionModel, device: torch.device) -> Teacher | None:

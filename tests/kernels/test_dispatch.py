@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import masked, relative
-from lpvit_kernels import BlockSparseMatrix, cpu, dense, dispatch, linear, tune, tuned, tuning
+from lpvit_kernels import BlockSparseMatrix, backends, cpu, dense, dispatch, linear, tune, tuned, tuning
 from lpvit_kernels.memo import _MEMO
 from lpvit_kernels.tuned import Choice, Config, Tuned
+from torch._subclasses import FakeTensorMode
 
 BLOCK = (32, 16)
 SPAWN = get_context("spawn")  # forked, a process whose parent has used OpenMP waits for ever
@@ -59,6 +64,46 @@ def ran(monkeypatch: pytest.MonkeyPatch, tokens: int, weight: BlockSparseMatrix)
         monkeypatch.setitem(cpu.FORMS, name, lambda *a, name=name, form=form: (found.append(name), form(*a))[1])
     linear(torch.randn(tokens, 96), weight)
     return found
+
+
+@pytest.fixture
+def gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU by name, on a machine where triton cannot be imported."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None if name == "triton" else found(name))
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton" or name.startswith("lpvit_kernels.gpu")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    caches = dispatch.hardware, dispatch.triton_missing, dispatch._choice
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("gpu_without_triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_gpu_without_triton_runs_dense(device: str, dtype: torch.dtype) -> None:
+    """Only where a kernel would run is triton asked for; the case has a name, so that it can be tuned."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, values = torch.empty(100, 96, dtype=dtype, device=device), torch.empty(1, *BLOCK, dtype=dtype, device=device)
+    weight = matrix().to(dtype)
+    expected = {"forward": "dense", "input_gradient": "dense", "weight_gradient": "gathered"}
+    on_gpu = SimpleNamespace(values=values, block=BLOCK)
+    for kind in dispatch.KINDS:
+        assert dispatch.choose(kind, "auto", x, weight).backend == expected[kind]
+        assert tuning.candidates(kind, on_gpu, 100) == [Choice(expected[kind])]  # type: ignore[arg-type]
+        key = dispatch.case(kind, x, weight).key
+        assert key.startswith(f"A GPU, torch {torch.__version__}, no triton | {kind}")
+        tuned.record({key: Tuned(Choice("triton"), {"triton": 1.0})})
+        assert dispatch.choose(kind, "auto", x, weight).backend == expected[kind], "tuned while there was one"
+    assert not dispatch.runs_triton("auto", x)
+    assert backends.refusal("triton", device) == "the triton backend cannot run: triton is not installed"
+    assert backends.refusal("dense", device) is None
 
 
 @pytest.mark.usefixtures("slow")

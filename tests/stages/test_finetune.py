@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ from lpvit_cli.recovery.lora import load_adapted
 from lpvit_cli.recovery.start import ranks_of
 from lpvit_cli.sparse import sparse_layers, sparsify
 from lpvit_cli.sparse.masks import block_masks, require_same_masks
+from lpvit_cli.stages import finetune
+from lpvit_cli.tasks.classification import Accuracy
+from lpvit_cli.tasks.evaluation import Validation
 
 MASK = torch.tensor([[True, False], [False, True]] * 8)
 SMALL = [
@@ -177,3 +181,73 @@ def test_labels_that_the_head_does_not_have_are_refused(run: Path, monkeypatch: 
     result = recover(run)
     assert result.code == 2
     assert "an image has label 10, but the model has classes 0 to 9" in result.err
+
+
+MAXVIT = [  # convolutions with BatchNorm between block and grid attention
+    "model.name=maxvit_rmlp_pico_rw_256",
+    "model.kwargs={img_size: 64, embed_dim: [32, 64], depths: [1, 1], block_type: [M, M], stem_width: 8, num_classes: 10}",
+    "prune.layers.include=['*.mlp.fc1', '*.mlp.fc2']",
+    "prune.layers.exclude=['*.rel_pos.*']",
+]
+
+
+@pytest.mark.parametrize("best", [0, 1])
+def test_a_model_with_batch_norm_is_written_as_it_was_validated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: int
+) -> None:
+    """Its statistics move in training: those of the best epoch are written, and go with the adapter too."""
+    folder, validated = tmp_path / "run", []
+    given = Validation.accuracy
+
+    def accuracy(self: Validation, model: nn.Module, what: str) -> Accuracy:
+        found = given(self, model, what)
+        if what != "validating":
+            return found
+        validated.append({name: tensor.clone() for name, tensor in model.state_dict().items() if "running" in name})
+        scores[len(validated)] = found
+        return replace(found, top1=found.top1 + (1000 if len(validated) == best else -1000))
+
+    def judge(found: Accuracy, expected: Accuracy, epoch: int) -> None:
+        assert epoch == best
+        require_accuracy(found, scores.get(best, expected), epoch)
+
+    scores: dict[int, Accuracy] = {}
+    require_accuracy = finetune.require_accuracy
+    monkeypatch.setattr(Validation, "accuracy", accuracy)
+    monkeypatch.setattr(finetune, "require_accuracy", judge)
+    for command in ("calibrate", "prune"):
+        result = run_cli(command, "digits_vit", "-o", folder, *OPTIONS, *(o for change in MAXVIT for o in ("--set", change)))
+        assert result.code == 0, result.err
+    result = recover(folder, *MAXVIT, "finetune.rank=4", "finetune.lr=0.01")
+    assert result.code == 0, result.err
+    before, after = (load_model(folder / name).state_dict() for name in ("pruned", "finetuned"))
+    expected = {name: before[name] for name in validated[0]} if best == 0 else validated[best - 1]
+    assert len(expected) > 10
+    assert all(torch.equal(after[name], tensor) for name, tensor in expected.items())
+    assert not all(torch.equal(before[name], tensor) for name, tensor in validated[0].items()), "training moves no statistics"
+    x = torch.randn(2, 3, 64, 64)
+    made = load_model(folder / "finetuned")(x)
+    assert relative(load_adapted(folder / "pruned", folder / "finetuned")(x), made) < 1e-4
+
+
+def test_a_written_model_that_scores_otherwise_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Validation.accuracy
+
+    def accuracy(self: Validation, model: nn.Module, what: str) -> Accuracy:
+        found = given(self, model, what)
+        return replace(found, top1=100 - found.top1) if what == "evaluating the recovered model" else found
+
+    monkeypatch.setattr(Validation, "accuracy", accuracy)
+    result = recover(run)
+    assert result.code == 4
+    assert "the recovered model scores" in result.err
+    assert not (run / "finetuned").exists()
+
+
+def test_merged_weights_may_turn_some_images() -> None:
+    finetune.require_accuracy(Accuracy(50.0, 90.0, 100), Accuracy(53.9, 90.0, 100), 2)
+    for written in (49.0, 59.0):
+        with pytest.raises(CheckFailed, match=r"epoch 2 scored 54\.00 %"):
+            finetune.require_accuracy(Accuracy(written, 90.0, 100), Accuracy(54.0, 90.0, 100), 2)
+    with pytest.raises(CheckFailed, match=r"scores 50\.00 % as written, the pruned model \(epoch 0\) scored 100\.00 %"):
+        finetune.require_accuracy(Accuracy(50.0, 90.0, 100), Accuracy(100.0, 100.0, 100), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,15 @@ def make(tiny_vit: nn.Module, tmp_path: Path) -> Callable[..., Trainer]:
         batch_size: int = 8,
         accuracies: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0),
         before: Accuracy = BEFORE,
+        batch_norm: bool = False,
         **settings: Any,
     ) -> Trainer:
         import copy
 
         model = copy.deepcopy(tiny_vit)
         model.load_state_dict(start)
+        if batch_norm:
+            model.patch_embed.proj = nn.Sequential(model.patch_embed.proj, nn.BatchNorm2d(32))
         section = FinetuneSection(**{"epochs": 2, "distill": None, "lr": 1e-2, "warmup_epochs": 0, **settings})
         torch.manual_seed(0)
         if section.method != "full":
@@ -68,6 +72,7 @@ def make(tiny_vit: nn.Module, tmp_path: Path) -> Callable[..., Trainer]:
             augmented=augmented,
         )
         objective = Objective(section, 5, None)
+        model.eval()
         said = iter(accuracies)
         return Trainer(
             model, section, train, objective, lambda: Accuracy(next(said), 0.0, 8), before, tmp_path / folder, 0, CPU
@@ -144,6 +149,18 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine(make: Callable[..., Tra
     assert [line["epoch"] for line in steps if "step" not in line] == [1, 2]
 
 
+@pytest.mark.parametrize("warmup", [0, 0.23, 0.5, 1, 1.5, 2.7, 4.01, 9.9, 20.5])
+def test_no_warm_up_overshoots_the_rate(warmup: float) -> None:
+    """`warmup_epochs` may be a fraction of an epoch, so the warm-up may end between two steps."""
+    factors = [learning_rate(step, 10, warmup) for step in range(10)]
+    assert all(0 < factor <= 1 for factor in factors)
+    warm = math.ceil(warmup)
+    assert factors[:warm] == pytest.approx([min(1, (step + 1) / warmup) for step in range(min(warm, 10))])
+    falling = factors[warm:]
+    assert falling[:1] in ([1.0], []), "the cosine starts at the whole rate"
+    assert falling == sorted(falling, reverse=True)
+
+
 @pytest.mark.parametrize(("accuracies", "best"), [((5.0, 9.0, 7.0), 2), ((9.0, 9.0, 2.0), 2), ((1.0, 2.0, 1.5), 0)])
 def test_the_best_epoch_is_kept_and_the_pruned_model_is_one(
     make: Callable[..., Trainer], accuracies: tuple[float, ...], best: int
@@ -162,6 +179,84 @@ def test_the_best_epoch_is_kept_and_the_pruned_model_is_one(
     assert same(trained(trainer), states[best])
     assert [e.validation_top1 for e in trainer.history] == list(accuracies)
     assert trainer.best_accuracy.top1 == max(4.0, *accuracies)
+
+
+def whole(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+STATISTICS = ["patch_embed.proj.1." + name for name in ("running_mean", "running_var", "num_batches_tracked")]
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize(("accuracies", "best"), [((1.0, 2.0, 1.5), 0), ((5.0, 9.0, 7.0), 2)])
+def test_the_best_epoch_has_its_statistics_of_batch_norm(
+    make: Callable[..., Trainer], accuracies: tuple[float, ...], best: int, ema: float | None
+) -> None:
+    """They move with every image in training: with those of a later epoch, another model would be kept than was validated."""
+    trainer = make(epochs=3, accuracies=accuracies, before=Accuracy(4.0, 0.0, 8), batch_norm=True, ema=ema)
+    states = [whole(trainer)]
+    given = trainer.evaluate
+
+    def evaluate() -> Accuracy:
+        states.append(whole(trainer))
+        return given()
+
+    trainer.evaluate = evaluate
+    trainer.fit(quiet)
+    assert trainer.best_epoch == best
+    assert same(whole(trainer), states[best])
+    for name in STATISTICS:
+        assert len({tuple(state[name].flatten().tolist()) for state in states}) == 4, "training does not move them"
+
+
+def test_the_moving_average_has_averaged_statistics(make: Callable[..., Trainer]) -> None:
+    """As of the parameters; the count of batches is the model's own."""
+    trainer = make(epochs=1, ema=0.15, batch_norm=True)
+    own, average = [], whole(trainer)
+    trainer.fit(lambda done, total, detail: own.append(whole(trainer)))
+    for step, after in enumerate(own):
+        decay = min(0.15, (1 + step) / (10 + step))
+        average |= {name: decay * average[name] + (1 - decay) * after[name] for name in STATISTICS[:2]}
+    for name in STATISTICS[:2]:
+        assert relative(trainer.model.state_dict()[name], average[name]) < 1e-5
+        assert relative(own[-1][name], average[name]) > 1e-4
+    assert int(trainer.model.state_dict()[STATISTICS[2]]) == len(own)
+
+
+@pytest.mark.parametrize("at", [2, 3, 4])
+def test_a_kill_changes_no_statistics_of_batch_norm(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1.0)
+    settings = {"ema": 0.9, "batch_norm": True, "epochs": 2}
+    once = make("once", accuracies=(2.0, 1.0), **settings)
+    once.fit(quiet)
+    steps: list[int] = []
+
+    def kill(done: int, total: int, detail: str) -> None:
+        steps.append(done)
+        if len(steps) == at:
+            raise Killed
+
+    first = make("twice", accuracies=(2.0, 1.0), **settings)
+    with pytest.raises(Killed):
+        first.fit(kill)
+    second = make("twice", accuracies=(2.0, 1.0)[len(first.history) :], **settings)
+    second.resume()
+    second.fit(quiet)
+    assert second.best_epoch == once.best_epoch == 1
+    assert same(whole(once), whole(second))
+
+
+def test_a_checkpoint_without_the_statistics_starts_anew(make: Callable[..., Trainer]) -> None:
+    trainer = make(batch_norm=True, epochs=1)
+    trainer.best = trained(trainer)
+    trainer.folder.mkdir()
+    trainer.save()
+    with pytest.raises(EnvironmentFault, match="misses tensors of this model") as caught:
+        make(batch_norm=True, epochs=1).resume()
+    assert "--no-resume" in caught.value.hint
 
 
 def test_it_stops_once_the_accuracy_is_good_enough(make: Callable[..., Trainer]) -> None:

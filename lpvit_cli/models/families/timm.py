@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
@@ -14,45 +15,72 @@ from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.tensors import _load_strictly, read_tensors
 from lpvit_cli.recipe.model import ModelSection
 
+HUB = "hf-hub:"  # owner/name, and @revision where one is meant
+
 
 def build_model(section: ModelSection) -> VisionModel:
     """The dense timm model of a recipe, in eval mode on the CPU; its preprocessing is in `model.pretrained_cfg`.
 
     Raises UsageError (unknown model or argument), EnvironmentFault (weights not to be had, unreadable, foreign).
     """
-    model = _create(section.name, section.kwargs, section.pretrained or section.name.startswith("hf-hub:"))
+    model = _create(section.name, section.kwargs, section.pretrained or section.name.startswith(HUB))
     preprocess = {k: v for k, v in section.preprocess.model_dump().items() if v is not None}
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": _input_size(model, section.kwargs), **preprocess}
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": _input_size(model, resolve(section)[1]), **preprocess}
     if section.weights:
         _load_strictly(model, read_tensors(section.weights), section.weights)
     return model.eval()
 
 
+def resolve(section: ModelSection) -> tuple[str, dict[str, Any]]:
+    """timm's name of the architecture and the arguments that build it: of a model from the hub, without the hub.
+
+    The arguments are the recipe's, then those of the hub's config.json, then what follows from its preprocessing.
+    Raises EnvironmentFault when the hub's config.json is not to be had.
+    """
+    if not section.name.startswith(HUB):
+        return section.name, section.kwargs
+    try:
+        hubs, architecture, arguments = load_model_config_from_hf(section.name.removeprefix(HUB))
+        config = PretrainedCfg(**hubs)
+    except Exception as error:  # as in _create
+        raise _not_to_be_had(section.name, error) from error
+    channels, *size = config.input_size
+    implied: dict[str, Any] = {"num_classes": config.num_classes}  # by what is no argument, as timm takes it
+    implied |= {"in_chans": channels} if channels != 3 else {}
+    implied |= {"img_size": size} if config.fixed_input_size else {}
+    return architecture, {**implied, **(arguments or {}), **section.kwargs}
+
+
 def shrink(section: ModelSection) -> tuple[str, dict[str, Any]]:
     """Name and arguments of the same architecture with little depth and small images, for smoke runs."""
-    name = section.name.removeprefix("hf-hub:").split("/")[-1]
+    try:
+        name, given = resolve(section)
+    except EnvironmentFault:  # a rehearsal needs no weights, and many repositories are called as their architecture is
+        name, given = section.name.split("/")[-1], section.kwargs
+        if not _exists(name):
+            raise
     candidates: list[dict[str, Any]] = [
         {"img_size": 64, "depth": 2},
         {"img_size": 64, "depths": (1, 1, 1, 1)},
         {"img_size": 64},
         {},
     ]
-    size = section.kwargs.get("img_size") or 65
+    size = given.get("img_size") or 65
     if (size if isinstance(size, int) else max(size)) <= 64:
         candidates = [{"depth": 2}, *candidates[2:]]
     for candidate in candidates:
-        kwargs = {**section.kwargs, **candidate}
+        kwargs = {**given, **candidate}
         try:
             with torch.device("meta"):
                 timm.create_model(name, **kwargs)
         except (TypeError, AssertionError, ValueError, RuntimeError, IndexError):
             continue
         return name, kwargs
-    return name, section.kwargs  # let building it explain what is wrong
+    return name, given  # let building it explain what is wrong
 
 
 def _create(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
-    hub = name.startswith("hf-hub:")
+    hub = name.startswith(HUB)
     if not hub and not _exists(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         raise UsageError(
@@ -62,19 +90,26 @@ def _create(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
     try:
         model = cast(VisionModel, timm.create_model(name, pretrained=pretrained, **kwargs))
     except Exception as error:  # the hub client and timm raise many kinds; each means: these weights or arguments do not work
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
         if pretrained:
-            from_file = "pass the file: --set model.pretrained=false --set model.weights=FILE.safetensors"
-            raise EnvironmentFault(
-                f"model.name: cannot get the pretrained weights of {name!r} ({reason})",
-                f"connect to the hub once, or {'give a timm name and ' if hub else ''}{from_file}",
-            ) from error
+            raise _not_to_be_had(name, error) from error
         raise UsageError(
-            f"model.kwargs: timm cannot build {name!r} with {kwargs} ({reason})", "correct model.kwargs"
+            f"model.kwargs: timm cannot build {name!r} with {kwargs} ({_reason(error)})", "correct model.kwargs"
         ) from error
     if not any(isinstance(module, nn.Linear) for module in model.modules()):
         raise UsageError(f"model.name: {name!r} has no linear layers to prune", "choose a vision transformer")
     return model
+
+
+def _not_to_be_had(name: str, error: Exception) -> EnvironmentFault:
+    from_file = "pass the file: --set model.pretrained=false --set model.weights=FILE.safetensors"
+    return EnvironmentFault(
+        f"model.name: cannot get the pretrained weights of {name!r} ({_reason(error)})",
+        f"connect to the hub once, or {'give a timm name and ' if name.startswith(HUB) else ''}{from_file}",
+    )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
 
 
 def _exists(name: str) -> bool:

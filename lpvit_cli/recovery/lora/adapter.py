@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
@@ -29,13 +30,18 @@ FACTORS = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
 
 
 def save_adapter(folder: Path, model: nn.Module, base: Path) -> None:
-    """Write the adapters of `model`, and what else was trained (what requires a gradient), over the model folder `base`."""
+    """Write the adapters of `model`, and what else training has changed over the model folder `base`: what requires a gradient,
+    and buffers such as the statistics of BatchNorm."""
     factors = {name: adapter.factors() for name, adapter in adapters_of(model).items()}
     tensors = {f"{PREFIX}{name}{FACTORS['A']}": a for name, (a, _) in factors.items()}
     tensors |= {f"{PREFIX}{name}{FACTORS['B']}": b for name, (_, b) in factors.items()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not name.endswith((".lora_a", ".lora_b")):
             tensors[PREFIX + name.replace(".base.", ".base_layer.")] = parameter
+    before, adapters = load_file(base / "model.safetensors"), tuple(f"{name}." for name in adapters_of(model))
+    for name, buffer in model.named_buffers():  # those of adapted layers are start factors and indices
+        if name in before and not name.startswith(adapters) and not torch.equal(buffer.cpu(), before[name]):
+            tensors[PREFIX + name] = buffer
     described = {"format": FORMAT, "base": _digest(base)}
     write_tensors(folder / ADAPTER, {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, described)
     ranks = {name: len(a) for name, (a, _) in factors.items()}
@@ -72,16 +78,16 @@ def load_adapted(base: Path, adapter: Path) -> VisionModel:
         for name, a in tensors.items()
         if name.endswith(FACTORS["A"])
     }
-    layers, parameters = sparse_layers(model), dict(model.named_parameters())
+    layers, places = sparse_layers(model), {**dict(model.named_parameters()), **dict(model.named_buffers())}
     others = {name.replace(".base_layer.", "."): t for name, t in tensors.items() if not name.endswith(tuple(FACTORS.values()))}
-    if foreign := sorted((factors.keys() - layers.keys()) | (others.keys() - parameters.keys())):
+    if foreign := sorted((factors.keys() - layers.keys()) | (others.keys() - places.keys())):
         raise EnvironmentFault(f"{path}: {foreign[0]} is not in {base}", "copy the adapter again, or recover again")
     for name, (a, b) in factors.items():
         if a.shape != (len(a), layers[name].in_features) or b.shape != (layers[name].out_features, len(a)):
             raise EnvironmentFault(f"{path}: factors of {name} do not fit the layer", "copy the adapter again")
     with torch.no_grad():
         for name, tensor in others.items():
-            parameters[name].copy_(tensor)
+            places[name].copy_(tensor)
         for name, (a, b) in factors.items():
             made = adapt(model, {name: len(a)}, alpha=len(a) ** 0.5)[name]
             made.lora_a.copy_(a)
