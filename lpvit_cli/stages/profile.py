@@ -64,7 +64,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Profi
             window_s=recipe.bench.energy.window_seconds,
             on_trial=lambda done, total: progress("energy of the layers", done, total, f"trial {done}/{total}"),
         )
-        ms = {name: timed.percentiles.p50 for name, timed in timing.subjects.items()}
+        ms = {name: timed.median_ms for name, timed in timing.subjects.items()}
         mj = millijoules(energy)
         profile = DeviceProfile(
             device=describe_device(device),
