@@ -98,7 +98,7 @@ class Bench:
             ratio = timing.ratio("dense", name)
             made.append(
                 about
-                | {"file": name, "forms": chosen.get(name), "ms": timing.subjects[name].percentiles.p50}
+                | {"file": name, "forms": chosen.get(name), "ms": timing.subjects[name].median_ms}
                 | {"ratio": ratio.value, "ratio_low": ratio.low, "ratio_high": ratio.high}
                 | {"bytes": path.stat().st_size, "size": path.stat().st_size / paths["dense"].stat().st_size}
             )

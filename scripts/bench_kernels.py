@@ -180,9 +180,9 @@ def row(fact: Row, mode: str, run: TimingRun) -> Row:
 
     def ms(name: str) -> float | None:
         timing = run.subjects.get(f"{mode} {name}")
-        return None if timing is None else round(timing.percentiles.p50, 5)
+        return None if timing is None else round(timing.median_ms, 5)
 
-    sparse_ms = run.subjects[f"{mode} sparse {sparsity}"].percentiles.p50
+    sparse_ms = run.subjects[f"{mode} sparse {sparsity}"].median_ms
     dense = {name: time for name in DENSE if (time := ms(name))}
     fastest = min(dense, key=lambda name: dense[name])
     ratio = run.ratio(f"{mode} {fastest}", f"{mode} sparse {sparsity}")

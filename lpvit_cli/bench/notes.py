@@ -1,13 +1,28 @@
-"""Sentences beside a bench's numbers: where sparse pays, and what makes the numbers doubtful."""
+"""Sentences on a bench's numbers: the verdicts, where sparse pays, and what makes the numbers doubtful."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from lpvit_cli.bench.results import BatchBench
-from lpvit_cli.measure.timing import UNSTABLE, Timing
+from lpvit_cli.measure.sampling import UNSTABLE
+from lpvit_cli.measure.timing import Timing
 
-FEW_ROUNDS = 100
+FEW_CALLS = 100
+
+
+def verdicts(batches: list[BatchBench]) -> list[str]:
+    """A sentence for each batch, the one where the pruned model helps most first. Where it is faster at none of several
+    batches, a sentence that says so comes first."""
+    faster = [batch for batch in batches if batch.speedup[batch.subject].low > 1]
+    if faster:
+        best = max(faster, key=lambda batch: round(batch.speedup[batch.subject].value, 2))
+        return [best.verdict, *(batch.verdict for batch in batches if batch is not best)]
+    sentences = [batch.verdict for batch in batches]
+    if len(batches) > 1:
+        sizes = ", ".join(dict.fromkeys(str(batch.batch_size) for batch in batches))
+        sentences.insert(0, f"the pruned model is not faster at any batch measured: {sizes}")
+    return sentences
 
 
 def advice(batches: list[BatchBench]) -> list[str]:
@@ -28,8 +43,14 @@ def advice(batches: list[BatchBench]) -> list[str]:
 
 def doubts(batches: list[BatchBench]) -> list[str]:
     """How far the numbers can be trusted."""
-    rounds = min(len(timed.samples_ms) for batch in batches for timed in batch.timing.subjects.values())
-    notes = [f"{rounds} rounds: p99 is close to the slowest of them"] if rounds < FEW_ROUNDS else []
+    known = [timed for batch in batches for timed in batch.timing.subjects.values() if timed.percentiles]
+    calls = min((timed.calls for timed in known), default=FEW_CALLS)
+    notes = [f"{calls} calls: p99 is close to the slowest of them"] if calls < FEW_CALLS else []
+    if unknown := _which(batches, lambda timed: timed.percentiles is None):
+        notes.append(
+            "percentiles of calls are not known, the calls are too short to time them one by one; img/s and speed-up come from "
+            f"means of many calls: {unknown}"
+        )
     if unstable := _which(batches, lambda timed: timed.unstable):
         notes.append(f"unstable, times vary by more than {UNSTABLE:.1%}: {unstable}")
     if host_bound := _which(batches, lambda timed: timed.host_bound):

@@ -78,7 +78,7 @@ def measure_profile(
             allow_mig=energy.allow_mig,
             on_trial=lambda done, total: progress("energy of the layers", done, total, f"trial {done}/{total}"),
         )
-        ms = {subject: timed.percentiles.p50 for subject, timed in timing.subjects.items()}
+        ms = {subject: timed.median_ms for subject, timed in timing.subjects.items()}
         mj = _millijoules(measured)
         profile = DeviceProfile(
             device=describe_device(device),

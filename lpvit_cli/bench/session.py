@@ -124,7 +124,7 @@ class Bench:
             subject=subject,
             timing=timing,
             speedup=speedup,
-            images_per_second={name: 1000 * size / timed.percentiles.p50 for name, timed in timing.subjects.items()},
+            images_per_second={name: 1000 * size / timed.median_ms for name, timed in timing.subjects.items()},
             peak_memory_bytes=prepared.memory_bytes,
             verdict=f"batch {size}{f', {dtype}' if len(self.settings.dtypes) > 1 else ''}: {sentence}",
             energy=energy,
@@ -161,6 +161,6 @@ class Bench:
 
 
 def _fastest(timing: TimingRun, names: str | tuple[str, ...]) -> str:
-    """The subject with the smallest median among those whose name begins so."""
+    """The subject with the smallest median of samples among those whose name begins so."""
     candidates = [name for name in timing.subjects if name.startswith(names)]
-    return min(candidates, key=lambda name: timing.subjects[name].percentiles.p50)
+    return min(candidates, key=lambda name: timing.subjects[name].median_ms)

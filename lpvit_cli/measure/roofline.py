@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lpvit_cli.measure.statistics import percentiles
 from lpvit_cli.measure.timing import time_interleaved
 
 
@@ -24,7 +25,7 @@ class Ceilings:
         source, target = torch.ones(2, length, device=device, dtype=dtype)
         subjects = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
         run = time_interleaved(subjects, device=device, rounds=10, warmup_seconds=0.5)
-        product_ms, copy_ms = (run.subjects[name].percentiles.p10 for name in subjects)
+        product_ms, copy_ms = (percentiles(run.subjects[name].samples_ms).p10 for name in subjects)
         return cls(2e3 * size**3 / product_ms, 2e3 * length * source.element_size() / copy_ms)
 
     def least_ms(self, flops: float, moved_bytes: float) -> float:

@@ -37,6 +37,11 @@ def percentiles(samples: Sequence[float]) -> Percentiles:
     return Percentiles(*(float(p) for p in np.percentile(samples, (10, 50, 90, 95, 99))))
 
 
+def quantiles(samples: Sequence[float]) -> list[float]:
+    """The 0th, 1st ... 100th percentile, in the unit of the samples: the whole distribution in 101 numbers."""
+    return [float(q) for q in np.percentile(samples, range(101))]
+
+
 def coefficient_of_variation(samples: Sequence[float]) -> float:
     """Standard deviation over mean."""
     return float(np.std(samples) / np.mean(samples))

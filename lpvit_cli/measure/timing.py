@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,26 +12,53 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lpvit_cli.measure.statistics import Percentiles, Ratio, coefficient_of_variation, paired_ratio, percentiles
+from lpvit_cli.measure.sampling import UNSTABLE, Sample, Sampling, Subject, warm_up
+from lpvit_cli.measure.statistics import Percentiles, Ratio, coefficient_of_variation, paired_ratio, percentiles, quantiles
 
-UNSTABLE = 0.025  # coefficient of variation above which a subject is called unstable
 HOST_BOUND = 0.8  # share of the GPU's time spent on enqueueing above which the host is the bottleneck
 BUSY = 0.1  # share of the machine used by others above which it is called busy
-SHORTEST_SAMPLE_S = 2e-3  # shorter calls are repeated within a sample
-Subject = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One subject; milliseconds per call."""
+    """One subject; milliseconds per call. `samples_ms` has one mean of `calls_per_sample` calls for each round: ratios and
+    throughput come from it. Percentiles are of single calls; None: the calls are too short to be timed one by one."""
 
     samples_ms: list[float]
-    percentiles: Percentiles
+    percentiles: Percentiles | None
     mean_ms: float
-    variation: float  # coefficient of variation of the samples
+    variation: float  # coefficient of variation of the calls; of the samples where single calls are not known
     calls_per_sample: int
     cpu_time_ms: float | None  # median CPU time of the thread, where one CPU thread does all the work
     host_bound: bool
+    quantiles_ms: list[float] | None = None  # the 0th to the 100th percentile of the calls
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], sampling: Sampling, device: torch.device, one_thread: bool) -> Timing:
+        """`one_thread`: one CPU thread does all the work."""
+        samples_ms = [sample.ms for sample in samples]
+        calls_ms = [ms for sample in samples for ms in sample.calls_ms or ()]
+        host_ms = float(np.median([sample.host_ms for sample in samples]))
+        return cls(
+            samples_ms,
+            percentiles(calls_ms) if calls_ms else None,
+            float(np.mean(samples_ms)),
+            coefficient_of_variation(calls_ms or samples_ms),
+            sampling.calls,
+            cpu_time_ms=host_ms if one_thread else None,
+            host_bound=device.type == "cuda" and host_ms > HOST_BOUND * float(np.median(samples_ms)),
+            quantiles_ms=quantiles(calls_ms) if calls_ms else None,
+        )
+
+    @property
+    def median_ms(self) -> float:
+        """Of the samples: known however short the calls are."""
+        return float(np.median(self.samples_ms))
+
+    @property
+    def calls(self) -> int:
+        """How many calls were timed, in all rounds."""
+        return len(self.samples_ms) * self.calls_per_sample
 
     @property
     def unstable(self) -> bool:
@@ -65,21 +92,20 @@ def time_interleaved(
     on_round: Callable[[int, int], None] | None = None,
 ) -> TimingRun:
     """Time each subject once a round, in alternating order, after warming all up. `on_round` is told rounds done and in all."""
-    sample = _sample_gpu if device.type == "cuda" else _sample_cpu
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in subjects}
+    taken: dict[str, list[Sample]] = {name: [] for name in subjects}
     with current(device):
-        calls = {name: _warm_up(subject, device, warmup_seconds) for name, subject in subjects.items()}
+        samplings = {name: warm_up(subject, device, warmup_seconds) for name, subject in subjects.items()}
         before = _busy_seconds()
         for number in range(rounds):
             order = list(subjects) if number % 2 == 0 else list(reversed(subjects))
             for name in order:
-                taken[name].append(sample(subjects[name], calls[name]))
+                taken[name].append(samplings[name].take(subjects[name], device))
             if on_round:
                 on_round(number + 1, rounds)
         after = _busy_seconds()
     one_thread = device.type == "cpu" and torch.get_num_threads() == 1
     return TimingRun(
-        {name: _timing(pairs, calls[name], device, one_thread) for name, pairs in taken.items()},
+        {name: Timing.of(samples, samplings[name], device, one_thread) for name, samples in taken.items()},
         threads=torch.get_num_threads(),
         foreign_load=_foreign_load(before, after),
     )
@@ -97,21 +123,22 @@ def time_in_visits(
     """As `time_interleaved` on the CPU, for subjects that must not be alive together: sessions whose threads would disturb each
     other. Each of `opened` makes a subject, which is warmed up, sampled and let go, once a visit, in alternating order.
     `warmup_seconds`: at most, in each visit."""
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in opened}
-    calls: dict[str, int] = {}
+    cpu = torch.device("cpu")
+    taken: dict[str, list[Sample]] = {name: [] for name in opened}
+    samplings: dict[str, Sampling] = {}
     before = _busy_seconds()
     for number in range(visits):
         order = list(opened) if number % 2 == 0 else list(reversed(opened))
         for place, name in enumerate(order):
             subject = opened[name]()
-            again = _warm_up(subject, torch.device("cpu"), warmup_seconds)
-            calls.setdefault(name, again)
-            taken[name] += [_sample_cpu(subject, calls[name]) for _ in range(samples)]
+            again = warm_up(subject, cpu, warmup_seconds)
+            sampling = samplings.setdefault(name, again)
+            taken[name] += [sampling.take(subject, cpu) for _ in range(samples)]
             del subject
             if on_visit:
                 on_visit(number * len(order) + place + 1, visits * len(order))
     load = _foreign_load(before, _busy_seconds())
-    timings = {name: _timing(pairs, calls[name], torch.device("cpu"), threads == 1) for name, pairs in taken.items()}
+    timings = {name: Timing.of(each, samplings[name], cpu, threads == 1) for name, each in taken.items()}
     return TimingRun(timings, threads=threads, foreign_load=load)
 
 
@@ -149,60 +176,6 @@ def verdict(name: str, baseline: str, ratio: Ratio, run: TimingRun, subject: Tim
     else:
         reason = otherwise or "the difference is smaller than the noise"
     return f"{name} is not distinguishable from {baseline} ({interval}): {reason}"
-
-
-def _warm_up(subject: Subject, device: torch.device, seconds: float) -> int:
-    """Run until the last calls agree or the time is up; returns how many calls make a sample long enough for the clock."""
-    recent: list[float] = []
-    deadline = time.perf_counter() + seconds
-    while len(recent) < 2 or (time.perf_counter() < deadline and not _steady(recent)):
-        start = time.perf_counter()
-        subject()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        recent.append(time.perf_counter() - start)
-    return max(1, round(SHORTEST_SAMPLE_S / max(1e-9, min(recent))))
-
-
-def _steady(samples: list[float]) -> bool:
-    return len(samples) >= 10 and coefficient_of_variation(samples[-5:]) < UNSTABLE
-
-
-def _sample_cpu(subject: Subject, calls: int) -> tuple[float, float]:
-    """Wall and thread CPU milliseconds of one call."""
-    cpu, wall = time.thread_time_ns(), time.perf_counter_ns()
-    for _ in range(calls):
-        subject()
-    wall, cpu = time.perf_counter_ns() - wall, time.thread_time_ns() - cpu
-    return wall * 1e-6 / calls, cpu * 1e-6 / calls
-
-
-def _sample_gpu(subject: Subject, calls: int) -> tuple[float, float]:
-    """GPU and enqueue milliseconds of one call."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    enqueue = time.perf_counter_ns()
-    begin.record()
-    for _ in range(calls):
-        subject()
-    end.record()
-    enqueue = time.perf_counter_ns() - enqueue
-    end.synchronize()
-    return begin.elapsed_time(end) / calls, enqueue * 1e-6 / calls
-
-
-def _timing(pairs: list[tuple[float, float]], calls: int, device: torch.device, one_thread: bool) -> Timing:
-    samples = [first for first, _ in pairs]
-    second = float(np.median([second for _, second in pairs]))
-    return Timing(
-        samples,
-        percentiles(samples),
-        float(np.mean(samples)),
-        coefficient_of_variation(samples),
-        calls,
-        cpu_time_ms=second if one_thread else None,
-        host_bound=device.type == "cuda" and second > HOST_BOUND * float(np.median(samples)),
-    )
 
 
 def _busy_seconds() -> tuple[float, float, float] | None:

@@ -1,13 +1,17 @@
-"""report.csv: a row for every subject of every batch of a bench, for spreadsheets. An empty cell was not measured."""
+"""report.csv: a row for every subject of every batch of a bench, for spreadsheets. An empty cell was not measured.
+
+Percentiles are of single calls; `-` where the calls are too short to know them.
+"""
 
 from __future__ import annotations
 
 import csv
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lpvit_cli.bench.results import BatchBench
+from lpvit_cli.measure.statistics import Percentiles
 from lpvit_cli.report.schema import BenchReport
 
 
@@ -29,7 +33,8 @@ def _row(batch: BatchBench, name: str) -> dict[str, Any]:
         "batch_size": batch.batch_size,
         "subject": name,
         "baseline": batch.baseline,
-        **{f"{which}_ms": value for which, value in asdict(timed.percentiles).items()},
+        **{f"{field.name}_ms": getattr(timed.percentiles, field.name, "-") for field in fields(Percentiles)},
+        "median_ms": timed.median_ms,
         "mean_ms": timed.mean_ms,
         "variation": timed.variation,
         "unstable": timed.unstable,
@@ -42,8 +47,11 @@ def _row(batch: BatchBench, name: str) -> dict[str, Any]:
         "speedup_high": speedup and speedup.high,
         "peak_memory_bytes": batch.peak_memory_bytes[name],
         "joules_per_image": energy and energy.joules_per_image,
+        "images_per_joule": energy and energy.images_per_joule,
         "above_idle_joules_per_image": energy and energy.above_idle_joules_per_image,
         "average_w": energy and energy.average_w,
+        "peak_w": energy and energy.peak_w,
+        "energy_delay_js": energy and energy.energy_delay_js,
         "saving": saving and saving.value,
         "saving_low": saving and saving.low,
         "saving_high": saving and saving.high,

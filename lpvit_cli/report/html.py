@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jinja2
 
+from lpvit_cli.bench.notes import verdicts
 from lpvit_cli.bench.results import BatchBench
 from lpvit_cli.measure.energy.run import SENSORS_ERR
 from lpvit_cli.numbers import by, interval, percent, three_digits
@@ -31,7 +32,13 @@ def write_html(path: Path, recipe: str, bench: BenchReport, pruned: PruneReport,
     )
     environment.filters |= {"interval": interval, "percent": percent, "digits": three_digits, "by": by}
     page = environment.get_template("report.html.jinja").render(
-        sensors_err=SENSORS_ERR, recipe=recipe, bench=bench, pruned=pruned, finetuned=finetuned, pictures=pictures
+        sensors_err=SENSORS_ERR,
+        recipe=recipe,
+        bench=bench,
+        verdicts=verdicts(bench.batches),
+        pruned=pruned,
+        finetuned=finetuned,
+        pictures=pictures,
     )
     path.write_text(page, encoding="utf-8")
 

@@ -8,6 +8,7 @@ from typing import Any
 from lpvit_cli.bench.results import BatchBench, LayersBench
 from lpvit_cli.measure.energy.run import EnergyRun
 from lpvit_cli.measure.statistics import paired_ratio
+from lpvit_cli.measure.timing import Timing
 from lpvit_cli.report.schema import FinetuneReport, GradualReport, LayerReport, SweepReport
 
 COLORS = {"dense": "#6b7280", "masked-dense": "#d97706", "sparse": "#2563eb"}
@@ -19,25 +20,33 @@ WIDTH = 7.5  # inches; readable on a phone too
 
 
 def latency_picture(batch: BatchBench) -> str:
-    """Latency distributions of one batch size: the share of calls that took at most so long, one line a subject."""
+    """Latency distributions of one batch size: the share of calls that took at most so long, one line a subject. Where single
+    calls are not known, the dashed line is the means of the rounds."""
     figure, axes = _figure(WIDTH, 3.6)
     colors = _colors(batch)
     for name, timing in batch.timing.subjects.items():
-        samples = sorted(timing.samples_ms)
-        shares = [100 * (k + 1) / len(samples) for k in range(len(samples))]
-        axes.step(
-            samples,
+        times, shares = distribution(timing)
+        median = timing.percentiles.p50 if timing.percentiles else timing.median_ms
+        what = "" if timing.percentiles else f", means of {timing.calls_per_sample} calls"
+        axes.plot(
+            times,
             shares,
-            where="post",
-            label=f"{name}, median {timing.percentiles.p50:.2f} ms",
+            label=f"{name}{what}, median {median:.2f} ms",
             color=colors[name],
             linewidth=2,
+            linestyle="-" if timing.percentiles else "--",
         )
-        axes.axvline(timing.percentiles.p50, color=colors[name], linewidth=0.8, linestyle=":")
+        axes.axvline(median, color=colors[name], linewidth=0.8, linestyle=":")
     axes.set(xlabel="latency of one call (ms)", ylabel="calls at most this long (%)", ylim=(0, 101))
     axes.set_title(f"Latency, {batch.title}", loc="left")
     _legend_below(axes)
     return _svg(figure)
+
+
+def distribution(timing: Timing) -> tuple[list[float], list[float]]:
+    """Milliseconds, and the percentage of calls that took at most so long; of the rounds' means where calls are not known."""
+    times = timing.quantiles_ms or sorted(timing.samples_ms)
+    return times, [100 * k / (len(times) - 1) for k in range(len(times))]
 
 
 def power_picture(batch: BatchBench, energy: EnergyRun) -> str:

@@ -48,7 +48,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Sweep
             budget=value,
             folder=f"{value:g}",
             report=report,
-            latency_ms=timing.subjects[f"{value:g}"].percentiles.p50,
+            latency_ms=timing.subjects[f"{value:g}"].median_ms,
             speedup=timing.ratio(DENSE, f"{value:g}"),
         )
         for value, report in reports.items()
@@ -60,7 +60,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Sweep
         notes=first.notes + busy,
         kind=kind,
         batch_size=recipe.target.batch_size,
-        latency_ms_dense=timing.subjects[DENSE].percentiles.p50,
+        latency_ms_dense=timing.subjects[DENSE].median_ms,
         points=points,
     )
     if find_spec("matplotlib"):

@@ -6,14 +6,15 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 
-from lpvit_cli.measure import timing
+from lpvit_cli.measure import sampling, timing
 from lpvit_cli.measure.statistics import Ratio
-from lpvit_cli.measure.timing import TimingRun, time_in_visits, time_interleaved, verdict
+from lpvit_cli.measure.timing import Timing, TimingRun, time_in_visits, time_interleaved, verdict
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda:1")
 
 
 class FakeTime:
@@ -46,6 +47,7 @@ class FakeTime:
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     fake = FakeTime()
     monkeypatch.setattr(timing, "time", fake)
+    monkeypatch.setattr(sampling, "time", fake)
     return fake
 
 
@@ -94,6 +96,7 @@ def test_times_are_per_call_and_short_calls_are_repeated(clock: FakeTime) -> Non
     assert long.samples_ms == pytest.approx([10.0] * 6)
     assert short.calls_per_sample >= 100  # 1 ms or more
     assert short.samples_ms == pytest.approx([0.01] * 6)
+    assert long.percentiles is not None
     assert long.percentiles.p50 == long.mean_ms == pytest.approx(10)
     assert not long.unstable
     assert not long.host_bound
@@ -174,56 +177,159 @@ def test_foreign_load_is_unknown_without_proc_stat(clock: FakeTime, monkeypatch:
     assert run({"a": lambda: clock.spend(0.005)}).foreign_load is None
 
 
+class Gpu:
+    """A pretended GPU: a call of `work()` seconds is enqueued in `launch()` seconds and runs after those before it."""
+
+    def __init__(self, clock: FakeTime, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock, self.now, self.waited = clock, 0.0, 0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = max(gpu.now, clock.now)
+
+            def elapsed_time(self, other: Event) -> float:
+                assert clock.now >= other.at, "read before the GPU was there"
+                return 1000 * (other.at - self.at)
+
+            def synchronize(self) -> None:
+                gpu.synchronize()
+
+        class Current:
+            def __init__(self, device: torch.device):
+                self.device = device
+
+            def __enter__(self) -> None:
+                gpu.current.append(self.device)
+
+            def __exit__(self, *_: object) -> None:
+                gpu.current.pop()
+
+        self.current: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.cuda, "device", Current)
+
+    def synchronize(self, device: object = None) -> None:
+        self.waited += 1
+        self.clock.now = max(self.clock.now, self.now)
+
+    def call(self, work_s: float, launch_s: float) -> None:
+        assert self.current == [GPU], "events belong to the GPU that is measured"
+        self.now = max(self.now, self.clock.now) + work_s
+        self.clock.spend(launch_s)
+
+
 @pytest.mark.parametrize(("launch_ms", "host_bound"), [(1.0, False), (4.5, True)])
 def test_a_gpu_is_host_bound_when_launching_takes_most_of_its_time(
     clock: FakeTime, monkeypatch: pytest.MonkeyPatch, launch_ms: float, host_bound: bool
 ) -> None:
-    """A pretended GPU: launches return after `launch_ms`, its work takes 5 ms after the launch began."""
-    gpu = FakeTime()
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            self.at = max(gpu.now, clock.now)
-
-        def elapsed_time(self, other: Event) -> float:
-            return 1000 * (other.at - self.at)
-
-        def synchronize(self) -> None:
-            synchronize()
-
-    def synchronize(device: object = None) -> None:
-        clock.now = max(clock.now, gpu.now)
-
-    def call() -> None:
-        gpu.now = max(gpu.now, clock.now) + 0.005
-        clock.spend(launch_ms / 1000)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    current: list[torch.device] = []
-
-    class Current:
-        def __init__(self, device: torch.device):
-            self.device = device
-
-        def __enter__(self) -> None:
-            current.append(self.device)
-
-        def __exit__(self, *_: object) -> None:
-            current.pop()
-
-    def call_there() -> None:
-        assert current == [torch.device("cuda:1")], "events belong to the GPU that is measured"
-        call()
-
-    monkeypatch.setattr(torch.cuda, "device", Current)
-    timed = run({"a": call_there}, device=torch.device("cuda:1")).subjects["a"]
+    """Launches return after `launch_ms`, the work takes 5 ms after the launch began."""
+    gpu = Gpu(clock, monkeypatch)
+    timed = run({"a": lambda: gpu.call(0.005, launch_ms / 1000)}, device=GPU).subjects["a"]
     assert timed.samples_ms == pytest.approx([5.0] * 6)
     assert timed.host_bound is host_bound
     assert timed.cpu_time_ms is None
+
+
+# percentiles of calls
+
+
+class Spiky:
+    """A subject whose every 20th call is a spike; `true_ms`: what each call took."""
+
+    def __init__(self, usual_ms: float, spike_ms: float, pass_ms: Callable[[float], None]):
+        self.usual_ms, self.spike_ms, self.pass_ms = usual_ms, spike_ms, pass_ms
+        self.true_ms: list[float] = []
+
+    def __call__(self) -> None:
+        ms = self.spike_ms if len(self.true_ms) % 20 == 19 else self.usual_ms * (1 + 0.001 * (len(self.true_ms) % 7))
+        self.true_ms.append(ms)
+        self.pass_ms(ms)
+
+
+def require_percentiles_of_calls(timed: Timing, spiky: Spiky) -> None:
+    """Against numpy on what each of the timed calls took: those after the warm-up."""
+    true_ms = spiky.true_ms[-timed.calls :]
+    assert timed.calls == len(timed.samples_ms) * timed.calls_per_sample < len(spiky.true_ms)
+    assert timed.percentiles is not None
+    expected = np.percentile(true_ms, (10, 50, 90, 95, 99))
+    assert list(asdict(timed.percentiles).values()) == pytest.approx(expected.tolist(), rel=1e-4)
+    assert timed.percentiles.p99 == pytest.approx(spiky.spike_ms, rel=1e-4), "one call of twenty"
+    assert timed.percentiles.p50 < 1.01 * spiky.usual_ms
+    assert timed.mean_ms == pytest.approx(np.mean(true_ms), rel=1e-4)
+    assert timed.variation == pytest.approx(np.std(true_ms) / np.mean(true_ms), rel=1e-4)
+    assert timed.quantiles_ms == pytest.approx(np.percentile(true_ms, range(101)).tolist(), rel=1e-4)
+    rounds = np.reshape(true_ms, (len(timed.samples_ms), timed.calls_per_sample)).mean(axis=1)
+    assert timed.samples_ms == pytest.approx(rounds.tolist(), rel=1e-4)
+    assert timed.median_ms == pytest.approx(np.median(rounds), rel=1e-4)
+
+
+def test_percentiles_are_of_single_calls_also_of_fast_ones(clock: FakeTime) -> None:
+    """0.1 ms and 12.3 ms: a mean of 20 calls is 0.71 ms, which no call takes."""
+    spiky = Spiky(0.1, 12.3, lambda ms: clock.spend(ms / 1000))
+    timed = run({"spiky": spiky}, rounds=30).subjects["spiky"]
+    assert timed.calls_per_sample == 20
+    require_percentiles_of_calls(timed, spiky)
+
+
+def test_percentiles_are_of_single_calls_in_visits_too(clock: FakeTime) -> None:
+    """One visit, so that the last calls are the timed ones."""
+    spiky = Spiky(0.1, 12.3, lambda ms: clock.spend(ms / 1000))
+    timed = time_in_visits({"spiky": lambda: spiky}, visits=1, samples=30, threads=1, warmup_seconds=0.1).subjects["spiky"]
+    assert timed.calls_per_sample == 20
+    require_percentiles_of_calls(timed, spiky)
+
+
+def test_percentiles_are_of_single_calls_on_a_gpu(clock: FakeTime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host enqueues a whole sample and waits for it once, before and after."""
+    gpu = Gpu(clock, monkeypatch)
+    spiky = Spiky(0.25, 4.5, lambda ms: gpu.call(ms / 1000, 1e-5))
+    warmed = 10
+    timed = run({"spiky": spiky}, rounds=30, device=GPU, warmup=60).subjects["spiky"]
+    assert timed.calls_per_sample == 8
+    assert len(spiky.true_ms) == warmed + timed.calls
+    assert gpu.waited == warmed + 2 * 30
+    require_percentiles_of_calls(timed, spiky)
+    assert not timed.host_bound
+
+
+def test_spikes_do_not_bias_a_ratio(clock: FakeTime) -> None:
+    """1.02 times in each call is a ratio of 1.02; a subject with spikes is as slow as its mean, round by round."""
+    more, once = (Spiky(k * 0.1, k * 12.3, lambda ms: clock.spend(ms / 1000)) for k in (1.02, 1))
+    calm = 0.95 * 0.1 * 1.003 + 0.05 * 12.3  # ms: the mean of `once`
+    result = run({"more": more, "once": once, "calm": lambda: clock.spend(calm / 1000)}, rounds=40)
+    assert {timed.calls_per_sample for name, timed in result.subjects.items() if name != "calm"} == {20}
+    for baseline, subject, expected in (("more", "once", 1.02), ("calm", "once", 1), ("more", "calm", 1.02)):
+        ratio = result.ratio(baseline, subject)
+        assert (ratio.low, ratio.value, ratio.high) == pytest.approx((expected,) * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize(("device", "shortest_us"), [("cpu", 20), ("cuda:1", 100)])
+def test_of_calls_too_short_for_the_clock_no_percentile_is_known(
+    clock: FakeTime, monkeypatch: pytest.MonkeyPatch, device: str, shortest_us: int
+) -> None:
+    gpu = Gpu(clock, monkeypatch)
+
+    def call(seconds: float) -> None:
+        if device == "cpu":
+            clock.spend(seconds)
+        else:
+            gpu.call(seconds, seconds / 10)
+
+    subjects = {"long": lambda: call(1.01e-6 * shortest_us), "short": lambda: call(0.99e-6 * shortest_us)}
+    result = run(subjects, device=torch.device(device))
+    long, short = result.subjects["long"], result.subjects["short"]
+    assert long.percentiles is not None
+    assert long.percentiles.p99 == pytest.approx(1.01e-3 * shortest_us, rel=1e-3)
+    assert (short.percentiles, short.quantiles_ms) == (None, None)
+    assert (short.median_ms, short.mean_ms) == pytest.approx((0.99e-3 * shortest_us,) * 2, rel=1e-3)
+    assert short.variation == pytest.approx(0, abs=1e-3)
+    assert short.calls_per_sample == pytest.approx(2000 / shortest_us, abs=1.5)
+    assert result.ratio("long", "short").value == pytest.approx(1.01 / 0.99, rel=1e-3)
 
 
 @pytest.fixture

@@ -8,14 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made import batch_bench, deit_base_layers, energy_run, layers_bench, prune, traced_bench
+from made import (
+    averaged,
+    batch_bench,
+    deit_base_layers,
+    energy_run,
+    layers_bench,
+    prune,
+    replace_timing,
+    timed,
+    traced_bench,
+)
 
-from lpvit_cli.bench.notes import advice, doubts
+from lpvit_cli.bench.notes import advice, doubts, verdicts
 from lpvit_cli.bench.results import BatchBench
 from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.measure.timing import Timing, TimingRun
 from lpvit_cli.report.html import write_html
-from lpvit_cli.report.pictures import energy_picture, latency_picture, layers_picture, power_picture
+from lpvit_cli.report.pictures import distribution, energy_picture, latency_picture, layers_picture, power_picture
 
 SLOWER, FASTER, EQUAL = Ratio(0.8, 0.7, 0.9), Ratio(1.3, 1.2, 1.4), Ratio(1.0, 0.9, 1.1)
 
@@ -42,15 +52,45 @@ def test_advice_says_from_which_batch_on_it_pays() -> None:
 
 def test_doubts_name_what_is_doubtful_and_where() -> None:
     calm = [batch(1), batch(8)]
-    assert doubts(calm) == ["30 rounds: p99 is close to the slowest of them"]
-    many = batch(1, **{name: {"samples_ms": [1.0] * 100} for name in ("dense", "masked-dense", "sparse")})
-    assert doubts([many]) == []
+    assert doubts(calm) == ["30 calls: p99 is close to the slowest of them"]
+    for change in ({"samples_ms": [1.0] * 100}, {"calls_per_sample": 4}):
+        assert doubts([batch(1, **dict.fromkeys(("dense", "masked-dense", "sparse"), change))]) == [], "at least 100 calls"
+    unknown = {"percentiles": None, "quantiles_ms": None, "calls_per_sample": 200}
+    (note,) = doubts([batch(1, **dict.fromkeys(("dense", "masked-dense", "sparse"), unknown))])
+    assert note.startswith("percentiles of calls are not known, the calls are too short to time them one by one")
+    assert note.endswith(": dense, masked-dense, sparse at batch 1, float32")
+    assert doubts([batch(1, sparse=unknown)])[0] == "30 calls: p99 is close to the slowest of them", "of the others"
     shaky = batch(8, sparse={"variation": 0.04}, dense={"variation": 0.026})
     assert "unstable, times vary by more than 2.5%: dense, sparse at batch 8, float32" in doubts([batch(1), shaky])
     starved = batch(1, sparse={"host_bound": True})
     assert doubts([starved, batch(8)])[-1].endswith("(try a larger batch, or -graph): sparse at batch 1, float32")
     assert "up to 40% of the machine" in doubts([batch(1, load=0.4), batch(8, load=0.2)])[-1]
     assert doubts([batch(1, load=None)]) == doubts(calm)
+
+
+def test_the_batch_where_sparse_helps_most_has_the_first_word() -> None:
+    said = {
+        size: batch(size, ratio).model_copy(update={"verdict": f"batch {size}"})
+        for size, ratio in {1: SLOWER, 8: FASTER, 64: Ratio(1.7, 1.6, 1.8), 256: Ratio(1.7, 1.6, 1.8), 512: EQUAL}.items()
+    }
+    assert verdicts(list(said.values())) == [f"batch {size}" for size in (64, 1, 8, 256, 512)]
+    noisy = batch(2, Ratio(3.0, 0.9, 9.0)).model_copy(update={"verdict": "batch 2"})
+    assert verdicts([noisy, said[8]]) == ["batch 8", "batch 2"], "a ratio that may be noise is no help"
+    none = "the pruned model is not faster at any batch measured: 1, 512"
+    assert verdicts([said[1], said[512]]) == [none, "batch 1", "batch 512"]
+    assert verdicts([said[1]]) == ["batch 1"], "which says it already"
+
+
+def test_the_drawn_distribution_is_of_calls_where_they_are_known() -> None:
+    spiky = replace(timed(1.0), quantiles_ms=[1.0] * 96 + [123.0] * 5)
+    times, shares = distribution(spiky)
+    assert (shares[0], shares[50], shares[100]) == (0, 50, 100)
+    assert (times[95], times[96]) == (1.0, 123.0)
+    means = averaged(1.0)
+    assert distribution(means)[0] == sorted(means.samples_ms)
+    drawn = latency_picture(replace_timing(batch_bench(1, 1.0), sparse=means))
+    assert f"<!-- sparse, means of 200 calls, median {means.median_ms:.2f} ms -->" in drawn
+    assert f"<!-- dense, median {timed(1.0).median_ms:.2f} ms -->" in drawn
 
 
 def test_power_is_drawn_with_every_window_and_the_idle_device() -> None:

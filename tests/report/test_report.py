@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from made import (
@@ -18,9 +20,11 @@ from made import (
     FOLDER,
     NO_METER,
     NVML,
+    averaged,
     batch_bench,
     bench,
     calibrate,
+    compared,
     deit_base_layers,
     energy_run,
     evaluate,
@@ -33,6 +37,7 @@ from made import (
     prediction,
     profile,
     prune,
+    replace_timing,
     sweep,
     traced_bench,
     tuned,
@@ -45,8 +50,10 @@ from lpvit_cli.measure.energy.run import EnergyRun
 from lpvit_cli.measure.profile import SparseProfile
 from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.numbers import giga, three_digits
+from lpvit_cli.recipe.measure import SubjectName
 from lpvit_cli.recipe.shipped import shipped_recipes
 from lpvit_cli.report import html
+from lpvit_cli.report.bench_csv import write_csv
 from lpvit_cli.report.html import write_html
 from lpvit_cli.report.pictures import blocks_picture, latency_picture, sweep_picture
 from lpvit_cli.report.schema import (
@@ -220,29 +227,136 @@ def test_gradual_pruning_shows_every_step_against_the_dense_model() -> None:
 
 def test_bench_shows_verdicts_first_then_every_subject_of_every_batch() -> None:
     report = bench()
-    text = shown(report, width=120)
-    lines = [words(line) for line in text.splitlines()]
+    lines = [words(line) for line in shown(report, width=120).splitlines()]
     assert lines[:2] == [batch.verdict for batch in report.batches]
     assert f"finetuned on {CPU}, float32" in lines
     for batch in report.batches:
+        expected = [f"batch {batch.batch_size}"]
         for name, timing in batch.timing.subjects.items():
             p, ratio = timing.percentiles, batch.speedup.get(name)
+            assert p is not None
             gain = f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "1"
-            times = " ".join(three_digits(value) for value in (p.p10, p.p50, p.p90, p.p95, p.p99))
+            times = " ".join(three_digits(value) for value in (p.p50, p.p90, p.p99))
             memory = "-" if name == "sparse" else "331"
-            numbers = f"{times} {three_digits(batch.images_per_second[name])} {memory}"
-            assert f"{name} {batch.batch_size} {numbers} {gain}" in lines
+            expected.append(f"{name} {times} {three_digits(batch.images_per_second[name])} {memory} {gain}")
+        start = lines.index(expected[0])
+        assert lines[start : start + 4] == expected
     assert f"report: {FOLDER}/report.html" in lines
+
+
+def test_the_first_line_of_bench_is_the_verdict_that_helps() -> None:
+    slow = batch_bench(1, 81.37).model_copy(update={"speedup": {"sparse": Ratio(0.9, 0.8, 0.95)}, "verdict": "batch 1: slower"})
+    fast = batch_bench(64, 5234.56)
+    lines = shown(bench(slow, fast), width=120).splitlines()
+    assert lines[:2] == [fast.verdict, "batch 1: slower"]
+    slower = fast.model_copy(update={"speedup": slow.speedup, "verdict": "batch 64: slower"})
+    lines = shown(bench(slow, slower)).splitlines()
+    assert lines[:3] == [
+        "the pruned model is not faster at any batch measured: 1, 64",
+        "batch 1: slower",
+        "batch 64: slower",
+    ]
+
+
+def of_subjects(report: BenchReport, names: tuple[str, ...]) -> BenchReport:
+    """The report's batches with the masked-dense subject's numbers under each of `names`, dense beside them."""
+
+    def renamed(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: values["dense" if name == "dense" else "masked-dense"] for name in names if name != "dense" or name in values
+        }
+
+    batches = [
+        batch.model_copy(
+            update={
+                "timing": replace(batch.timing, subjects=renamed(batch.timing.subjects)),
+                "energy": batch.energy and replace(batch.energy, subjects=renamed(batch.energy.subjects)),
+                "speedup": renamed(batch.speedup),
+                "images_per_second": renamed(batch.images_per_second),
+                "peak_memory_bytes": dict.fromkeys(names, 10240 * 2**20),
+                "subject": names[-1],
+            }
+        )
+        for batch in report.batches
+    ]
+    return report.model_copy(update={"batches": batches})
+
+
+@pytest.mark.parametrize(
+    ("names", "speedup"),
+    [
+        (("dense", "masked-dense", "sparse", "dense-graph", "sparse-graph"), 12.3),
+        (("dense-onnx", "onnx"), 12.3),
+        (("dense", "dense-compiled", "masked-dense-compiled", "sparse-compiled"), 12.3),
+        (get_args(SubjectName), 1.23),
+    ],
+    ids=["default", "onnxruntime", "compiled", "all"],
+)
+def test_no_name_of_a_subject_breaks_in_80_columns(names: tuple[str, ...], speedup: float) -> None:
+    """Seconds a call, and five digits of images a second and of MiB: as wide as numbers get."""
+    with_dense = names if "dense" in names else ("dense", *names)
+    wide = [batch_bench(size, ms, energy_run(0.001234)) for size, ms in ((1, 81.37), (1024, 52345.6))]
+    wide = [one.model_copy(update={"speedup": dict.fromkeys(one.speedup, Ratio(speedup, speedup, speedup))}) for one in wide]
+    report = of_subjects(bench(*wide), with_dense)
+    shown_names = [line.split()[0] for line in shown(report).splitlines() if line.strip()]
+    for name in with_dense:
+        assert shown_names.count(name) == 4, f"{name}: whole, once a batch, with its time and with its energy"
+    assert max(map(len, shown(report).splitlines())) <= 80
+    gate = compared().model_copy(
+        update={"changes": [c.model_copy(update={"subject": n}) for n in names for c in compared().changes]}
+    )
+    shown_names = [line.split()[0] for line in shown(gate).splitlines() if line.strip()]
+    assert [shown_names.count(name) for name in names] == [2] * len(names)
+
+
+def test_percentiles_that_nobody_knows_are_dashes_and_the_rest_is_there(tmp_path: Path) -> None:
+    batch = replace_timing(batch_bench(1, 0.0123), sparse=averaged(0.009225))
+    line = next(line for line in shown(bench(batch)).splitlines() if line.startswith("sparse "))
+    assert line.split() == ["sparse", "-", "-", "-", f"{batch.images_per_second['sparse']:.0f}", "-", "1.33", "(1.33-1.33)"]
+    (row,) = [row for row in Page(page(tmp_path, bench(batch))).rows if row[0] == "sparse" and row[1] == "float32"]
+    assert [words(cell) for cell in row[3:8]] == ["-"] * 5
+    write_csv(tmp_path / "report.csv", bench(batch))
+    dense, _, sparse = csv.DictReader((tmp_path / "report.csv").open())
+    columns = [f"p{which}_ms" for which in (10, 50, 90, 95, 99)]
+    assert [sparse[column] for column in columns] == ["-"] * 5
+    p = batch.timing.subjects["dense"].percentiles
+    assert p is not None
+    assert [float(dense[column]) for column in columns] == [p.p10, p.p50, p.p90, p.p95, p.p99]
+    assert float(sparse["median_ms"]) == batch.timing.subjects["sparse"].median_ms
+    stored = json.loads(bench(batch).model_dump_json())["batches"][0]["timing"]["subjects"]["sparse"]
+    assert stored["percentiles"] is None
+    assert stored["quantiles_ms"] is None
+
+
+def test_the_csv_has_the_energy_that_the_terminal_leaves_out(tmp_path: Path) -> None:
+    write_csv(tmp_path / "report.csv", traced_bench())
+    energy = traced_bench().batches[0].energy
+    assert energy is not None
+    for row in csv.DictReader((tmp_path / "report.csv").open()):
+        one = energy.subjects[row["subject"]]
+        told = [float(row[key]) for key in ("images_per_joule", "peak_w", "energy_delay_js")]
+        assert told == [one.images_per_joule, one.peak_w, one.energy_delay_js]
+
+
+def test_a_report_of_bench_from_before_single_calls_can_still_be_compared() -> None:
+    """Version 2 without what it gained."""
+    content = json.loads(bench().model_dump_json())
+    for batch in content["batches"]:
+        for timing in batch["timing"]["subjects"].values():
+            del timing["quantiles_ms"]
+    timing = BenchReport.model_validate(content).batches[0].timing.subjects["dense"]
+    assert timing.median_ms == bench().batches[0].timing.subjects["dense"].median_ms
 
 
 def test_measured_energy_is_shown_with_its_units_and_source() -> None:
     text = shown(measured_bench(), width=120)
     lines = [words(line) for line in text.splitlines()]
     assert f"energy by {NVML}" in lines
-    assert "batch J/image above idle images/J W peak W J s saving (95 %)" in lines
-    assert "dense 1 1.234 0.9876 0.8 412 - - 1" in lines
-    assert "sparse 1 0.9259 0.7407 1.1 412 - - 1.33 (1.33-1.33)" in lines
-    assert "sparse 128 0.1851 0.1481 5.4 412 - - 1.33 (1.33-1.33)" in lines
+    assert "J/image above idle W peak W saving (95 %)" in lines
+    first, second = lines.index("batch 1, float32"), lines.index("batch 128, float32")
+    assert lines[first + 1] == "dense 1.234 0.9876 412 - 1"
+    assert lines[first + 3] == "sparse 0.9259 0.7407 412 - 1.33 (1.33-1.33)"
+    assert lines[second + 3] == "sparse 0.1851 0.1481 412 - 1.33 (1.33-1.33)"
     assert "not measured" not in text
 
 
@@ -260,9 +374,10 @@ def test_unmeasured_energy_is_a_reason_told_once_and_never_a_number(energy: Ener
 def test_a_batch_without_energy_does_not_hide_the_other() -> None:
     text = shown(bench(batch_bench(1, 8.1, energy_run(1.2345)), batch_bench(64, 61.9, None, (DEAD_METER,))), width=120)
     lines = [words(line) for line in text.splitlines()]
-    assert "dense 1 1.234 0.9876 0.8 412 - - 1" in lines
+    assert lines[lines.index("batch 1, float32") + 1] == "dense 1.234 0.9876 412 - 1"
     assert f"energy not measured: {DEAD_METER}" in lines
-    assert sum(line.startswith("dense 64 ") for line in lines) == 1  # its latency, and no energy
+    assert lines.count("batch 64") == 1  # its latency
+    assert "batch 64, float32" not in lines  # and no energy
 
 
 def test_export_shows_size_speed_forms_and_checks_of_every_file() -> None:
@@ -419,6 +534,7 @@ def test_the_page_shows_the_numbers_of_the_reports(tmp_path: Path) -> None:
     for batch in report.batches:
         for name, timing in batch.timing.subjects.items():
             p, ratio = timing.percentiles, batch.speedup.get(name)
+            assert p is not None
             times = [f"{value:.2f}" for value in (p.p10, p.p50, p.p90, p.p95, p.p99)]
             gain = f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "1"
             memory = "not measured" if name == "sparse" else "331"

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
+from lpvit_cli.bench.notes import verdicts
 from lpvit_cli.bench.results import BatchBench
 from lpvit_cli.measure.energy.run import SENSORS_ERR
+from lpvit_cli.measure.timing import Timing
 from lpvit_cli.numbers import interval, three_digits
 from lpvit_cli.report.schema import BenchReport, CompareReport
 from lpvit_cli.report.terminal.cells import numbers
 
+PERCENTILES = ("p50", "p90", "p99")
+
 
 def bench_tables(report: BenchReport, folder: Path) -> list[Any]:
-    sentences = [batch.verdict for batch in report.batches] + [batch.energy_verdict for batch in report.batches]
-    verdicts = [Text(sentence, "bold") for sentence in sentences if sentence]
+    first, *others = [*verdicts(report.batches), *filter(None, (batch.energy_verdict for batch in report.batches))]
     energy = _energy(report) + [f"energy   not measured: {reason}" for reason in report.energy_reasons]
     layers = [shown for batch in report.batches for shown in _layers(batch)]
-    return [*verdicts, *_latency(report), *energy, *layers, f"report: {folder / 'report.html'}"]
+    return [Text(first, "bold"), *others, *_latency(report), *energy, *layers, f"report: {folder / 'report.html'}"]
 
 
 def _latency(report: BenchReport) -> list[Any]:
+    """report.csv and report.html have more columns than fit beside a name in 80."""
     made = []
     for dtype in report.dtypes:
-        columns = ("ms", "batch", "p10", "p50", "p90", "p95", "p99", "img/s", "MiB", "speed-up (95 %)")
-        rows = numbers(f"{report.model} on {report.device}, {dtype}", *columns)
+        rows = numbers(f"{report.model} on {report.device}, {dtype}", "ms", *PERCENTILES, "img/s", "MiB", "speed-up (95 %)")
         for batch in report.batches:
             if batch.dtype == dtype:
+                rows.add_row(Text(f"batch {batch.batch_size}", "bold"))
                 for name, timing in batch.timing.subjects.items():
-                    p, ratio, memory = timing.percentiles, batch.speedup.get(name), batch.peak_memory_bytes[name]
+                    ratio, memory = batch.speedup.get(name), batch.peak_memory_bytes[name]
                     rows.add_row(
                         name,
-                        str(batch.batch_size),
-                        *(three_digits(value) for value in (p.p10, p.p50, p.p90, p.p95, p.p99)),
+                        *(_percentile(timing, which) for which in PERCENTILES),
                         three_digits(batch.images_per_second[name]),
                         _or_dash(memory and memory / 2**20, ".0f"),
                         interval(ratio) if ratio else "1",
@@ -43,23 +47,25 @@ def _latency(report: BenchReport) -> list[Any]:
     return made
 
 
+def _percentile(timing: Timing, which: str) -> str:
+    return three_digits(getattr(timing.percentiles, which)) if timing.percentiles else "-"
+
+
 def _energy(report: BenchReport) -> list[Any]:
+    """report.csv and report.html have more columns than fit beside a name in 80."""
     measured = [(batch, batch.energy) for batch in report.batches if batch.energy and batch.energy.subjects]
     if not measured:
         return []
-    columns = ("", "batch", "J/image", "above idle", "images/J", "W", "peak W", "J s", "saving (95 %)")
-    rows = numbers(f"energy by {measured[0][1].source}", *columns)
+    rows = numbers(f"energy by {measured[0][1].source}", "", "J/image", "above idle", "W", "peak W", "saving (95 %)")
     for batch, run in measured:
+        rows.add_row(Text(batch.title, "bold"))
         for name, energy in run.subjects.items():
             rows.add_row(
                 name,
-                str(batch.batch_size),
                 f"{energy.joules_per_image:.4g}",
                 f"{energy.above_idle_joules_per_image:.4g}",
-                f"{energy.images_per_joule:.1f}",
                 f"{energy.average_w:.0f}",
                 _or_dash(energy.peak_w, ".0f"),
-                _or_dash(energy.energy_delay_js, ".3g"),
                 interval(run.ratio(batch.baseline, name)) if name != batch.baseline else "1",
             )
     notes = dict.fromkeys([*(note for _, run in measured for note in run.notes), SENSORS_ERR])
@@ -96,15 +102,15 @@ def _layers(batch: BatchBench) -> list[Any]:
 
 
 def compare_table(report: CompareReport, folder: Path) -> list[Any]:
-    rows = numbers("before over after: above 1 is better", "", "batch", "dtype", "", "before", "after", "ratio (95 %)")
-    for change in report.changes:
-        rows.add_row(
-            Text(change.subject, "bold red" if change.worse else ""),
-            str(change.batch_size),
-            change.dtype,
-            change.what,
-            f"{change.before:.4g}",
-            f"{change.after:.4g}",
-            interval(change.ratio),
-        )
+    rows = numbers("before over after: above 1 is better", "", "", "before", "after", "ratio (95 %)")
+    for (batch_size, dtype), changes in groupby(report.changes, key=lambda change: (change.batch_size, change.dtype)):
+        rows.add_row(Text(f"batch {batch_size}, {dtype}", "bold"))
+        for change in changes:
+            rows.add_row(
+                Text(change.subject, "bold red" if change.worse else ""),
+                change.what,
+                f"{change.before:.4g}",
+                f"{change.after:.4g}",
+                interval(change.ratio),
+            )
     return [Text(report.verdict, "bold"), rows, *(f"differs: {difference}" for difference in report.differences)]

@@ -15,7 +15,7 @@ def table(title: str, *columns: str) -> Table:
 
 
 def numbers(title: str, *columns: str) -> Table:
-    """Numbers are never cut: on a narrow terminal it is the names that continue on the next line."""
+    """Numbers are never cut. Few enough columns leave the names whole in 80; a longer name continues on the next line."""
     rows = table(title, *columns)
     rows.columns[0].overflow = "fold"
     for column in rows.columns[1:]:
