@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from lpvit_cli.curvature import collect
+from lpvit_cli.data.batches import ListedBatches
 from lpvit_cli.devices import pick_device
 from lpvit_cli.errors import CheckFailed, UsageError, require
 from lpvit_cli.measure.profile import DeviceProfile
@@ -25,8 +26,13 @@ from lpvit_cli.progress import Progress, silent
 from lpvit_cli.pruning.engine import prune_model
 from lpvit_cli.pruning.plan import build_plan
 from lpvit_cli.recipe.errors import explain
+from lpvit_cli.recipe.finetune import FinetuneSection
 from lpvit_cli.recipe.prune import Block, PruneSection
+from lpvit_cli.recovery.lora import merge
+from lpvit_cli.recovery.objective import Following
+from lpvit_cli.recovery.recover import recover as run_recovery
 from lpvit_cli.registry import BUDGETS
+from lpvit_cli.sparse.masks import block_masks, require_same_masks
 from lpvit_cli.tasks.base import Task
 from lpvit_cli.tasks.classification import Classification
 from lpvit_cli.tasks.features import Features
@@ -91,6 +97,63 @@ def prune(
     )
     pruned, _ = prune_model(plan, options.budget, progress)
     return pruned.requires_grad_(True).eval()
+
+
+def recover(
+    model: nn.Module,
+    teacher: nn.Module,
+    images: Images,
+    *,
+    epochs: int = 3,
+    task: str = "classification",
+    held_back: float = 0.1,
+    device: str = "auto",
+    seed: int = 0,
+    progress: Progress = silent,
+    **settings: Any,
+) -> nn.Module:
+    """A copy of a pruned `model` whose kept blocks were trained to follow `teacher`, on the CPU in eval mode; no labels needed.
+
+    `images`: of training, held in memory; the share `held_back` of their batches judges the epochs, and the best one is
+    returned, `model` itself if none is better. `settings`: keys of a recipe's finetune section (`method`: lora_ga, lora or
+    full; `rank`, `lr`, `warmup_epochs`, `also_train` ...). Every removed block stays removed.
+
+    Raises UsageError where arguments do not fit, CheckFailed where training diverges.
+    """
+    batches, where, judged = _batches(images), pick_device(device), _task(task)
+    options = _finetune({**settings, "epochs": epochs, "distill": None})
+    kept = min(len(batches) - 1, max(1, round(held_back * len(batches)))) if len(batches) > 1 else 0
+    train, judging = batches[kept:], batches[:kept] or batches
+    student, parent = copy.deepcopy(model).to(where).eval(), copy.deepcopy(teacher).to(where).eval().requires_grad_(False)
+    masks = block_masks(student)
+    if not masks:
+        raise UsageError(
+            "recover: no layer of this model is block-sparse", "prune it first: lpvit_cli.prune(model, images, ...)"
+        )
+    reference = judged.outputs(parent, judging, where)
+
+    def closeness() -> Closeness:
+        return Closeness(judged.divergence(judged.outputs(student, judging, where), reference))
+
+    shuffled = ListedBatches(train, seed)
+    following = Following(judged, parent)
+    run_recovery(
+        student, options, shuffled, shuffled, following, closeness, closeness(), seed=seed, device=where, progress=progress
+    )
+    merge(student)
+    require_same_masks(masks, block_masks(student))
+    return student.cpu().requires_grad_(True).eval()
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How near a model is to its teacher."""
+
+    divergence: float
+
+    @property
+    def score(self) -> tuple[float]:
+        return (-self.divergence,)
 
 
 @dataclass(frozen=True)
@@ -184,6 +247,14 @@ def _task(name: str) -> Task:
     if name not in TASKS:
         raise UsageError(f"task: there is none called {name!r}", f"choose one of {', '.join(TASKS)}")
     return TASKS[name]()
+
+
+def _finetune(settings: dict[str, Any]) -> FinetuneSection:
+    """The finetune section that keyword arguments say."""
+    try:
+        return FinetuneSection.model_validate(settings)
+    except ValidationError as error:
+        raise explain(error, FinetuneSection, settings, {}, Path("lpvit_cli.recover")) from None
 
 
 def _settings(settings: dict[str, Any], block: Any) -> PruneSection:

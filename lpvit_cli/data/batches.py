@@ -165,3 +165,18 @@ def batches(model: VisionModel, source: Reader | IterableDataset, data: DataSect
     options.setdefault("batch_size", data.peek("batch_size"))  # what is evaluated does not depend on it
     workers = data.peek("workers")
     return Batches(source, num_classes=model.num_classes, workers=workers, max_corrupt=data.max_corrupt, **options)
+
+
+class ListedBatches:
+    """Batches that lie in memory, as Batches gives them: in an order that depends on seed and epoch only."""
+
+    def __init__(self, listed: list[Batch], seed: int):
+        self.listed, self.seed = listed, seed
+        self.batch_size = max(len(images) for images, _ in listed)
+
+    def __len__(self) -> int:
+        return len(self.listed)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        order = np.random.RandomState((self.seed * 100_003 + number) % 2**32).permutation(len(self.listed))
+        return (self.listed[index] for index in order[start:])

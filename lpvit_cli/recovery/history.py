@@ -12,20 +12,20 @@ from lpvit_cli import distributed
 
 
 class History:
-    """A file that the main process appends to, and that is cut back to a checkpoint when steps are made again."""
+    """A file that the main process appends to, cut back to a checkpoint when steps are made again; None: no file."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None):
         self.path = path
 
     def add(self, **entry: Any) -> None:
-        if distributed.is_main():
+        if self.path is not None and distributed.is_main():
             self.path.parent.mkdir(exist_ok=True)
             with self.path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
     def cut(self, steps: int, epochs: int) -> None:
         """Forget what came after so many steps and epochs, and a line that a kill has cut short."""
-        if distributed.is_main() and self.path.is_file():
+        if self.path is not None and distributed.is_main() and self.path.is_file():
             lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             self.path.write_text("".join(line for line in lines if _within(json.loads(line), steps, epochs)))
 

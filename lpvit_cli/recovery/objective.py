@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.recipe.finetune import Augment, Distill, FinetuneSection
+from lpvit_cli.tasks.base import Task
 from lpvit_cli.tasks.classification import soft_distillation
 
 Forward = Callable[[Tensor], Tensor]  # images [n, 3, H, W] -> logits [n, classes]
@@ -36,6 +37,26 @@ class Objective:
                 said = self.teacher(images)
             loss = (1 - distill.weight) * loss + distill.weight * distillation(logits, said, distill)
         return loss, logits
+
+    def hits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """How many images [n, classes] get their label: what training tells of itself."""
+        return (logits.argmax(dim=1) == labels).sum()
+
+
+class Following:
+    """Distillation alone: what a teacher says of the same images. It needs no labels."""
+
+    def __init__(self, task: Task, teacher: Forward):
+        self.task, self.teacher = task, teacher
+
+    def __call__(self, forward: Forward, images: Tensor, labels: Tensor, mix: bool = True) -> tuple[Tensor, Tensor]:
+        outputs = forward(images)
+        with torch.no_grad():
+            taught = self.teacher(images)
+        return self.task.distillation(outputs, taught), outputs
+
+    def hits(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return torch.zeros((), dtype=torch.int64, device=outputs.device)
 
 
 def distillation(logits: Tensor, said: Tensor, distill: Distill) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,16 @@ from lpvit_cli.recovery.objective import Forward, Objective, first_nonfinite
 from lpvit_cli.tasks.classification import Accuracy
 
 CHECKPOINT_SECONDS = 300.0  # so much work a kill may cost
-Evaluate = Callable[[], Accuracy]
+
+
+class Quality(Protocol):
+    """How good a model is: `score` compares, more is better, its first number in the task's points."""
+
+    @property
+    def score(self) -> tuple[float, ...]: ...
+
+
+Evaluate = Callable[[], Quality]
 OnStep = Callable[[int, int, str], None]  # steps of this epoch done and in all, detail
 
 
@@ -72,8 +82,8 @@ class Trainer:
     average takes floating-point buffers like parameters, so that statistics go with the weights they belong to, and the model's
     own integers. With several processes an epoch ends with the buffers of the main process in all.
 
-    The model as it is given counts as epoch 0. Everything needed to go on is in `folder`: checkpoint.safetensors and
-    history.jsonl, a line for every step and every epoch.
+    The model as it is given counts as epoch 0. Everything needed to go on is in `folder`, if there is one:
+    checkpoint.safetensors and history.jsonl, a line for every step and every epoch.
     """
 
     def __init__(
@@ -83,8 +93,8 @@ class Trainer:
         train: Batches,
         objective: Objective,
         evaluate: Evaluate,
-        before: Accuracy,
-        folder: Path,
+        before: Quality,
+        folder: Path | None,
         seed: int,
         device: torch.device,
         precision: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -107,7 +117,7 @@ class Trainer:
         self.best = _copies(self.moving)
         self.best_epoch, self.best_accuracy = 0, before
         self.history: list[Epoch] = []
-        self.log = History(folder / "history.jsonl")
+        self.log = History(folder / "history.jsonl" if folder else None)
         self.sums = Sums()
         self.steps_per_epoch = -(-len(train) // settings.accumulate)
 
@@ -131,7 +141,7 @@ class Trainer:
 
     @property
     def target_reached(self) -> bool:
-        return self.best_accuracy.top1 >= (self.settings.target_top1 or math.inf)
+        return self.best_accuracy.score[0] >= (self.settings.target_top1 or math.inf)
 
     @property
     def done(self) -> int:
@@ -183,7 +193,7 @@ class Trainer:
         with self.forward.no_sync() if wait and isinstance(self.forward, DistributedDataParallel) else nullcontext():
             with self.precision():
                 loss, logits = self.objective(self.forward, x, labels)
-            hits = (logits.argmax(dim=1) == labels).sum()
+            hits = self.objective.hits(logits, labels)
             sums = torch.stack([loss.detach().double() * count, hits.double() * (count > 0), hits.new_tensor(count).double()])
             distributed.all_reduce(sums)
             total, all_hits, images = sums.tolist()
@@ -215,7 +225,7 @@ class Trainer:
         if x is not None:
             with self.precision():
                 where = first_nonfinite(self.model, x)
-        kept = f"; the state before is kept in {self.checkpoint}" if self.checkpoint.is_file() else ""
+        kept = f"; the state before is kept in {self.checkpoint}" if self.checkpoint and self.checkpoint.is_file() else ""
         when = f"step {self.done + 1} (epoch {len(self.history) + 1})"
         raise CheckFailed(
             f"recovery diverged: {what} in {when}, first in {where or 'the loss'}",
@@ -226,7 +236,7 @@ class Trainer:
         distributed.share(*self.buffers.values(), *(self.average[name] for name in self.buffers if name in self.average))
         with self._averaged():
             accuracy = self.evaluate()
-            if (accuracy.top1, accuracy.top5) >= (self.best_accuracy.top1, self.best_accuracy.top5):
+            if accuracy.score >= self.best_accuracy.score:
                 self.best = _copies(self.moving)
                 self.best_epoch, self.best_accuracy = len(self.history) + 1, accuracy
         sums = self.sums
@@ -234,7 +244,7 @@ class Trainer:
             epoch=len(self.history) + 1,
             loss=sums.loss / max(1, sums.images),
             top1=100 * sums.hits / max(1, sums.images),
-            validation_top1=accuracy.top1,
+            validation_top1=accuracy.score[0],
             images_per_second=sums.images / sums.seconds,
         )
         self.log.add(**epoch.model_dump())
@@ -258,12 +268,13 @@ class Trainer:
     # going on after a kill
 
     @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoint.safetensors"
+    def checkpoint(self) -> Path | None:
+        return self.folder / "checkpoint.safetensors" if self.folder else None
 
     def save(self) -> None:
-        if not distributed.is_main():
+        if self.checkpoint is None or not distributed.is_main():
             return
+        assert isinstance(self.best_accuracy, Accuracy)
         groups = {
             "model": self.model.state_dict(),
             "optimizer": checkpoint.optimizer_tensors(self.optimizer),
@@ -281,7 +292,7 @@ class Trainer:
 
     def resume(self) -> int:
         """Go on from the checkpoint, if there is one; returns how many steps are done."""
-        if not self.checkpoint.is_file():
+        if self.checkpoint is None or not self.checkpoint.is_file():
             self.log.cut(0, 0)
             return 0
         groups, state = checkpoint.read(self.checkpoint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,9 +25,10 @@ from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.recovery.history import read_losses
-from lpvit_cli.recovery.lora import adapt, merge, save_adapter
+from lpvit_cli.recovery.lora import adapters_of, merge, save_adapter
 from lpvit_cli.recovery.objective import Objective, Teacher
-from lpvit_cli.recovery.start import choose_trained, ranks_of, start_from_gradient
+from lpvit_cli.recovery.recover import recover
+from lpvit_cli.recovery.start import ranks_of
 from lpvit_cli.recovery.trainer import Trainer
 from lpvit_cli.report.pictures import recovery_picture
 from lpvit_cli.report.schema import FinetuneReport
@@ -47,10 +47,10 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
     torch.manual_seed(recipe.seed)
     device = run.device
     dtype = pick_dtype(recipe.dtype, device)
-    precision = partial(autocast, device, dtype)
     parent, pruned = run.artefact(PRUNE), run.report(PRUNE)
     model = load_model(parent).to(device)
-    masks, ranks = block_masks(model), ranks_of(model, settings)
+    masks = block_masks(model)
+    ranks_of(model, settings)  # what is wrong with them is told before images are read
     source = _training_images(recipe, model)
     validation = Validation(validation_batches(recipe.data, model), device, dtype, progress)
     require_same_classes(source, validation.images.source)
@@ -58,46 +58,37 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
     shuffled = {"shuffle": True, "seed": recipe.seed, "batch_size": recipe.data.batch_size}
     train = batches(model, source, recipe.data, transform=augment, augmented=settings.augment is not None, **shuffled)
     objective = Objective(settings, model.num_classes, teacher_of(recipe, model, device))
-    folder = run.progress_folder(FINETUNE)
-
-    begun = distributed.broadcast((folder / "checkpoint.safetensors").is_file())
-    if settings.method == "lora_ga" and not begun:
-        plain = batches(model, source, recipe.data, **shuffled)
-        exact = nullcontext if dtype == torch.float16 else precision  # small gradients would be zero in float16
-        start_from_gradient(model, ranks, settings, plain, objective, exact, device, progress)
-    else:
-        adapt(model, ranks, settings.alpha)
-    choose_trained(model, settings)
-    trainer = Trainer(
+    trainer, resumed = recover(
         model,
         settings,
         train,
+        batches(model, source, recipe.data, **shuffled),
         objective,
         lambda: validation.accuracy(model, "validating"),
         pruned.accuracy,
-        folder,
-        recipe.seed,
-        device,
-        precision,
-        torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        seed=recipe.seed,
+        device=device,
+        progress=progress,
+        folder=run.progress_folder(FINETUNE),
+        precision=partial(autocast, device, dtype),
+        dtype=dtype,
     )
-    resumed = trainer.resume()
-    trainer.fit(lambda done, total, detail: progress("recovering", done, total, detail))
-
-    if ranks:
+    adapted = bool(adapters_of(model))
+    if adapted:
         save_adapter(work, model, parent)
     merge(model)
     save_model(work, model.cpu(), {**read_config(parent), "parent": str(parent)})
     written = load_model(work)
     require_same_masks(masks, block_masks(written))
     recovered = validation.accuracy(written, "evaluating the recovered model")
+    assert isinstance(trainer.best_accuracy, Accuracy)
     require_accuracy(recovered, trainer.best_accuracy, trainer.best_epoch)
     skipped = distributed.all_gather(train.skipped)
     report = FinetuneReport(
         device=describe_device(device),
         notes=_notes(trainer, skipped, resumed),
         method=settings.method,
-        rank=settings.rank if ranks else None,
+        rank=settings.rank if adapted else None,
         trainable_parameters=sum(p.numel() for p in trainer.trained.values()),
         all_parameters=sum(parameter.numel() for parameter in model.parameters()),
         optimizer_bytes=trainer.optimizer_bytes,
@@ -109,7 +100,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
         history=trainer.history,
         skipped_images=len(skipped),
     )
-    if trainer.log.path.is_file():
+    if trainer.log.path and trainer.log.path.is_file():
         shutil.copyfile(trainer.log.path, work / "history.jsonl")
         if find_spec("matplotlib"):
             replace_text(work / "history.svg", recovery_picture(report, read_losses(work / "history.jsonl")))

@@ -21,6 +21,10 @@ class Accuracy:
     top5: float
     images: int
 
+    @property
+    def score(self) -> tuple[float, float]:
+        return self.top1, self.top5
+
 
 class Classification(Task):
     """Logits [n, classes]."""
