@@ -62,6 +62,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Profi
             images_per_call=1,  # joules per call, whatever it holds
             trials=TRIALS,
             window_s=recipe.bench.energy.window_seconds,
+            allow_mig=recipe.bench.energy.allow_mig,
             on_trial=lambda done, total: progress("energy of the layers", done, total, f"trial {done}/{total}"),
         )
         ms = {name: timed.percentiles.p50 for name, timed in timing.subjects.items()}
