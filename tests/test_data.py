@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import pickle
 import random
 import tarfile
 from collections.abc import Callable, Iterator
@@ -16,9 +18,12 @@ import timm.data
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo
+from timm.data.readers import create_reader
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
+from lpvit_cli import distributed
+from lpvit_cli.data import batches as batches_module
 from lpvit_cli.data import readers as data_module
 from lpvit_cli.data.batches import Batches, batches
 from lpvit_cli.data.readers import DigitsReader, SyntheticReader, class_names, open_images, require_same_classes
@@ -482,6 +487,95 @@ def test_streams_stop_at_the_limit(limit: int | None, sizes: list[int]) -> None:
     assert source.images == limit
     if limit and limit <= 10:
         assert len(source) == len(sizes)
+
+
+# workers
+
+
+def drawn(image: Image.Image) -> Tensor:
+    """What the transform draws, and which process does."""
+    return torch.tensor([float(torch.rand(())), random.random(), float(os.getpid())])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_stay_and_an_epoch_depends_on_nothing_before_it(workers: int) -> None:
+    """Not on epochs that were read before it, nor on one that was left half-way, nor on the random numbers of the process."""
+
+    def numbers(source: Batches, epoch: int, start: int = 0) -> tuple[list[list[float]], set[float]]:
+        rows = torch.cat([images for images, _ in source.epoch(epoch, start)]).tolist()
+        return [row[:2] for row in rows], {row[2] for row in rows}
+
+    options: dict[str, Any] = {"batch_size": 4, "shuffle": True, "augmented": True, "seed": 5}
+    source = Batches(Numbered(24), drawn, workers=workers, **options)
+    first, processes = numbers(source, 0)
+    torch.manual_seed(99)
+    half = source.epoch(1)
+    next(half)
+    half.close()
+    second, others = numbers(source, 2)
+    assert processes == others, "workers were started again"
+    assert len(processes) == workers
+    assert os.getpid() not in processes
+    for epoch, expected in ((2, second), (0, first)):
+        assert numbers(source, epoch)[0] == numbers(Batches(Numbered(24), drawn, **options), epoch)[0] == expected
+    assert numbers(source, 2, start=4)[0] == second[16:]
+    assert first != second
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_draws_no_random_numbers_of_others(workers: int) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    list(Batches(Numbered(4), brightness, batch_size=2, workers=workers))
+    assert torch.rand(1) == expected
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("source", [Numbered(4), Stream()])
+def test_batches_for_a_gpu_are_pinned(monkeypatch: pytest.MonkeyPatch, on_gpu: bool, source: Any) -> None:
+    asked: dict[str, Any] = {}
+
+    def loader(*args: Any, pin_memory: bool, **options: Any) -> Any:
+        asked.update(options, pin_memory=pin_memory)
+        return DataLoader(*args, **options)
+
+    monkeypatch.setattr(batches_module, "DataLoader", loader)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: on_gpu)
+    list(Batches(source, brightness, batch_size=2))
+    assert asked["pin_memory"] is on_gpu
+
+
+@both_kinds
+def test_one_process_walks_and_the_others_get_its_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    write_split(tmp_path, "train", INSECTS, kind)
+    alone: Any = open_images(files(tmp_path, kind), "train", Eye(3))
+    sent: list[bytes] = []
+
+    def broadcast(thing: Any) -> Any:
+        if distributed.is_main():
+            sent.append(pickle.dumps(thing))
+        return pickle.loads(sent[-1])
+
+    def walk(*args: Any) -> Any:
+        assert distributed.is_main(), "another process walks too"
+        return create_reader(*args)
+
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "broadcast", broadcast)
+    monkeypatch.setattr(data_module, "create_reader", walk)
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        reader: Any = open_images(files(tmp_path, kind), "train", Eye(3))
+        assert [reader.filename(i) for i in range(6)] == [alone.filename(i) for i in range(6)]
+        assert [int(reader[i][1]) for i in range(6)] == [int(alone[i][1]) for i in range(6)]
+        assert reader[3][0].read() == alone[3][0].read()
+        assert class_names(reader) == ("ant", "bee", "wasp")
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        with pytest.raises(UsageError, match="holds no images"):
+            open_images(files(tmp_path / "empty"), "train", Eye(3))
 
 
 # data sets by name

@@ -46,7 +46,7 @@ def collect(
     images = 0
     try:
         for x, labels in batches:
-            loss(model(x.to(device)), labels).backward()
+            loss(model(x.to(device, non_blocking=True)), labels).backward()
             images += len(x)
             on_batch(images)
     finally:

@@ -27,20 +27,22 @@ class _Guarded(Dataset):
     """Transformed images; an unreadable one becomes its file name instead of an exception in a worker. What a transform raises
     is a bug, and comes through.
 
-    With a `seed`, what the transform draws depends on it and the image only.
+    It is asked for an epoch and an index: workers live longer than an epoch. With a `seed`, what the transform draws depends on
+    it, the epoch and the image only.
     """
 
-    def __init__(self, reader: Reader, transform: Any, seed: tuple[int, ...] | None):
+    def __init__(self, reader: Reader, transform: Any, seed: int | None):
         self.reader, self.transform, self.seed = reader, transform, seed
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int] | str:
+        epoch, index = item
         try:
             image, label = self._read(index)
         except UNREADABLE:
             return self.reader.filename(index)
         if self.seed is None:
             return self.transform(image), label
-        with seeded(*self.seed, index):
+        with seeded(self.seed, epoch, index):
             return self.transform(image), label
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
@@ -59,12 +61,20 @@ def _collate(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor, lis
     return images, labels, [item for item in items if isinstance(item, str)]
 
 
+def _loader(dataset: Any, workers: int, **options: Any) -> DataLoader:
+    """Its workers stay; where this process computes on a GPU, batches lie in pinned memory, from where copies need not wait."""
+    own = torch.Generator().manual_seed(0)  # workers are seeded of it: loading draws no random numbers of others
+    pinned = torch.cuda.is_initialized()
+    return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0, pin_memory=pinned, generator=own, **options)
+
+
 @dataclass
 class Batches:
     """Iterable over (images, labels). Unreadable images are skipped and listed in `skipped`; too many are an error.
 
     `limit` takes that many images: a random choice fixed by `seed` when shuffling, else the first ones. With several processes
-    each gets its share of every batch. `augmented`: the transform draws random numbers.
+    each gets its share of every batch. `augmented`: the transform draws random numbers. Workers start with the first pass and
+    stay for later ones; a pass ends the one before it.
     """
 
     source: Reader | IterableDataset
@@ -78,6 +88,8 @@ class Batches:
     limit: int | None = None
     max_corrupt: float = 0.01
     skipped: list[str] = field(default_factory=list)
+    _loader: DataLoader | None = field(default=None, init=False, repr=False, compare=False)
+    _asked: list[list[tuple[int, int]]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def images(self) -> int | None:
@@ -116,11 +128,13 @@ class Batches:
             indices = generator.permutation(indices)
         rank, world = distributed.rank(), distributed.world()
         whole = [indices[at : at + self.batch_size] for at in range(0, len(indices), self.batch_size)][start:]
-        dataset = _Guarded(self.source, self.transform, (self.seed, number) if self.augmented else None)
-        shares = [batch[rank::world].tolist() for batch in whole]
-        loader = DataLoader(dataset, batch_sampler=shares, num_workers=self.workers, collate_fn=_collate)
+        shares = [[(number, index) for index in batch[rank::world].tolist()] for batch in whole]
+        self._asked[:] = shares  # the loader's
+        if self._loader is None:
+            dataset = _Guarded(self.source, self.transform, self.seed if self.augmented else None)
+            self._loader = _loader(dataset, self.workers, batch_sampler=self._asked, collate_fn=_collate)
         empty = start == 0 and (any(shares) or not shares)  # a share may be empty where others' are not
-        for images, labels, unreadable in loader:
+        for images, labels, unreadable in self._loader:
             self._count(unreadable, -(-len(indices) // world))
             self._require_known(labels)
             empty = empty and not len(images)
@@ -149,7 +163,9 @@ class Batches:
         self.source.transform = self.transform  # type: ignore[union-attr]
         rank, world = distributed.rank(), distributed.world()
         seen = 0
-        for images, labels in DataLoader(self.source, self.batch_size, num_workers=min(self.workers, 1)):  # type: ignore[arg-type]
+        if self._loader is None:
+            self._loader = _loader(self.source, min(self.workers, 1), batch_size=self.batch_size)
+        for images, labels in self._loader:
             images = images[: self.limit - seen] if self.limit else images
             labels = labels[: len(images)]
             self._require_known(labels)

@@ -6,6 +6,7 @@ A `reader` is anything with timm's reader protocol: `reader[i] -> (file or PIL i
 from __future__ import annotations
 
 import tarfile
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from timm.data.readers import create_reader
 from torch.utils.data import IterableDataset
 
+from lpvit_cli import distributed
 from lpvit_cli.errors import EnvironmentFault, UsageError, require
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.recipe.data import DataSection
@@ -140,6 +142,11 @@ def _read_files(data: DataSection, split: str) -> Reader:
         raise UsageError(
             f"{data.root}: {what} {wanted}", "set data.root to the folder that holds the splits, or data.train_split/val_split"
         )
+    return distributed.on_main(lambda: _walk(place))
+
+
+def _walk(place: Path) -> Reader:
+    """A reader with the sorted list of its images. To list a million takes minutes on a network disk: one process does it."""
     try:
         reader: Reader = create_reader("", str(place))
     except tarfile.TarError as error:

@@ -189,7 +189,7 @@ class Trainer:
         count = len(x)
         if not count:  # every process must take part: an image that counts for nothing
             x, labels = torch.zeros(1, *self.model.pretrained_cfg["input_size"]), torch.zeros(1, dtype=torch.int64)
-        x, labels = x.to(self.device), labels.to(self.device)
+        x, labels = x.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         with self.forward.no_sync() if wait and isinstance(self.forward, DistributedDataParallel) else nullcontext():
             with self.precision():
                 loss, logits = self.objective(self.forward, x, labels)

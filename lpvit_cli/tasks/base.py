@@ -36,4 +36,4 @@ def outputs_of(model: nn.Module, batches: Batches, device: torch.device) -> Tens
     """The outputs of all images, in float32 on the CPU."""
     model.eval().to(device)  # before inference mode, whose tensors no backward pass could use
     with torch.inference_mode():
-        return torch.cat([model(images.to(device)).float().cpu() for images, _ in batches])
+        return torch.cat([model(images.to(device, non_blocking=True)).float().cpu() for images, _ in batches])

@@ -28,7 +28,7 @@ class Validation:
         total = self.images.share
         with torch.inference_mode(), autocast(self.device, self.dtype):
             return accuracy(
-                lambda x: model(x.to(self.device)),
+                lambda x: model(x.to(self.device, non_blocking=True)),
                 self.images,
                 lambda done: self.progress(what, done, total, f"{done}/{total} images"),
             )

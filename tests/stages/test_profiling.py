@@ -137,6 +137,14 @@ def test_how_it_is_measured_follows_the_recipe(tmp_path: Path, made_up: dict[str
     assert profile.provenance["versions"]["torch"]
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_gpu_split_by_mig_is_measured_where_the_recipe_allows_it(
+    tmp_path: Path, made_up: dict[str, Any], allowed: bool
+) -> None:
+    profiled(tmp_path, f"bench.energy.allow_mig={str(allowed).lower()}", block=(60, 60))
+    assert made_up["allow_mig"] is allowed
+
+
 def test_layers_of_one_shape_that_see_different_rows_are_kept_apart(tmp_path: Path, made_up: dict[str, Any]) -> None:
     profile = profiled(tmp_path, "prune.layers.include=[blocks.0.*, head]", "model.kwargs.num_classes=240", block=(60, 60))
     assert [(layer.rows, layer.names) for layer in profile.layers if layer.shape == (240, 240)] == [
