@@ -47,6 +47,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    from lpvit_cli.measure.machine import cpu_name
+    from lpvit_cli.machine import cpu_name
 
     return f"{cpu_name()}, {torch.get_num_threads()} threads"

@@ -30,7 +30,7 @@ from lpvit_cli.export.forms import FORMS, forms_of
 from lpvit_cli.export.graph import dense_graph, save_onnx
 from lpvit_cli.export.layer import ExportLayer
 from lpvit_cli.export.rewrite import rewrite
-from lpvit_cli.measure.machine import cpu_name, installed
+from lpvit_cli.machine import cpu_name, installed
 from lpvit_cli.measure.timing import Subject, TimingRun, time_in_visits
 from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.models.protocol import VisionModel

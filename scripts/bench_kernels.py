@@ -36,7 +36,7 @@ from lpvit_kernels.random import random_block_sparse
 from results import publish
 from torch import Tensor
 
-from lpvit_cli.measure.machine import cpu_name
+from lpvit_cli.machine import cpu_name
 from lpvit_cli.measure.roofline import Ceilings
 from lpvit_cli.measure.timing import Subject, TimingRun, time_interleaved
 

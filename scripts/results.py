@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lpvit_cli.measure.machine import provenance
+from lpvit_cli.machine import provenance
 
 
 def publish(benchmark: str, packages: tuple[str, ...], output: Path | None, **found: object) -> None:

@@ -19,12 +19,12 @@ FLOORS = (  # from the roof to the ground: a room imports rooms of its own floor
     ("bench", "export", "recovery", "pruning"),
     ("curvature", "targets", "tasks"),
     ("data",),
-    ("models", "sparse", "measure", "pipeline"),
+    ("models", "sparse", "numbers", "pipeline"),
+    ("measure",),
     ("devices", "recipe"),
-    ("registry", "distributed", "files", "numbers", "progress", "randomness"),
+    ("machine", "registry", "distributed", "files", "progress", "randomness"),
     ("errors",),
 )
-LIGHT = ("measure.machine",)  # facts about the machine that even the ground may ask for
 
 
 def modules() -> dict[str, Path]:
@@ -63,11 +63,7 @@ def test_no_import_points_upward(module: str) -> None:
     floor = {name: number for number, names in enumerate(FLOORS) for name in names}
     if not room(module):
         return
-    upward = [
-        other
-        for other in IMPORTS[module]
-        if room(other) and floor[room(other)] < floor[room(module)] and not other.endswith(LIGHT)
-    ]
+    upward = [other for other in IMPORTS[module] if room(other) and floor[room(other)] < floor[room(module)]]
     assert not upward
 
 
@@ -113,9 +109,7 @@ def test_no_room_imports_another_that_imports_it() -> None:
     rooms: dict[str, set[str]] = {}
     for name, others in IMPORTS.items():
         if room(name):
-            rooms.setdefault(room(name), set()).update(
-                room(other) for other in others if room(other) != room(name) and not other.endswith(LIGHT)
-            )
+            rooms.setdefault(room(name), set()).update(room(other) for other in others if room(other) != room(name))
     assert circle_in({name: {other for other in others if other} for name, others in rooms.items()}) == []
 
 

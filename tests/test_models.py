@@ -33,13 +33,12 @@ from lpvit_cli.data.transforms import transform_for
 from lpvit_cli.devices import autocast, pick_device, pick_dtype
 from lpvit_cli.errors import EnvironmentFault, LpvitError, UsageError
 from lpvit_cli.models.families.timm import build_model, shrink
-from lpvit_cli.models.folder import load_model, model_config, save_model
+from lpvit_cli.models.folder import load_model, model_config, require_same_model, save_model
 from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.models.tensors import read_tensors, write_tensors
 from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.recipe.prune import Layers
 from lpvit_cli.sparse import BlockSparseLinear, densify, sparse_layers, sparsify
-from lpvit_cli.stages.bench import require_same_model
 
 VIT = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 5, "qkv_bias": False}

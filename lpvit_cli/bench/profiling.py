@@ -11,8 +11,8 @@ from torch import nn
 
 from lpvit_cli.bench.work import work_of
 from lpvit_cli.devices import describe_device, type_name
+from lpvit_cli.machine import provenance
 from lpvit_cli.measure.energy.run import EnergyRun, energy_on
-from lpvit_cli.measure.machine import provenance
 from lpvit_cli.measure.profile import KEPT, DeviceProfile, LayerProfile, SparseProfile
 from lpvit_cli.measure.timing import Subject, TimingRun, cpu_threads, time_interleaved
 from lpvit_cli.models.flops import count_flops

@@ -6,8 +6,8 @@ import platform
 from dataclasses import dataclass
 
 from lpvit_cli.errors import LpvitError
+from lpvit_cli.machine import cpu_name, installed
 from lpvit_cli.measure.energy.meters import open_meter
-from lpvit_cli.measure.machine import cpu_name, installed
 
 OPTIONAL = {
     "onnx": "export",

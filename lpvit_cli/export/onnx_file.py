@@ -21,7 +21,7 @@ from lpvit_cli.export.layer import ExportLayer, FormChoice
 from lpvit_cli.export.results import ExportedFile, ExportedLayer, ExportSpeed
 from lpvit_cli.export.rewrite import rewrite
 from lpvit_cli.export.source import DENSE_FOLDER, Source
-from lpvit_cli.measure.machine import cpu_name, installed
+from lpvit_cli.machine import cpu_name, installed
 from lpvit_cli.measure.timing import Subject
 from lpvit_cli.progress import Progress
 from lpvit_cli.sparse import BlockSparseLinear, densify

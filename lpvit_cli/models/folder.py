@@ -121,3 +121,16 @@ def as_dense(source: Path, weights: Path) -> ModelSection:
             interpolation=interpolation if interpolation in str(known) else None,
         ),
     )
+
+
+def require_same_model(folder: Path, model: ModelSection) -> None:
+    """Raise UsageError where the model folder holds another architecture than the recipe tells."""
+    config = read_config(folder)
+    found = (config["architecture"], config["kwargs"])
+    architecture, kwargs = resolve(model)
+    wanted = (architecture, json.loads(json.dumps(kwargs)))
+    if found != wanted:
+        raise UsageError(
+            f"{folder} holds {found[0]} with {found[1]}, the recipe says {wanted[0]} with {wanted[1]}",
+            "use the recipe it was made by, or make it again: lpvit run RECIPE",
+        )

@@ -9,8 +9,11 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lpvit_cli.errors import UsageError
+from lpvit_cli.models.families.timm import build_model
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.recipe.finetune import Augment, Distill, FinetuneSection
+from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.tasks.base import Task
 from lpvit_cli.tasks.classification import soft_distillation
 
@@ -109,6 +112,19 @@ class Teacher(nn.Module):
                 images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
         logits: Tensor = self.model(images)
         return logits
+
+
+def teacher_of(distill: Distill | None, parent: ModelSection, model: VisionModel, device: torch.device) -> Teacher | None:
+    """The teacher of distillation, where there is one: the dense parent, unless the settings name another model."""
+    if distill is None:
+        return None
+    teacher = build_model(distill.teacher or parent)
+    if teacher.num_classes != model.num_classes:
+        raise UsageError(
+            f"finetune.distill.teacher: tells {teacher.num_classes} classes apart, the model {model.num_classes}",
+            "take a teacher trained on the same classes, or --set finetune.distill=null",
+        )
+    return Teacher(teacher, model).to(device)
 
 
 def first_nonfinite(model: nn.Module, images: Tensor) -> str | None:

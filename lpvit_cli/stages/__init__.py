@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpvit_cli.files import content_id, digest
-from lpvit_cli.measure.machine import installed
+from lpvit_cli.machine import installed
 from lpvit_cli.pipeline.stage import Stage
 
 if TYPE_CHECKING:
@@ -75,10 +75,6 @@ def _exported(run: Run) -> dict[str, Any]:
     return inputs
 
 
-def _profiled(run: Run) -> dict[str, Any]:
-    return {"versions.onnxruntime": installed("onnxruntime")} if run.recipe.target.runtime == "onnxruntime" else {}
-
-
 def _stage(command: str, folder: str, report: str, summary: str, **more: Any) -> Stage:
     name = {"finetune-lora-ga": "finetune"}.get(command, command)
     return Stage(command, folder, f"lpvit_cli.stages.{name}", f"lpvit_cli.report.schema:{report}", summary, **more)
@@ -142,7 +138,6 @@ PROFILE = _stage(
     "profile",
     "ProfileReport",
     "Measure what each layer takes on the target, by the fraction of its blocks kept.",
-    inputs=_profiled,
     timed=True,
 )
 GRADUAL = _stage(
@@ -177,3 +172,12 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
 def in_order(stages: tuple[Stage, ...], recipe: Recipe) -> tuple[Stage, ...]:
     """bench after export where it measures the file that export writes."""
     return tuple(sorted(stages, key=lambda stage: stage is BENCH)) if "onnx" in recipe.subjects else stages
+
+
+def made_by(run: Run, stage: Stage) -> tuple[Any, Any | None]:
+    """The reports of how the model of bench or export was pruned, and recovered if it was."""
+    source = run.upstream(stage)
+    if source is GRADUAL:
+        last = run.report(GRADUAL).steps[-1]
+        return last.pruned, last.recovered
+    return run.report(PRUNE), run.report(FINETUNE) if source is FINETUNE else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,19 +13,17 @@ from lpvit_cli.bench.session import Bench
 from lpvit_cli.bench.subjects import Subjects
 from lpvit_cli.devices import describe_device, pick_dtype
 from lpvit_cli.errors import UsageError, require
-from lpvit_cli.measure.machine import installed, machine
+from lpvit_cli.machine import installed, machine
 from lpvit_cli.measure.timing import cpu_threads, current
-from lpvit_cli.models.families.timm import build_model, resolve
-from lpvit_cli.models.folder import read_config
+from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.folder import require_same_model
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
-from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.report.bench_csv import write_csv
 from lpvit_cli.report.html import write_html
 from lpvit_cli.report.schema import BenchReport
-from lpvit_cli.stages import BENCH, EXPORT
-from lpvit_cli.stages.lineage import made_by
+from lpvit_cli.stages import BENCH, EXPORT, made_by
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> BenchReport:
@@ -83,16 +80,3 @@ def _onnx_file(recipe: Recipe, run: Run) -> Path | None:
     if not file.is_file():
         raise UsageError(f"{file}: not there", f"run: {run.command(EXPORT)} --format onnx")
     return file
-
-
-def require_same_model(folder: Path, model: ModelSection) -> None:
-    """Raise UsageError where the model folder holds another architecture than the recipe tells."""
-    config = read_config(folder)
-    found = (config["architecture"], config["kwargs"])
-    architecture, kwargs = resolve(model)
-    wanted = (architecture, json.loads(json.dumps(kwargs)))
-    if found != wanted:
-        raise UsageError(
-            f"{folder} holds {found[0]} with {found[1]}, the recipe says {wanted[0]} with {wanted[1]}",
-            "use the recipe it was made by, or make it again: lpvit run RECIPE",
-        )

@@ -11,7 +11,7 @@ from lpvit_cli.data.splits import calibration_batches, validation_batches
 from lpvit_cli.errors import UsageError
 from lpvit_cli.export.formats.base import Format
 from lpvit_cli.export.source import DENSE_FOLDER, Publication, Source
-from lpvit_cli.measure.machine import cpu_name, installed
+from lpvit_cli.machine import cpu_name, installed
 from lpvit_cli.models.families.timm import build_model
 from lpvit_cli.models.folder import load_model, read_config
 from lpvit_cli.pipeline.run import Run
@@ -21,8 +21,7 @@ from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.registry import FORMATS
 from lpvit_cli.report.schema import ExportReport
 from lpvit_cli.sparse import order_neurons, trim
-from lpvit_cli.stages import BENCH, EXPORT
-from lpvit_cli.stages.lineage import made_by
+from lpvit_cli.stages import BENCH, EXPORT, made_by
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> ExportReport:

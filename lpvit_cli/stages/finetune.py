@@ -16,9 +16,8 @@ from lpvit_cli.data.readers import Reader, open_images, require_same_classes
 from lpvit_cli.data.splits import validation_batches
 from lpvit_cli.data.transforms import transform_for
 from lpvit_cli.devices import autocast, describe_device, pick_dtype
-from lpvit_cli.errors import CheckFailed, UsageError
+from lpvit_cli.errors import UsageError
 from lpvit_cli.files import replace_text
-from lpvit_cli.models.families.timm import build_model
 from lpvit_cli.models.folder import load_model, read_config, save_model
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.pipeline.run import Run
@@ -26,7 +25,7 @@ from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.recovery.history import read_losses
 from lpvit_cli.recovery.lora import adapters_of, merge, save_adapter
-from lpvit_cli.recovery.objective import Objective, Teacher
+from lpvit_cli.recovery.objective import Objective, teacher_of
 from lpvit_cli.recovery.recover import recover
 from lpvit_cli.recovery.start import ranks_of
 from lpvit_cli.recovery.trainer import Trainer
@@ -35,9 +34,7 @@ from lpvit_cli.report.schema import FinetuneReport
 from lpvit_cli.sparse.masks import block_masks, require_same_masks
 from lpvit_cli.stages import FINETUNE, PRUNE
 from lpvit_cli.tasks.classification import Accuracy
-from lpvit_cli.tasks.evaluation import Validation
-
-ROUNDING_POINTS, ROUNDING_IMAGES = 1.0, 3  # how far the accuracy of merged weights may be from that of separate ones
+from lpvit_cli.tasks.evaluation import Validation, require_accuracy
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> FinetuneReport:
@@ -57,7 +54,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
     augment = transform_for(model, settings.augment)
     shuffled = {"shuffle": True, "seed": recipe.seed, "batch_size": recipe.data.batch_size}
     train = batches(model, source, recipe.data, transform=augment, augmented=settings.augment is not None, **shuffled)
-    objective = Objective(settings, model.num_classes, teacher_of(recipe, model, device))
+    objective = Objective(settings, model.num_classes, teacher_of(settings.distill, recipe.model, model, device))
     trainer, resumed = recover(
         model,
         settings,
@@ -115,32 +112,6 @@ def _training_images(recipe: Recipe, model: VisionModel) -> Reader:
             "use a folder, tar or hfds/ dataset, or leave recovery out: --set finetune=null",
         )
     return source
-
-
-def require_accuracy(written: Accuracy, best: Accuracy, epoch: int) -> None:
-    """The model on disk, with its adapters merged, scores what the best epoch did: within the rounding of the merged weights,
-    which may turn some images whose first two classes are nearly even."""
-    allowed = ROUNDING_POINTS + 100 * ROUNDING_IMAGES / max(1, best.images)
-    if abs(written.top1 - best.top1) > allowed:
-        which = f"epoch {epoch}" if epoch else "the pruned model (epoch 0)"
-        raise CheckFailed(
-            f"the recovered model scores {written.top1:.2f} % as written, {which} scored {best.top1:.2f} %",
-            "please report this as a bug",
-        )
-
-
-def teacher_of(recipe: Recipe, model: VisionModel, device: torch.device) -> Teacher | None:
-    """The teacher of distillation, where there is one: the dense parent, unless the recipe names another model."""
-    distill = recipe.finetune.distill if recipe.finetune else None
-    if distill is None:
-        return None
-    teacher = build_model(distill.teacher or recipe.model)
-    if teacher.num_classes != model.num_classes:
-        raise UsageError(
-            f"finetune.distill.teacher: tells {teacher.num_classes} classes apart, the model {model.num_classes}",
-            "take a teacher trained on the same classes, or --set finetune.distill=null",
-        )
-    return Teacher(teacher, model).to(device)
 
 
 def _notes(trainer: Trainer, skipped: list[str], resumed: int) -> list[str]:

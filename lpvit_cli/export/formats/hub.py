@@ -10,7 +10,7 @@ from lpvit_cli.export.formats.base import Format
 from lpvit_cli.export.model_card import model_card, public_config, public_recipe
 from lpvit_cli.export.results import ExportedFile
 from lpvit_cli.export.source import Source, link
-from lpvit_cli.measure.machine import cpu_name, installed
+from lpvit_cli.machine import cpu_name, installed
 from lpvit_cli.progress import Progress
 from lpvit_cli.targets.base import METADATA_KEY
 
