@@ -43,8 +43,7 @@ def advice(batches: list[BatchBench]) -> list[str]:
 
 def doubts(batches: list[BatchBench]) -> list[str]:
     """How far the numbers can be trusted."""
-    known = [timed for batch in batches for timed in batch.timing.subjects.values() if timed.percentiles]
-    calls = min((timed.calls for timed in known), default=FEW_CALLS)
+    calls = min(timed.calls for batch in batches for timed in batch.timing.subjects.values())
     notes = [f"{calls} calls: p99 is close to the slowest of them"] if calls < FEW_CALLS else []
     if unknown := _which(batches, lambda timed: timed.percentiles is None):
         notes.append(

@@ -1,7 +1,7 @@
 """One sample of a subject: how many calls it holds, and whether the clock can tell each of them.
 
-The host's clock errs by about 0.1 us a call, a pair of CUDA events by about 0.5 us. Calls that are long enough for an error
-below a percent are timed one by one. Of shorter ones a sample knows only the mean: then nobody knows a percentile of calls.
+The host's clock adds about 0.15 us to a call, a pair of CUDA events errs by about 0.5 us. Calls that are long enough for an
+error below a percent are timed one by one. Of shorter ones a sample knows only the mean: nobody knows their percentiles.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def timed(milliseconds: float) -> Timing:
 
 def averaged(milliseconds: float) -> Timing:
     """Of calls too short to be timed one by one."""
-    return replace(timed(milliseconds), percentiles=None, quantiles_ms=None, calls_per_sample=200)
+    return replace(timed(milliseconds), mean_ms=1.1 * milliseconds, percentiles=None, quantiles_ms=None, calls_per_sample=200)
 
 
 def metered(joules: float) -> Energy:

@@ -244,11 +244,12 @@ def test_bench_shows_verdicts_first_then_every_subject_of_every_batch() -> None:
     assert f"report: {FOLDER}/report.html" in lines
 
 
-def test_the_first_line_of_bench_is_the_verdict_that_helps() -> None:
+def test_the_first_line_of_bench_is_the_verdict_that_helps(tmp_path: Path) -> None:
     slow = batch_bench(1, 81.37).model_copy(update={"speedup": {"sparse": Ratio(0.9, 0.8, 0.95)}, "verdict": "batch 1: slower"})
     fast = batch_bench(64, 5234.56)
     lines = shown(bench(slow, fast), width=120).splitlines()
     assert lines[:2] == [fast.verdict, "batch 1: slower"]
+    assert re.findall('<p class="verdict">(.*)</p>', page(tmp_path, bench(slow, fast))) == lines[:2]
     slower = fast.model_copy(update={"speedup": slow.speedup, "verdict": "batch 64: slower"})
     lines = shown(bench(slow, slower)).splitlines()
     assert lines[:3] == [
