@@ -62,9 +62,10 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
 
     begun = distributed.broadcast((folder / "checkpoint.safetensors").is_file())
     if settings.method == "lora_ga" and not begun:
-        plain = batches(model, source, recipe.data, **shuffled)
         exact = nullcontext if dtype == torch.float16 else precision  # small gradients would be zero in float16
+        plain = batches(model, source, recipe.data, **shuffled)
         start_from_gradient(model, ranks, settings, plain, objective, exact, device, progress)
+        del plain  # its workers end
     else:
         adapt(model, ranks, settings.alpha)
     choose_trained(model, settings)
