@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lpvit_cli import distributed
+from lpvit_cli.commands import evaluate
 from lpvit_cli.data import batches as batches_module
 from lpvit_cli.data import readers as data_module
 from lpvit_cli.data.batches import Batches, batches
@@ -31,6 +32,8 @@ from lpvit_cli.data.transforms import read_image, transform_for
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.recipe.data import DataSection
 from lpvit_cli.recipe.finetune import Augment
+from lpvit_cli.tasks.classification import Accuracy
+from lpvit_cli.tasks.evaluation import Validation
 
 HALF, IMAGENET = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 INSECTS = {"wasp": 2, "ant": 3, "bee": 1}
@@ -520,6 +523,18 @@ def test_workers_stay_and_an_epoch_depends_on_nothing_before_it(workers: int) ->
         assert numbers(source, epoch)[0] == numbers(Batches(Numbered(24), drawn, **options), epoch)[0] == expected
     assert numbers(source, 2, start=4)[0] == second[16:]
     assert first != second
+
+
+def test_evaluate_decodes_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(self: Validation, model: nn.Module, what: str) -> Accuracy:
+        assert self.images.workers == evaluate.WORKERS
+        return Accuracy(50.0, 50.0, len(list(self.images)))
+
+    assert min(4, (os.cpu_count() or 1) - 1) == evaluate.WORKERS
+    monkeypatch.setattr(evaluate, "open_model", lambda name: (Eye(10), {}))
+    monkeypatch.setattr(Validation, "accuracy", read)
+    report = evaluate.evaluate("eye", "synthetic", None, None, 8, 4, "cpu", "float32", lambda *told: None)
+    assert report.accuracy.images == 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -47,6 +47,7 @@ def recover(
         start_from_gradient(model, ranks, settings, plain, objective, exact, device, progress)
     else:
         adapt(model, ranks, settings.alpha)
+    del plain  # its workers end
     choose_trained(model, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     trainer = Trainer(model, settings, train, objective, evaluate, before, folder, seed, device, precision, scaler)

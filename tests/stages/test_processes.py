@@ -57,6 +57,29 @@ if os.environ["RANK"] == "1":
 """
 
 
+STATISTICS_AGREE = f"""
+from lpvit_cli import distributed
+from lpvit_cli.tasks.evaluation import Validation
+given = Validation.accuracy
+def accuracy(self, model, what):
+    told = [repr([b.double().sum().item() for n, b in model.named_buffers() if "running" in n])]
+    assert told[0] != "[]", "a model without statistics"
+    assert len(set(distributed.all_gather(told))) == 1, "processes validate different models"
+    return given(self, model, what)
+Validation.accuracy = accuracy
+{LPVIT}
+"""
+MAXVIT = [  # with BatchNorm
+    "model.name=maxvit_rmlp_pico_rw_256",
+    "model.kwargs={img_size: 64, embed_dim: [32, 64], depths: [1, 1], block_type: [M, M], stem_width: 8, num_classes: 10}",
+    "prune.layers.include=['*.mlp.fc1', '*.mlp.fc2']",
+    "prune.layers.exclude=['*.rel_pos.*']",
+    "prune.sequential=false",
+    "finetune.epochs=1",
+    "finetune.ema=0.9",
+]
+
+
 def start(script: str, *arguments: object) -> list[subprocess.Popen[str]]:
     """The same command in two processes, as torchrun sets them up."""
     with socket.socket() as free:
@@ -150,6 +173,14 @@ def test_recovery_under_torchrun_takes_the_same_steps(alone: Path, pruned: Path)
     assert json.loads(done.stdout)["processes"] == 2, "one document, not two"
     assert [name for name in os.listdir(pruned) if name.startswith(".finetuned")] == []
     same_recovery(pruned, alone)
+
+
+def test_statistics_of_batch_norm_are_the_same_in_all_processes(tmp_path: Path) -> None:
+    options = [*OPTIONS, *(option for change in MAXVIT for option in ("--set", change))]
+    for command in ("calibrate", "prune"):
+        assert run_cli(command, "digits_vit", "-o", tmp_path / "run", *options).code == 0
+    for code, _, err in together("finetune-lora-ga", "digits_vit", "-o", tmp_path / "run", *options, script=STATISTICS_AGREE):
+        assert code == 0, err
 
 
 def test_a_process_that_dies_ends_the_job_and_one_process_goes_on(alone: Path, pruned: Path) -> None:
