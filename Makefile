@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test lint bench aot clean
+.PHONY: setup demo test lint docs bench aot clean
 
 setup: $(READY)
 
@@ -27,6 +27,15 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Writes docs/recipe.md from the schema and builds the site in site/; a dead link is an error.
+docs: .venv/.docs-ready
+	$(BIN)/python scripts/make_docs.py
+	$(BIN)/mkdocs build --strict
+
+.venv/.docs-ready: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
 bench: setup
 	$(BIN)/python scripts/bench_kernels.py --device cpu --threads 1 --output benchmarks/results/kernels_cpu.json
 	$(BIN)/python scripts/bench_mfac.py --output benchmarks/results/mfac_cpu.json
@@ -37,5 +46,5 @@ aot: setup
 	$(BIN)/python -m lpvit_kernels.aot > benchmarks/results/aot.txt
 
 clean:
-	rm -rf .venv runs/demo runs/bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv runs/demo runs/bench build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

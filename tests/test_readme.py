@@ -1,4 +1,4 @@
-"""What the README tells people to type works, and what it says is there is there."""
+"""What the README and the documents tell people to type works, and what they say is there is there."""
 
 from __future__ import annotations
 
@@ -16,12 +16,28 @@ from lpvit_cli.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+DOCUMENTS = [
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "kernels/README.md"),
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
+]
+TEXTS = {document: (ROOT / document).read_text() for document in DOCUMENTS}
+COMMANDS = list(
+    dict.fromkeys(
+        line
+        for text in TEXTS.values()
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+    )
+)
 RECIPE_COMMANDS = {"run", *(stage.command for stage in STAGES)}
 
 
 def test_there_are_commands_to_try() -> None:
     assert len(COMMANDS) >= 6
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 180
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -39,7 +55,9 @@ def test_command(line: str, lpvit: Callable[..., Result], demo: Demo) -> None:
     assert result.out
 
 
-@pytest.mark.parametrize("target", re.findall(r"^    make (\w+)", README, re.MULTILINE))
+@pytest.mark.parametrize(
+    "target", sorted({name for text in TEXTS.values() for name in re.findall(r"^    make (\w+)", text, re.M)})
+)
 def test_make_target(target: str) -> None:
     done = subprocess.run(["make", "-n", "-C", ROOT, target], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -51,9 +69,19 @@ def test_the_table_has_every_command(lpvit: Callable[..., Result]) -> None:
     assert told == helped
 
 
-@pytest.mark.parametrize("document", ["README.md", "kernels/README.md", "docs/LOG.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
-    links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
-    for link in links:
-        assert link.startswith("https://") or (path.parent / link).exists(), link
+    for link in re.findall(r"\]\(([^)]+)\)", TEXTS[document]):
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings of a document, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

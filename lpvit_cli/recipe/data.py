@@ -15,12 +15,12 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class DataSection(Section):
     """Images: `digits` and `synthetic` are built in, `folder` and `tar` need root, `hfds/NAME` and `wds/NAME` as in timm."""
 
-    dataset: str
-    root: Path | None = None
-    train_split: str = "train"
-    val_split: str = "validation"
+    dataset: str  # where images come from
+    root: Path | None = None  # the folder, tar file or download folder of the images
+    train_split: str = "train"  # calibration and recovery
+    val_split: str = "validation"  # accuracies
     val_images: PositiveInt | None = None  # None: all of them
-    batch_size: PositiveInt = 64
+    batch_size: PositiveInt = 64  # of recovery and evaluation; of all processes together
     workers: int = Field(default=4, ge=0)  # processes that decode images
     max_corrupt: Fraction = 0.01  # unreadable images are skipped and counted; more than this fraction is an error
 
@@ -34,6 +34,6 @@ class CalibrateSection(Section):
     """Statistics of the dense model. `gradient` is the loss they are taken of: `empirical` uses the given labels; without
     labels, `sampled` draws them from the model (the true Fisher) and `logits` takes mean(logits^2) (LPViT)."""
 
-    images: PositiveInt = 2048
-    batch_size: PositiveInt = 16
+    images: PositiveInt = 2048  # of the training split
+    batch_size: PositiveInt = 16  # changes memory and speed, not the statistics but for rounding
     gradient: Literal["empirical", "sampled", "logits"] = "empirical"

@@ -17,9 +17,9 @@ class ExportSection(Section):
     it runs, int8-static has it from the calibration images. `tolerance` bounds ||file - model|| / ||model|| of the logits,
     `max_drop` the points of top-1 lost."""
 
-    formats: Annotated[tuple[Annotated[str, AfterValidator(FORMATS.require)], ...], Field(min_length=1)] = ("onnx",)
+    formats: Annotated[tuple[Annotated[str, AfterValidator(FORMATS.require)], ...], Field(min_length=1)] = ("onnx",)  # files
     form: Literal["auto", "dense", "rows", "chain", "batched"] = "auto"
     precision: FilePrecision | None = None  # None: the target's, float32 where that says auto or is torch's
-    opset: int = Field(default=20, ge=20)
+    opset: int = Field(default=20, ge=20)  # of ONNX
     tolerance: float | None = Field(default=None, gt=0)  # None: by precision
     max_drop: float = Field(default=1.0, ge=0, le=100)

@@ -27,9 +27,9 @@ class Distill(Section):
     the teacher decides for (`hard`, as in DeiT, without its token). `teacher`: any timm model of the same classes; None: the
     dense parent."""
 
-    kind: Literal["soft", "hard"] = "soft"
-    weight: Fraction = 0.5
-    temperature: float = Field(default=2.0, gt=0)
+    kind: Literal["soft", "hard"] = "soft"  # what the teacher gives
+    weight: Fraction = 0.5  # of the teacher
+    temperature: float = Field(default=2.0, gt=0)  # T
     teacher: ModelSection | None = None
 
 
@@ -47,25 +47,25 @@ class FinetuneSection(Section):
     weights. `alpha`, `gamma`: the scales of the paper. Validated after every epoch, the best model is kept, the pruned one if
     none is better."""
 
-    method: Literal["lora_ga", "lora", "full"] = "lora_ga"
-    epochs: PositiveInt = 10
-    # for all pruned layers, or by glob: the first that matches a layer counts, a layer that none matches stays as it is
-    rank: PositiveInt | Annotated[dict[str, PositiveInt], Field(min_length=1)] = 16
+    method: Literal["lora_ga", "lora", "full"] = "lora_ga"  # what is trained
+    epochs: PositiveInt = 10  # at most
+    rank: PositiveInt | Annotated[dict[str, PositiveInt], Field(min_length=1)] = 16  # for all pruned layers, or by glob: the
+    # first that matches a layer counts, a layer that none matches stays as it is
     alpha: float = Field(default=16.0, gt=0)
     gamma: float = Field(default=16.0, gt=0)
-    init_batches: PositiveInt = 8
-    also_train: tuple[Literal["norms", "biases", "head"], ...] = ("norms", "biases")
-    optimizer: Literal["adamw", "mfac"] = "adamw"
+    init_batches: PositiveInt = 8  # with lora_ga: batches whose gradient starts the adapters
+    also_train: tuple[Literal["norms", "biases", "head"], ...] = ("norms", "biases")  # beside the adapters
+    optimizer: Literal["adamw", "mfac"] = "adamw"  # mfac: SGD preconditioned by M-FAC
     mfac: Mfac = Mfac()  # with optimizer: mfac
-    lr: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    warmup_epochs: float = Field(default=1.0, ge=0)
+    lr: float = Field(default=1e-3, gt=0)  # the highest learning rate
+    weight_decay: float = Field(default=0.0, ge=0)  # with lora and full
+    warmup_epochs: float = Field(default=1.0, ge=0)  # linear warm-up; a cosine follows
     accumulate: PositiveInt = 1  # batches of data.batch_size images a step
-    clip_norm: float = Field(default=1.0, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0)  # of the gradient
     ema: float | None = Field(default=None, gt=0, lt=1)  # decay of a moving average of what is trained, which is then kept
-    label_smoothing: Fraction = 0.0
-    augment: Augment | None = None
-    distill: Distill | None = Distill()
+    label_smoothing: Fraction = 0.0  # of the given labels
+    augment: Augment | None = None  # None: the preprocessing of evaluation
+    distill: Distill | None = Distill()  # None: no teacher
     target_top1: float | None = Field(default=None, gt=0, le=100)  # stop as soon as the validation accuracy is that good
 
     @model_validator(mode="after")

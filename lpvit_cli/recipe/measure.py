@@ -34,8 +34,10 @@ SUBJECTS: dict[str, tuple[SubjectName, ...]] = {
 
 
 class EnergySection(Section):
-    window_seconds: float = Field(default=10.0, gt=0)
-    trials: int = Field(default=6, ge=6)
+    """Windows of steady load between two readings of a power meter."""
+
+    window_seconds: float = Field(default=10.0, gt=0)  # at least; a slow counter makes it longer
+    trials: int = Field(default=6, ge=6)  # windows of each subject
     required: bool = False  # exit code 3 where energy could not be measured; the times are kept
     allow_mig: bool = False  # on a GPU split by MIG, whose power is that of all its users
 
@@ -47,12 +49,12 @@ class BenchSection(Section):
 
     subjects: tuple[SubjectName, ...] = ()  # none: dense, masked-dense and sparse; for onnxruntime dense-onnx and onnx
     baseline: Path | None = None  # another run folder, model folder or ONNX file
-    batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)
+    batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)  # each is compared
     dtypes: tuple[Dtype, ...] = ()  # none: the target's precision
-    rounds: int = Field(default=30, ge=6)
-    warmup_seconds: float = Field(default=2.0, ge=0)
+    rounds: int = Field(default=30, ge=6)  # in each, every subject has a turn
+    warmup_seconds: float = Field(default=2.0, ge=0)  # of each subject, not counted
     layers: bool = False  # time every linear layer within the model
-    energy: EnergySection = EnergySection()
+    energy: EnergySection = EnergySection()  # joules, where a meter can be read
 
     @field_validator("baseline")
     @classmethod
@@ -79,4 +81,4 @@ class ProfileSection(Section):
     """Layers one by one, dense and block-sparse, for `lpvit profile`; where they run is the target's, energy windows are
     bench's."""
 
-    rounds: int = Field(default=30, ge=6)
+    rounds: int = Field(default=30, ge=6)  # timings of each layer

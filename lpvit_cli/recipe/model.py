@@ -13,20 +13,20 @@ from lpvit_cli.recipe.section import Section, beside_the_recipe
 class Preprocess(Section):
     """What differs from the model's own preprocessing (timm's pretrained_cfg). Pixels are in 0..1 before mean and std."""
 
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    crop_pct: float | None = Field(default=None, gt=0, le=1)
-    interpolation: Literal["bicubic", "bilinear", "nearest"] | None = None
+    mean: tuple[float, float, float] | None = None  # of each channel
+    std: tuple[float, float, float] | None = None  # of each channel
+    crop_pct: float | None = Field(default=None, gt=0, le=1)  # the share of the resized image that the centre crop keeps
+    interpolation: Literal["bicubic", "bilinear", "nearest"] | None = None  # of resizing
 
 
 class ModelSection(Section):
     """The dense model: a timm name (or `hf-hub:owner/name`), its constructor arguments, and where its weights come from."""
 
-    name: str
-    pretrained: bool = False
+    name: str  # as `timm.create_model` takes it
+    pretrained: bool = False  # with the weights that timm downloads
     weights: Path | None = None  # a safetensors file, named as in timm
-    kwargs: dict[str, Any] = Field(default_factory=dict)
-    preprocess: Preprocess = Field(default_factory=Preprocess)
+    kwargs: dict[str, Any] = Field(default_factory=dict)  # of the constructor: num_classes, img_size ...
+    preprocess: Preprocess = Field(default_factory=Preprocess)  # default: the model's own
 
     @field_validator("weights")
     @classmethod

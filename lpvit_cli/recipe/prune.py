@@ -96,16 +96,16 @@ class Power(Section):
     """The power model E = e_mac * MACs + e_byte * bytes, per image. Defaults: fp32 multiply-add 4.6 pJ, DRAM 160 pJ/byte
     (Horowitz, ISSCC 2014, 45 nm). They weigh layers against each other; they are no measurement of your device."""
 
-    e_mac_pj: float = Field(default=4.6, ge=0)
-    e_byte_pj: float = Field(default=160.0, ge=0)
+    e_mac_pj: float = Field(default=4.6, ge=0)  # picojoules of a multiply-add
+    e_byte_pj: float = Field(default=160.0, ge=0)  # picojoules of a byte from memory
     batch_size: PositiveInt = 1  # images that share one read of the weights
 
 
 class Layers(Section):
     """Which nn.Linear modules may be pruned, by glob over their names in the model."""
 
-    include: tuple[str, ...] = ("blocks.*", "*.blocks.*")
-    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ("blocks.*", "*.blocks.*")  # a layer needs one of these
+    exclude: tuple[str, ...] = ()  # and none of these
 
     def match(self, name: str) -> bool:
         return any(fnmatch(name, glob) for glob in self.include) and not any(fnmatch(name, glob) for glob in self.exclude)
@@ -115,7 +115,7 @@ class PruneSection(Section):
     """Which blocks go. `beta` weighs power against distortion; where every layer sees the same number of tokens (a plain
     ViT) a block costs the same power in every layer, and beta changes nothing."""
 
-    method: Annotated[str, AfterValidator(METHODS.require)] = "obs"
+    method: Annotated[str, AfterValidator(METHODS.require)] = "obs"  # which blocks go first
     reweigh: int = Field(default=2, ge=0)  # with obs: how often layers are weighed anew by gradients of the pruned model
     sequential: bool = True  # with obs: each layer on the inputs of the already pruned ones
     fisher_images: PositiveInt = 128  # with mfac and fisher: calibration images, each with a gradient of its own
@@ -123,13 +123,13 @@ class PruneSection(Section):
     # takes the one that suits it
     patterns: tuple[Literal["balanced", "neurons", "heads"], ...] = ()  # balanced: equal counts in every block row; neurons,
     # heads: whole hidden neurons (in groups of the block's width) and attention heads, cut out of both layers
-    budget: Budget = Budget.model_validate({"flops": 0.5})
+    budget: Budget = Budget.model_validate({"flops": 0.5})  # how much stays
     profile: Path | None = None  # the name of a saved device profile (lpvit profile --name), or a profile.json, for budgets in
     # ms and mJ and for predictions; None: that of this run
     beta: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
     min_keep: Fraction = 0.0  # of each layer's blocks, rounded down
-    layers: Layers = Layers()
-    power: Power = Power()
+    layers: Layers = Layers()  # which layers may be pruned
+    power: Power = Power()  # where no device profile knows energies
 
     @field_validator("profile")
     @classmethod

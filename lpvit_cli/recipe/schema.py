@@ -29,21 +29,21 @@ from lpvit_cli.registry import BUDGETS
 class Recipe(Section):
     """Everything a run does. Frozen; paths are absolute; every default is filled in."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    seed: int = Field(default=0, ge=0)
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]  # default: the file's; the run folder is runs/NAME
+    seed: int = Field(default=0, ge=0)  # of everything random
     device: str = "auto"  # where lpvit works: auto, cpu, cuda, cuda:1
     dtype: Dtype = "auto"  # compute type of evaluation and recovery; auto: bfloat16 on GPUs, float32 on CPUs
-    model: ModelSection
-    data: DataSection
-    target: TargetSection = TargetSection()
-    calibrate: CalibrateSection = CalibrateSection()
-    prune: PruneSection = PruneSection()
+    model: ModelSection  # what is pruned
+    data: DataSection  # images to calibrate, recover and evaluate on
+    target: TargetSection = TargetSection()  # where the model will run
+    calibrate: CalibrateSection = CalibrateSection()  # `lpvit calibrate`
+    prune: PruneSection = PruneSection()  # `lpvit prune`
     sweep: tuple[float, ...] = ()  # budgets of `lpvit prune --sweep`, of the same kind as prune.budget
     schedule: tuple[float, ...] = ()  # budgets of `lpvit gradual`, of the same kind, each below the one before
-    finetune: FinetuneSection | None = FinetuneSection()
-    bench: BenchSection = BenchSection()
-    profile: ProfileSection = ProfileSection()
-    export: ExportSection = ExportSection()
+    finetune: FinetuneSection | None = FinetuneSection()  # `lpvit finetune-lora-ga`; None: `lpvit run` leaves it out
+    bench: BenchSection = BenchSection()  # `lpvit bench`
+    profile: ProfileSection = ProfileSection()  # `lpvit profile`
+    export: ExportSection = ExportSection()  # `lpvit export`
 
     @field_validator("sweep", "schedule")
     @classmethod

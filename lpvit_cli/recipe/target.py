@@ -17,7 +17,7 @@ class TargetSection(Section):
     """Where the model will run: profile, prune, bench, tune and export measure and choose for this. `precision` auto is the
     recipe's `dtype`, and float32 for files; `device` auto is the recipe's `device`."""
 
-    runtime: Literal["torch", "onnxruntime"] = "torch"
+    runtime: Literal["torch", "onnxruntime"] = "torch"  # what bench compares in; profile knows torch only
     precision: Literal["auto", "float32", "float16", "bfloat16", "int8", "int8-static"] = "auto"
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     threads: PositiveInt | None = None  # CPU threads; None: torch's default, and all cores for files
