@@ -19,8 +19,9 @@ demo: setup
 	@echo
 	$(BIN)/lpvit predict runs/demo/export/model.onnx examples/digit_3.png
 
+# A process for each core, each with one thread.
 test: setup
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
 lint: setup
 	$(BIN)/ruff format --check .
