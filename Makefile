@@ -21,7 +21,7 @@ demo: setup
 
 # A process for each core, each with one thread.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff format --check .

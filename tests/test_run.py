@@ -9,11 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors import SafetensorError
 
 from lpvit_cli import Recipe
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.files import content_id, digest, publish, replace_text, writing
 from lpvit_cli.pipeline import run as run_module
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.pipeline.stage import Stage
@@ -244,33 +242,6 @@ def test_damaged_stage_record(tmp_path: Path, work_of: Callable[..., None]) -> N
         run.changes(CALIBRATE)
 
 
-def test_content_id_follows_names_below_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "1.png").write_text("x")
-    first = content_id(tmp_path)
-    (tmp_path / "a" / "2.png").write_text("x")
-    second = content_id(tmp_path)
-    assert second != first
-    (tmp_path / "a" / "2.png").rename(tmp_path / "2.png")
-    assert content_id(tmp_path) != second, "an image that changes its class changes the data"
-    assert content_id(tmp_path / "absent") is None
-    assert run_module.git_commit() is None or len(run_module.git_commit() or "") == 40
-
-
-def test_content_id_does_not_follow_the_order_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("1.png", "2.png", "3.png"):
-        (tmp_path / name).write_text("x")
-    here, walk = content_id(tmp_path), os.walk
-    monkeypatch.setattr(os, "walk", lambda path: [(top, dirs, sorted(names, reverse=True)) for top, dirs, names in walk(path)])
-    reverse = content_id(tmp_path)
-    monkeypatch.setattr(os, "walk", lambda path: [(top, dirs, sorted(names)) for top, dirs, names in walk(path)])
-    assert here == reverse == content_id(tmp_path)
-
-
-def test_digest_does_not_follow_the_order_of_keys() -> None:
-    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 2, "b": 1})
-
-
 def test_another_version_of_torch_makes_an_artefact_stale(
     tmp_path: Path, work_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,42 +285,6 @@ def test_taking_a_folder_over_removes_the_progress_of_its_former_run(tmp_path: P
         (tmp_path / "r" / ".finetuned.progress-0000").mkdir()
     with run_of(Recipe.load("deit_small_50"), tmp_path / "r").open(overwrite=True):
         assert not (tmp_path / "r" / ".finetuned.progress-0000").exists()
-
-
-def test_publishing_drops_the_old_folder_only_once_the_new_one_stands(tmp_path: Path) -> None:
-    target, work = tmp_path / "pruned", tmp_path / ".pruned.partial"
-    for folder, text in ((target, "old"), (work, "new")):
-        folder.mkdir()
-        (folder / "data").write_text(text)
-    publish(work, target)
-    assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
-    assert (target / "data").read_text() == "new"
-    with pytest.raises(FileNotFoundError):
-        publish(work, target)
-    assert [path.read_text() for path in tmp_path.glob("*/data")] == ["new"]
-
-
-def test_a_file_that_cannot_be_replaced_leaves_no_copy_beside_it(tmp_path: Path) -> None:
-    (tmp_path / "report.json").mkdir()
-    with pytest.raises(OSError, match="directory"):
-        replace_text(tmp_path / "report.json", "{}")
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
-
-
-@pytest.mark.parametrize(
-    ("error", "raised"),
-    [
-        (OSError(errno.ENOENT, "No such file"), FileNotFoundError),
-        (OSError(errno.EACCES, "Permission denied"), EnvironmentFault),
-        (SafetensorError("I/O error: No space left on device (os error 28)"), EnvironmentFault),
-        (SafetensorError("I/O error: No such file (os error 2)"), SafetensorError),
-        (SafetensorError("header too large"), SafetensorError),
-    ],
-    ids=["missing file", "permission", "disk full in safetensors", "missing file in safetensors", "damaged tensors"],
-)
-def test_only_faults_of_the_disk_are_put_down_to_the_disk(error: Exception, raised: type[Exception]) -> None:
-    with pytest.raises(raised), writing(Path("runs/a")):
-        raise error
 
 
 def test_another_pruned_model_makes_the_recovered_one_stale(tmp_path: Path, work_of: Callable[..., None]) -> None:
