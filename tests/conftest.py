@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -45,14 +46,14 @@ def lpvit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Resu
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """The shipped demo in full, with half of its epochs, rounds and reweighings: its folder, and what the command printed.
+    """The shipped demo in full, with half of its epochs and rounds, not weighed anew: its folder, and what the command printed.
 
-    Several test processes make it once. Tests read it; who changes something copies it.
+    Of several test processes the first makes it, and each has a copy.
     """
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder, printed = shared / "demo" / "runs" / "demo", shared / "demo" / "printed.json"
-    short: dict[str, object] = {"finetune.epochs": 3, "prune.reweigh": 1, "bench.rounds": 8, "bench.batch_sizes": [1, 64]}
+    own = tmp_path_factory.mktemp("demo")
+    shared = own.parent.parent if "PYTEST_XDIST_WORKER" in os.environ else own.parent
+    folder, printed = shared / "runs" / "demo", shared / "printed.json"
+    short: dict[str, object] = {"finetune.epochs": 3, "prune.reweigh": 0, "bench.rounds": 8, "bench.batch_sizes": [1, 64]}
     short["bench.energy.window_seconds"] = 0.5
     options = [word for key, value in short.items() for word in ("--set", f"{key}={value}")]
     with FileLock(shared / "demo.lock"):
@@ -60,4 +61,5 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
             result = run_cli("run", "digits_vit", "-o", folder, *options)
             assert result.code == 0, result.err
             printed.write_text(json.dumps(asdict(result)))
-    return Demo(folder, options, Result(**json.loads(printed.read_text())))
+    shutil.copytree(folder, own / "demo")
+    return Demo(own / "demo", options, Result(**json.loads(printed.read_text())))

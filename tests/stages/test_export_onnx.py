@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from helpers import Demo, random_model, run_cli
@@ -20,6 +22,26 @@ from lpvit_cli.export.layer import FormChoice
 from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.tasks.classification import Accuracy
 from lpvit_cli.tasks.evaluation import Validation
+
+
+@pytest.fixture(scope="module")
+def graphs() -> dict[str, bytes]:
+    """What torch has written of a model, by its weights: tests write the same few models over and over."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _written_once(monkeypatch: pytest.MonkeyPatch, graphs: dict[str, bytes]) -> None:
+    write = export_onnx.dense_graph
+
+    def remembered(model: nn.Module, *settings: Any) -> ir.Model:
+        weights = sha256(b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())).hexdigest()
+        key = f"{weights} {settings}"
+        if key not in graphs:
+            graphs[key] = ir.to_proto(write(model, *settings)).SerializeToString()
+        return ir.from_proto(onnx.ModelProto.FromString(graphs[key]))
+
+    monkeypatch.setattr(export_onnx, "dense_graph", remembered)
 
 
 @pytest.fixture

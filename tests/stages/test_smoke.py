@@ -13,12 +13,13 @@ from lpvit_cli.stages import STAGES
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "change"),
-    [("deit_base_70", "prune.reweigh=0"), ("swin_tiny_77", "prune.sequential=false")],  # each leaves out what takes longest
+    ("recipe", "sequential", "width"),
+    [("deit_base_70", "true", "{embed_dim: 384, num_heads: 6}"), ("swin_tiny_77", "false", "{embed_dim: 48}")],
     ids=["deit_base_70", "swin_tiny_77"],
 )
-def test_smoke(tmp_path: Path, recipe: str, change: str) -> None:
-    result = run_cli("run", recipe, "--smoke", "-o", tmp_path / "run", "--set", change, "--json")
+def test_smoke(tmp_path: Path, recipe: str, sequential: str, width: str) -> None:
+    options = ["--set", f"prune.sequential={sequential}", "--set", f"model.kwargs={width}"]
+    result = run_cli("run", recipe, "--smoke", "-o", tmp_path / "run", *options, "--json")
     assert result.code == 0, result.err
     reports = json.loads(result.out)
     assert list(reports) == [stage.command for stage in STAGES]
