@@ -66,11 +66,13 @@ def prune(
 
     Raises UsageError where arguments, layers or budget do not fit.
     """
-    batches = _batches(images)
+    if gradient not in (None, "sampled", "logits", "empirical"):
+        raise UsageError(f"gradient: there is none called {gradient!r}", "choose one of sampled, logits, empirical")
+    batches = _batches(images, labelled=gradient == "empirical")
     dense = copy.deepcopy(model).cpu().eval()
     example = batches[0][0][:1]
     found = own_layers(dense, example, [layers] if isinstance(layers, str) else layers)
-    options, where = _settings(settings, block), pick_device(device)
+    options, where = _settings(settings, block, profile is not None), pick_device(device)
     judged, gradient = _task(task), gradient or "sampled"
     statistics = collect(
         dense,
@@ -116,10 +118,14 @@ def recover(
 
     `images`: of training, held in memory; the share `held_back` of their batches judges the epochs, and the best one is
     returned, `model` itself if none is better. `settings`: keys of a recipe's finetune section (`method`: lora_ga, lora or
-    full; `rank`, `lr`, `warmup_epochs`, `also_train` ...). Every removed block stays removed.
+    full; `rank`, `lr`, `warmup_epochs`, `also_train` ...), but for those of labelled images. Every removed block stays removed.
 
     Raises UsageError where arguments do not fit, CheckFailed where training diverges.
     """
+    if labelled := sorted({"distill", "augment", "label_smoothing", "target_top1"} & settings.keys()):
+        raise UsageError(
+            f"recover: {labelled[0]} has no meaning here: the model follows its teacher on images as they are", "leave it out"
+        )
     batches, where, judged = _batches(images), pick_device(device), _task(task)
     options = _finetune({**settings, "epochs": epochs, "distill": None})
     kept = min(len(batches) - 1, max(1, round(held_back * len(batches)))) if len(batches) > 1 else 0
@@ -181,9 +187,9 @@ def export_onnx(
     """Write `model`, block-sparse layers and all, as an ONNX file that a stock onnxruntime runs; `example`: an input [n, ...].
 
     `form`: how block-sparse layers are written; auto times the forms here with `threads` on inputs like `example`, and takes
-    the fastest. `precision`: float32, float16, bfloat16 or int8. What was written is run and compared with the model on
-    `example`. Raises CheckFailed, and leaves no file, where they differ by more than `tolerance` (default: by precision);
-    EnvironmentFault without onnx, onnxscript and onnxruntime.
+    the fastest. `precision`: float32, float16, bfloat16 (in opset 22 at least) or int8. What was written is run and compared
+    with the model on `example`. Raises CheckFailed, and leaves no file, where they differ by more than `tolerance` (default: by
+    precision); EnvironmentFault without onnx, onnxscript and onnxruntime.
     """
     require("onnx", "onnxscript", "onnxruntime")
     from lpvit_cli.export.choose import choose_forms
@@ -201,6 +207,10 @@ def export_onnx(
             f"forms: auto, {', '.join(FORMS)}; precisions: float32, float16, bfloat16, int8",
         )
     model, path = copy.deepcopy(model).cpu().eval(), Path(path)
+    if not path.parent.is_dir():
+        raise UsageError(f"export_onnx: {path.parent}: no such folder", "make it, or choose another path")
+    opset = max(opset, 22) if precision == "bfloat16" else opset
+    tolerance = TOLERANCES[precision] if tolerance is None else tolerance
     layers = exported_layers(model, precision, form, lambda name: False)
     tokens = {name: len(example) * rows for name, rows in layer_tokens(model, layers, example).items()}
     if form == "auto" and precision not in HALF:
@@ -222,9 +232,9 @@ def export_onnx(
             reference = model(example.float().cpu())
         written = torch.from_numpy(session(checked, threads).run(None, {"images": example.float().cpu().numpy()})[0])
         error = float((written.double() - reference.double()).norm() / reference.double().norm())
-        if not error <= (tolerance or TOLERANCES[precision]):
+        if not error <= tolerance:
             raise CheckFailed(
-                f"export_onnx: {path} differs from the model by {error:.1e}, more than {tolerance or TOLERANCES[precision]:g}",
+                f"export_onnx: {path} differs from the model by {error:.1e}, more than {tolerance:g}",
                 "try form='dense', another opset or precision; nothing was written",
             )
         partial.replace(path)
@@ -234,13 +244,17 @@ def export_onnx(
     return OnnxFile(path, {name: choice.form for name, choice in choices.items()}, error, size)
 
 
-def _batches(images: Images) -> list[tuple[Tensor, Tensor]]:
-    """(images, labels) in batches; labels of no meaning where there are none."""
+def _batches(images: Images, labelled: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """(images, labels) in batches; labels of no meaning where there are none, unless they are needed."""
+    if isinstance(images, tuple) and len(images) == 2 and isinstance(images[1], Tensor) and images[1].ndim < 2:
+        raise UsageError("images: a pair (images, labels) alone is no iterable of batches", "give a list: [(images, labels)]")
     given: list[Any] = list(images.split(BATCH)) if isinstance(images, Tensor) else list(images)
     if not given:
         raise UsageError("images: there are none", "give a tensor [n, C, H, W], or an iterable of them")
+    if labelled and not all(isinstance(one, tuple | list) for one in given):
+        raise UsageError("gradient: 'empirical' needs labels", "give pairs (images, labels), or gradient='sampled'")
     pairs = [one if isinstance(one, tuple | list) else (one, torch.zeros(len(one), dtype=torch.int64)) for one in given]
-    return [(batch, labels) for batch, labels in pairs]
+    return [(batch.cpu(), labels.cpu()) for batch, labels in pairs]
 
 
 def _task(name: str) -> Task:
@@ -257,14 +271,20 @@ def _finetune(settings: dict[str, Any]) -> FinetuneSection:
         raise explain(error, FinetuneSection, settings, {}, Path("lpvit_cli.recover")) from None
 
 
-def _settings(settings: dict[str, Any], block: Any) -> PruneSection:
+def _settings(settings: dict[str, Any], block: Any, profiled: bool) -> PruneSection:
     """The prune section that keyword arguments say; budgets are named by their kind."""
     budget = {kind: settings.pop(kind) for kind in BUDGETS.names() if kind in settings}
+    if len(budget) != 1 or "budget" in settings:
+        raise UsageError(
+            "prune: give exactly one budget as an argument", f"sparsity=0.5, or one of {', '.join(BUDGETS.names())}"
+        )
     content = {**settings, "block": block, "budget": budget}
     try:
         made = PruneSection.model_validate(content)
     except ValidationError as error:
         raise explain(error, PruneSection, content, {}, Path("lpvit_cli.prune")) from None
     if made.budget.is_searched:
-        raise UsageError(f"prune: {made.budget.kind} needs images to evaluate on", "give sparsity=, flops= or latency_ms=")
+        raise UsageError(f"prune: {made.budget.kind} needs images to evaluate on", "give sparsity= or flops=")
+    if made.budget.needs_profile and not profiled:
+        raise UsageError(f"prune: {made.budget.kind} needs a device profile", "give profile=, made by: lpvit profile RECIPE")
     return made

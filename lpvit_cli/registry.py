@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from types import TracebackType
 from typing import Any
 
-from lpvit_cli.errors import UsageError
+from lpvit_cli.errors import EnvironmentFault, UsageError
 
 
 class Registry:
@@ -41,14 +41,15 @@ class Registry:
         del self._things[name]
 
     def get(self, name: str) -> Any:
-        """The thing of this name. Raises UsageError, with the nearest names, where there is none."""
+        """The thing of this name. Raises UsageError, with the nearest names, where there is none, and EnvironmentFault where
+        another package's does not load."""
         if name in self._things:
             return self._things[name]
         if name in self._places:
             module, _, attribute = self._places[name].partition(":")
             return getattr(import_module(module), attribute)
         if name in self._entry_points():
-            self._things[name] = self._entry_points()[name].load()
+            self._things[name] = self._load(self._entry_points()[name])
             return self._things[name]
         near = difflib.get_close_matches(name, self.names(), n=1)
         raise UsageError(
@@ -66,6 +67,16 @@ class Registry:
     def foreign(self) -> dict[Any, str]:
         """What is not lpvit's own, with its name in words."""
         return {thing: f"{self.kind} {name!r}" for name, thing in self._things.items()}
+
+    def _load(self, point: Any) -> Any:
+        try:
+            return point.load()
+        except Exception as error:  # of another package: anything
+            package = point.dist.name if point.dist else point.value
+            raise EnvironmentFault(
+                f"the {self.kind} {point.name!r} of {package} cannot be loaded: {type(error).__name__}: {error}",
+                f"update or uninstall {package}",
+            ) from error
 
     def _entry_points(self) -> dict[str, Any]:
         if self._plugins is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lpvit_cli.curvature import LayerStatistics
+
+FRESH = multiprocessing.get_context("forkserver")  # forked of this one, whose OpenMP has run, processes would wait for ever
+FRESH.set_forkserver_preload(["warm"])
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 5}
 SWIN = {

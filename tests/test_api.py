@@ -162,8 +162,13 @@ def test_a_file_that_differs_is_not_left(own: Own, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({}, "prune.budget|budget: give exactly one of flops, sparsity"),
-        ({"sparsity": 0.5, "flops": 0.5}, "give exactly one of"),
+        ({}, "give exactly one budget as an argument"),
+        ({"sparsity": 0.5, "flops": 0.5}, "give exactly one budget as an argument"),
+        ({"budget": {"sparsity": 0.5}}, "give exactly one budget as an argument"),
+        ({"latency_ms": 1.0}, "latency_ms needs a device profile"),
+        ({"sparsity": 0.5, "gradient": "foo"}, "there is none called 'foo'"),
+        ({"sparsity": 0.5, "gradient": "empirical"}, "'empirical' needs labels"),
+        ({"sparsity": 0.5, "images": (tokens(8), torch.zeros(8))}, "a pair .* is no iterable of batches"),
         ({"sparsity": 2}, "budget.sparsity: should be less than 1 "),
         ({"sparsity": 0.5, "metod": "obs"}, "metod: unknown key"),
         ({"sparsity": 0.5, "method": "best"}, "method: should be 'obs'"),
@@ -175,7 +180,7 @@ def test_a_file_that_differs_is_not_left(own: Own, tmp_path: Path) -> None:
 )
 def test_bad_arguments(own: Own, arguments: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        lpvit.prune(own, tokens(8), **{"block": (8, 8), **arguments})
+        lpvit.prune(own, **{"images": tokens(8), "block": (8, 8), **arguments})
 
 
 def test_other_bad_input(own: Own, tmp_path: Path) -> None:
@@ -191,6 +196,11 @@ def test_other_bad_input(own: Own, tmp_path: Path) -> None:
         lpvit.recover(own, own, tokens(8))
     with pytest.raises(UsageError, match="epochs: should be greater than 0"):
         lpvit.recover(own, own, tokens(8), epochs=0)
+    for key, value in {"distill": None, "augment": True, "label_smoothing": 0.1, "target_top1": 90}.items():
+        with pytest.raises(UsageError, match=f"{key} has no meaning here"):
+            lpvit.recover(own, own, tokens(8), **{key: value})
+    with pytest.raises(UsageError, match="no such folder"):
+        lpvit.export_onnx(own, tokens(1), tmp_path / "none" / "x.onnx")
     with pytest.raises(UsageError, match="form 'best'"):
         lpvit.export_onnx(own, tokens(1), tmp_path / "x.onnx", form="best")
 

@@ -68,6 +68,9 @@ def test_stage_commands_share_their_options(lpvit: Cli, command: str) -> None:
         (["prune", "digits_vit"], 2, "nothing from `calibrate` there yet", "run: lpvit calibrate digits_vit"),
         (["run", "digits_vit", "--sweep", "0.5"], 2, "--sweep is an option of prune", "lpvit prune RECIPE --sweep"),
         (["bench", "digits_vit"], 2, "nothing from `prune` there yet", "run: lpvit prune digits_vit"),
+        (["recipes", "show", "digits_vit", "--set", "seed=1"], 2, "--set is an option of validate", "recipes validate RECIPE"),
+        (["bench", "digits_vit", "--compare", "a", "b"], 2, "--compare reads two reports", "leave one of the two out"),
+        (["run", "digits_vit", "--set", "target.precision=int8"], 2, "int8 needs runtime: onnxruntime", "target"),
         (["evaluate", "runs/none"], 2, "runs/none: no such model folder or file", "timm name"),
         (["evaluate", "vit_tiny_patch61_224"], 2, "timm has no model", "vit_tiny_patch16_224"),
         (["evaluate", "."], 2, "no config.json", "give a model folder"),
@@ -139,6 +142,22 @@ def test_causes_are_shown_when_asked_for(lpvit: Cli) -> None:
     assert (quiet.code, verbose.code) == (3, 3)
     assert "Traceback" not in quiet.err
     assert "SafetensorError" in verbose.err
+
+
+def test_an_option_of_several_other_commands_is_put_down_to_none(lpvit: Cli) -> None:
+    result = lpvit("doctor", "--device", "cuda")
+    assert (result.code, "is an option of" in result.err, "--device" in result.err) == (2, False, True)
+
+
+def test_hints_name_the_recipe_as_the_user_does(lpvit: Cli, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("name: mine\nmodel: {name: vit_tiny_patch16_224}\ndata: {dataset: digits}\n")
+    assert "run: lpvit prune my.yaml" in lpvit("bench", "my.yaml").err
+
+
+def test_a_rehearsal_keeps_what_is_asked_of_energy(lpvit: Cli) -> None:
+    result = lpvit("bench", "digits_vit", "--smoke", "--require-energy", "--allow-mig", "--dry-run", "--json")
+    energy = json.loads(result.out)["recipe"]["bench"]["energy"]
+    assert (energy["required"], energy["allow_mig"]) == (True, True)
 
 
 def test_dry_run_writes_nothing(lpvit: Cli, tmp_path: Path) -> None:

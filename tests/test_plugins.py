@@ -15,8 +15,9 @@ from helpers import Demo, run_cli
 from torch import Tensor
 
 from lpvit_cli import Recipe, load_model, registry
-from lpvit_cli.errors import UsageError
+from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.export.formats.base import Format
+from lpvit_cli.export.opening import readers
 from lpvit_cli.export.results import ExportedFile
 from lpvit_cli.measure.energy.meters import open_meter
 from lpvit_cli.measure.energy.meters.base import Meter, MeterError, Reading
@@ -196,6 +197,20 @@ def test_a_package_that_is_only_installed_is_found(monkeypatch: pytest.MonkeyPat
     assert one.get("ordered").__name__ == "OrderedDict"
     with pytest.raises(UsageError, match="thing: there is no thing 'ordred'"):
         one.get("ordred")
+
+
+def test_a_package_that_does_not_load_is_named_and_stops_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("gone", "no_such_package:Thing", "lpvit.test")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    with pytest.raises(
+        EnvironmentFault, match="the power meter 'gone' of no_such_package:Thing cannot be loaded: ModuleNotFound"
+    ):
+        Registry("power meter", "meter", "lpvit.test", {}).get("gone")
+    for one in (METERS, FORMATS):
+        monkeypatch.setattr(one, "_plugins", {"gone": point})
+    _, reasons = open_meter("cpu")
+    assert "the power meter 'gone'" in reasons[0]
+    assert {".onnx", ".pt2"} <= readers().keys()
 
 
 def test_a_meter_that_gives_nothing_is_one_of_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from lpvit_cli.cli.common import app
 
-from lpvit_cli.cli import models, stages, tools  # isort: skip  (they add their commands)
+from lpvit_cli.cli import stages, models, tools  # isort: skip  (they add their commands, in the order of --help)
 
 __all__ = ["app", "main", "models", "stages", "tools"]
 

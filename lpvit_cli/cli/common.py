@@ -32,7 +32,9 @@ ModelArgument = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key; repeatable.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Compute type: auto, float32, bfloat16 or float16.")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Batch size of this command.")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", min=1, help="Images at a time; of bench, profile and export: in a measured call.")
+]
 
 
 @dataclass
@@ -103,20 +105,22 @@ class Command(TyperCommand):
                 raise
             with Console("--json" in given).command():
                 raise UsageError(
-                    f"{option} is an option of {owner[0]}, not of {self.name}", f"run: lpvit {owner[0]} {owner[1]}"
+                    f"{option} is an option of {owner[0]}, not of {self.name}",
+                    f"run: {' '.join(['lpvit', *ctx.parent.command_path.split()[1:]])} {owner[0]} {owner[1]}",
                 ) from None
             raise  # not reached: the console ends the program
 
 
 def _owner(ctx: Any, option: str) -> tuple[str, str] | None:
-    """Another command that has this option, and how the option is written there."""
-    for name, command in sorted(ctx.parent.command.commands.items()):
+    """The one other command that has this option, and how the option is written there; None where several have it."""
+    owners = []
+    for name, command in ctx.parent.command.commands.items():
         for parameter in getattr(command, "params", []):
             if option in parameter.opts:
                 value = "" if getattr(parameter, "is_flag", False) else f" {parameter.metavar or 'VALUE'}"
                 argument = next((p.metavar for p in command.params if p.param_type_name == "argument"), "")
-                return name, f"{argument} {option}{value}"
-    return None
+                owners.append((name, f"{argument} {option}{value}"))
+    return owners[0] if len(owners) == 1 else None
 
 
 def command(group: typer.Typer, name: str | None = None, summary: str | None = None) -> Callable[[Any], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +41,7 @@ TARGET_DTYPE, TARGET_BATCH = "target.precision={}", "target.batch_size={}"
 def run_all(console: Console, order: Order) -> None:
     recipe = load(order, "run", order.overrides())
     stages = stages_of(recipe)
-    run = run_of(recipe, order.output or Path("runs") / recipe.name)
+    run = run_of(recipe, order.output or Path("runs") / recipe.name, order.recipe)
     if reports := carry_out(console, order, run, stages):
         from lpvit_cli.report.terminal.run import summary
 
@@ -107,13 +108,15 @@ def bench(
     force: Annotated[bool, typer.Option("--force", help="Compare reports of different devices or settings.")] = False,
 ) -> None:
     if compare is not None:
+        if order.recipe:
+            raise UsageError(f"--compare reads two reports, and no recipe: {order.recipe!r}", "leave one of the two out")
         _compare(console, *compare, force)
         return
     if force:
         raise UsageError("--force is for --compare", "run: lpvit bench --compare A B --force")
     overrides = order.overrides(dtype=TARGET_DTYPE, batch_size="bench.batch_sizes=[{}]")
     overrides += ["bench.dtypes=[]"] * (order.dtype is not None)
-    overrides += [f"bench.baseline={baseline}"] * (baseline is not None)
+    overrides += [f"bench.baseline={json.dumps(baseline)}"] * (baseline is not None)
     overrides += ["bench.layers=true"] * layers
     overrides += ["bench.energy.required=true"] * require_energy
     overrides += ["bench.energy.allow_mig=true"] * allow_mig
@@ -137,7 +140,8 @@ def export(
         ),
     ] = None,
 ) -> None:
-    overrides = order.overrides(batch_size=TARGET_BATCH)
+    precision = "export.precision=null" if order.dtype == "auto" else "export.precision={}"
+    overrides = order.overrides(dtype=precision, batch_size=TARGET_BATCH)
     overrides += [f"export.formats=[{','.join(format_)}]"] if format_ else []
     if push is None:
         one_stage(console, order, EXPORT, overrides)
@@ -145,7 +149,7 @@ def export(
     if order.smoke:
         raise UsageError("--push: a rehearsal (--smoke) has a random model", "leave one of the two out")
     recipe = _with_hub(load(order, EXPORT.command, overrides), push)
-    run = run_of(recipe, order.output or Path("runs") / recipe.name)
+    run = run_of(recipe, order.output or Path("runs") / recipe.name, order.recipe)
     if reports := carry_out(console, order, run, (EXPORT,), also={"push": f"to {push}"}):
         address = _push(console, run.folder / EXPORT.folder, push)
         console.document = documents(reports)[EXPORT.command] | {"pushed": address}
@@ -177,7 +181,7 @@ def profile(
         return
     name = _savable_name(name, fit or [], order.smoke)
     recipe = load(order, PROFILE.command, overrides)
-    run = run_of(recipe, order.output or Path("runs") / recipe.name)
+    run = run_of(recipe, order.output or Path("runs") / recipe.name, order.recipe)
     if reports := carry_out(console, order, run, (PROFILE,)):
         saved = _save_profile(console, reports[PROFILE.command].profile, name, fit or [])
         console.document = documents(reports)[PROFILE.command] | {"saved": saved}
@@ -190,7 +194,7 @@ def one_stage(
     console: Console, order: Order, stage: Stage, overrides: list[str], name: str | None = None, instead: str = ""
 ) -> None:
     recipe = load(order, name or stage.command, overrides, instead)
-    run = run_of(recipe, order.output or Path("runs") / recipe.name)
+    run = run_of(recipe, order.output or Path("runs") / recipe.name, order.recipe)
     if reports := carry_out(console, order, run, (stage,)):
         console.document = documents(reports)[stage.command]
 
@@ -254,7 +258,17 @@ def _plan(console: Console, order: Order, run: Run, stages: tuple[Stage, ...], a
     """What a dry run prints."""
     from lpvit_cli.report.terminal import render
 
-    plan = {stage.command: _what_happens(run.changes(stage), order.resume) for stage in stages} | also
+    plan: dict[str, str] = {}
+    first: list[Stage] = []  # what will have run
+    for stage in stages:
+        what = _what_happens(run.changes(stage), order.resume)
+        before = [*run.sources(stage), *([FINETUNE] if stage in (BENCH, EXPORT) else [])]
+        if what == "up to date" and (again := next((one for one in first if one in before), None)):
+            what = f"runs again ({again.command} runs first)"
+        if what != "up to date":
+            first.append(stage)
+        plan[stage.command] = what
+    plan |= also
     console.document = {"recipe": run.recipe.plain(), "output": str(run.folder), "stages": plan}
     lines = (f"# {stage}: {what}" for stage, what in plan.items())
     console.human(run.recipe.to_yaml(), f"# output: {run.folder}", *lines)

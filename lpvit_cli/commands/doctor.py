@@ -13,6 +13,7 @@ OPTIONAL = {
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "export, predict on .onnx files",
+    "openvino": "export --format openvino",
     "matplotlib": "pictures in report.html",
     "scikit-learn": "the built-in digits",
     "datasets": "hfds/ datasets",
@@ -53,9 +54,8 @@ def examine() -> list[Finding]:
         uuid = str(torch.cuda.get_device_properties(0).uuid) if kind == "cuda" and count else ""
         meter, reasons = open_meter(kind, uuid)
         name = "GPU energy (NVML)" if kind == "cuda" else "CPU energy (RAPL)"
-        findings.append(
-            Finding(name, meter is not None, "readable" if meter else "; ".join(reasons), "energy is reported as not measured")
-        )
+        detail = f"readable ({meter.source})" if meter else "; ".join(reasons)
+        findings.append(Finding(name, meter is not None, detail, "energy is reported as not measured"))
     findings += _profiles()
     for package, use in OPTIONAL.items():
         found = installed(package)

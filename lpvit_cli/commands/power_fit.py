@@ -40,7 +40,7 @@ def with_fitted_power(profile: DeviceProfile, runs: Mapping[Path, BenchReport]) 
         if report.device != profile.device:
             raise UsageError(
                 f"{path} is of {report.device}, the profile of {profile.device}",
-                "bench and profile on one device, a CPU with the same bench.threads",
+                "bench and profile on one device, a CPU with the same target.threads",
             )
         batches = [batch for batch in report.batches if batch.dtype == profile.dtype]
         if not batches:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lpvit_cli.errors import UsageError
+from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.export.formats.base import Format
 from lpvit_cli.models.families.timm import build_model
 from lpvit_cli.models.folder import load_model, read_config
@@ -17,12 +18,13 @@ LATEST = ("gradual", "finetuned", "pruned")  # folders of a run that hold a mode
 
 
 def readers() -> dict[str, Format]:
-    """The formats whose files can be run, by ending."""
+    """The formats whose files can be run, by ending; without those of another package that do not load."""
     by_ending: dict[str, Format] = {}
     for name in FORMATS.names():
-        one = FORMATS.get(name)()
-        if one.suffix:
-            by_ending.setdefault(one.suffix, one)
+        with suppress(EnvironmentFault):
+            one = FORMATS.get(name)()
+            if one.suffix:
+                by_ending.setdefault(one.suffix, one)
     return by_ending
 
 

@@ -38,10 +38,10 @@ INPUTS = "inputs.json"  # in a progress folder: what it depends on
 
 
 class Run:
-    """RUN/, bound to the recipe at hand. `stages`: all that may have an artefact there."""
+    """RUN/, bound to the recipe at hand. `stages`: all that may have an artefact there; `asked`: what the user calls it."""
 
-    def __init__(self, recipe: Recipe, folder: Path, stages: Sequence[Stage]):
-        self.recipe, self.folder, self.stages = recipe, folder, stages
+    def __init__(self, recipe: Recipe, folder: Path, stages: Sequence[Stage], asked: str = ""):
+        self.recipe, self.folder, self.stages, self.asked = recipe, folder, stages, asked or recipe.name
         self._reads = Reads()  # of the stage that is at work
         self._content_of = cache(content_id)  # a folder of a million images is walked once
 
@@ -163,7 +163,8 @@ class Run:
     def command(self, stage: Stage) -> str:
         """What makes a stage's artefact in this folder."""
         elsewhere = self.folder != Path("runs") / self.recipe.name
-        return f"lpvit {stage.command} {self.recipe.name}" + f" --output {self.folder}" * elsewhere
+        usage = stage.usage or f"{stage.command} {{recipe}}"
+        return f"lpvit {usage.format(recipe=self.asked)}" + f" --output {self.folder}" * elsewhere
 
     def artefact(self, stage: Stage) -> Path:
         """Folder of an artefact that holds, or a UsageError that says which command makes it."""

@@ -32,6 +32,7 @@ class Stage:
     inputs: Callable[[Run], Any] = _nothing  # a mapping of names to JSON values: contents of files, versions
     timed: bool = False  # its numbers hold only on the device they were taken on
     together: bool = False  # runs under torchrun too
+    usage: str = ""  # how it is asked for, with {recipe}; "": by command and recipe
 
     @property
     def function(self) -> Callable[..., Any]:

@@ -132,8 +132,8 @@ class Recipe(Section):
         small["calibrate"] |= {"images": 32, "batch_size": 8}
         small["prune"]["reweigh"] = min(1, self.prune.reweigh)
         small["bench"] |= {"batch_sizes": (2,), "rounds": 6, "warmup_seconds": 0.2}
-        small["bench"]["energy"] = {"window_seconds": 2.0, "trials": 6}
-        small["profile"] = {"rounds": 6}
+        small["bench"]["energy"] |= {"window_seconds": 2.0, "trials": 6}
+        small["profile"] |= {"rounds": 6}
         small["schedule"] = self.schedule[-2:]
         if self.finetune:
             small["finetune"] |= {"epochs": 1, "init_batches": 1, "rank": 4, "warmup_epochs": 0}

@@ -101,6 +101,7 @@ SWEEP = _stage(
     "sweep",
     "SweepReport",
     "Prune to several budgets from one calibration.",
+    usage="prune {recipe} --sweep BUDGETS",
     upstream=lambda run: CALIBRATE,
     sources=own_profile,
     inputs=_profile_content,
@@ -152,11 +153,11 @@ STAGES = (CALIBRATE, PRUNE, FINETUNE, BENCH, EXPORT)  # what `lpvit run` runs
 ALL_STAGES = (*STAGES, SWEEP, GRADUAL, PROFILE)
 
 
-def run_of(recipe: Recipe, folder: Path) -> Run:
-    """The run of a recipe in a folder."""
+def run_of(recipe: Recipe, folder: Path, asked: str = "") -> Run:
+    """The run of a recipe in a folder; `asked`: how the user calls the recipe."""
     from lpvit_cli.pipeline.run import Run
 
-    return Run(recipe, folder, ALL_STAGES)
+    return Run(recipe, folder, ALL_STAGES, asked)
 
 
 def stages_of(recipe: Recipe) -> tuple[Stage, ...]:

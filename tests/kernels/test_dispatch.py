@@ -7,20 +7,18 @@ import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import masked, relative
+from helpers import FRESH, masked, relative
 from lpvit_kernels import BlockSparseMatrix, backends, cpu, dense, dispatch, linear, tune, tuned, tuning
 from lpvit_kernels.memo import _MEMO
 from lpvit_kernels.tuned import Choice, Config, Tuned
 from torch._subclasses import FakeTensorMode
 
 BLOCK = (32, 16)
-SPAWN = get_context("spawn")  # forked, a process whose parent has used OpenMP waits for ever
 
 
 def matrix(density: float = 0.3) -> BlockSparseMatrix:
@@ -121,7 +119,7 @@ def test_what_was_tuned_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("slow")
 def test_choices_are_remembered_by_later_processes(tmp_path: Path) -> None:
     tune(matrix(), 100)
-    with ProcessPoolExecutor(1, SPAWN) as other:
+    with ProcessPoolExecutor(1, FRESH) as other:
         assert other.submit(_choice_in_another_process, str(tmp_path)).result() == "strided"
 
 
@@ -143,7 +141,7 @@ def _record(folder: str, number: int) -> None:
 
 
 def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(3, SPAWN) as pool:
+    with ProcessPoolExecutor(3, FRESH) as pool:
         list(pool.map(_record, [str(tmp_path)] * 3, range(3)))
     tuned.forget()
     assert all(tuned.find(f"{number} {step}") for number in range(3) for step in range(5))

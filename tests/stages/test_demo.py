@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import onnxruntime
@@ -150,6 +151,25 @@ def test_run_again_skips_everything_and_prints_one_json_document(demo: Demo) -> 
     assert list(document) == [stage.command for stage in STAGES]
     assert document["prune"] == report(demo, "pruned")
     assert {path: path.stat().st_mtime_ns for path in demo.folder.glob("*/*")} == before
+
+
+def test_a_dry_run_knows_what_the_stages_before_will_change(demo: Demo, tmp_path: Path) -> None:
+    folder = shutil.copytree(demo.folder, tmp_path / "run")
+    shutil.rmtree(folder / "finetuned")
+    result = run_cli("export", "digits_vit", "-o", folder, *demo.options, "--json")
+    assert result.code == 0, result.err
+    again = run_cli("run", "digits_vit", "-o", folder, *demo.options, "--dry-run", "--json")
+    stages = json.loads(again.out)["stages"]
+    assert stages["finetune-lora-ga"] == "runs"
+    assert stages["export"] == "runs again (finetune-lora-ga runs first)"
+
+
+def test_the_type_of_export_is_that_of_its_files(demo: Demo) -> None:
+    given = ("export", "digits_vit", "-o", demo.folder, *demo.options, "--dry-run", "--json")
+    for dtype, what in (("auto", "up to date"), ("float16", "runs again (export.precision: None -> float16)")):
+        planned = json.loads(run_cli(*given, "--dtype", dtype).out)
+        assert planned["stages"]["export"].startswith(what), planned["stages"]
+        assert planned["recipe"]["dtype"] == "auto"
 
 
 def test_dry_run_says_which_part_changed(demo: Demo) -> None:

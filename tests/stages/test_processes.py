@@ -8,11 +8,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import relative, run_cli
+from helpers import FRESH, relative, run_cli
 from safetensors.torch import load_file
 
 SMALL = [
@@ -80,34 +81,37 @@ MAXVIT = [  # with BatchNorm
 ]
 
 
-def start(script: str, *arguments: object) -> list[subprocess.Popen[str]]:
-    """The same command in two processes, as torchrun sets them up."""
-    with socket.socket() as free:
+def run_script(script: str, arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+    """As `python -c SCRIPT ARGUMENTS` in a process of its own."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    for stream, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+    sys.argv = ["-c", *arguments]
+    exec(script, {"__name__": "__main__"})
+
+
+def together(*arguments: object, script: str = LPVIT) -> list[tuple[int | None, str, str]]:
+    """Exit code, stdout and stderr of the same command in two processes, as torchrun sets them up."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **job, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-
-
-def together(*arguments: object, script: str = LPVIT) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of both."""
-    processes = start(script, *arguments)
-    try:
-        printed = [process.communicate(timeout=120) for process in processes]
-    finally:
+        job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        free.close()
+        files = [(Path(folder) / f"out{rank}", Path(folder) / f"err{rank}") for rank in "01"]
+        processes = [
+            FRESH.Process(
+                target=run_script, args=(script, [*map(str, arguments)], {**job, "RANK": rank, "LOCAL_RANK": rank}, *to)
+            )
+            for rank, to in zip("01", files, strict=True)
+        ]
         for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
             process.kill()
-    return [(process.returncode, *text) for process, text in zip(processes, printed, strict=True)]
+        return [
+            (process.exitcode, out.read_text(), err.read_text()) for process, (out, err) in zip(processes, files, strict=True)
+        ]
 
 
 @pytest.fixture(scope="module")
