@@ -164,6 +164,21 @@ def test_a_dry_run_knows_what_the_stages_before_will_change(demo: Demo, tmp_path
     assert stages["export"] == "runs again (finetune-lora-ga runs first)"
 
 
+def test_what_a_stage_has_read_makes_it_stale_and_nothing_else(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(*more: str) -> dict[str, str]:
+        given = ("run", "digits_vit", "-o", demo.folder, *demo.options, *more, "--dry-run", "--json")
+        return {name: what for name, what in json.loads(run_cli(*given).out)["stages"].items() if what != "up to date"}
+
+    assert stale() == {}
+    assert stale("--set", "export.opset=21") == {"export": "runs again (export.opset: 20 -> 21)"}
+    assert stale("--set", "target.precision=bfloat16") == {"bench": "runs again (target.precision: auto -> bfloat16)"}
+    assert stale("--set", "calibrate.batch_size=7") == {}, "it changes how fast a result comes, not what it is"
+    assert "dtype: auto -> bfloat16" in stale("--dtype", "bfloat16")["prune"]
+    monkeypatch.setattr("lpvit_cli.stages.installed", lambda package: "0.0")
+    assert list(stale()) == ["export"]
+    assert "versions.onnxruntime" in stale()["export"]
+
+
 def test_the_type_of_export_is_that_of_its_files(demo: Demo) -> None:
     given = ("export", "digits_vit", "-o", demo.folder, *demo.options, "--dry-run", "--json")
     for dtype, what in (("auto", "up to date"), ("float16", "runs again (export.precision: None -> float16)")):

@@ -106,6 +106,15 @@ def test_only_models_are_kept_of_the_steps(run: Path) -> None:
     assert all(bool(torch.isfinite(t).all()) for t in whole.values() if t.is_floating_point())
 
 
+def test_classes_keep_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lpvit_cli.stages.prune.class_names", lambda source: list("abcdefghij"))
+    result = run_cli(
+        "gradual", "digits_vit", "-o", tmp_path / "run", *OPTIONS, "--set", "schedule=[0.3]", "--set", "finetune.epochs=1"
+    )
+    assert result.code == 0, result.err
+    assert load_model(tmp_path / "run" / "gradual").pretrained_cfg["label_names"] == list("abcdefghij")
+
+
 def test_the_teacher_stays_the_dense_model() -> None:
     recipe = Recipe.load("digits_vit", ["schedule=[0.3,0.6]"])
     later = recipe.model.model_copy(update={"weights": Path("/later.safetensors")})
