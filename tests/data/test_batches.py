@@ -11,17 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_images import (
-    INSECTS,
-    Eye,
-    Numbered,
-    Stream,
-    both_kinds,
-    brightness,
-    files,
-    labels_of,
-    write_split,
-)
+from made_images import INSECTS, Eye, Numbered, Stream, both_kinds, brightness, files, labels_of, write_split
 from PIL import Image
 from timm.data.readers import create_reader
 from torch import Tensor, nn

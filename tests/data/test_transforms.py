@@ -10,15 +10,7 @@ import pytest
 import timm
 import timm.data
 import torch
-from made_images import (
-    HALF,
-    IMAGENET,
-    Eye,
-    Numbered,
-    files,
-    random_image,
-    write_split,
-)
+from made_images import HALF, IMAGENET, Eye, Numbered, files, random_image, write_split
 from PIL import Image
 from timm.data import ImageNetInfo
 

@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import (
-    FC1,
-    KWARGS,
-    VIT,
-    images,
-    one_line,
-    tiny,
-)
+from small import FC1, KWARGS, VIT, images, one_line, tiny
 
 from lpvit_cli.data.transforms import transform_for
 from lpvit_cli.errors import EnvironmentFault, UsageError

@@ -19,20 +19,7 @@ from helpers import relative
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small import (
-    EMPTY,
-    FC1,
-    KWARGS,
-    QKV,
-    TINY,
-    VIT,
-    Tensors,
-    Trap,
-    images,
-    one_line,
-    outputs,
-    tiny,
-)
+from small import EMPTY, FC1, KWARGS, QKV, TINY, VIT, Tensors, Trap, images, one_line, outputs, tiny
 from torch import Tensor, nn
 
 import lpvit_cli

@@ -13,11 +13,7 @@ import torch
 from helpers import relative
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
-from small import (
-    FC1,
-    KWARGS,
-    VIT,
-)
+from small import FC1, KWARGS, VIT
 from torch import nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError

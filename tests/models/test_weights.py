@@ -11,15 +11,7 @@ import pytest
 import torch
 from helpers import relative
 from safetensors.torch import save_file
-from small import (
-    KWARGS,
-    VIT,
-    Tensors,
-    Trap,
-    one_line,
-    outputs,
-    tiny,
-)
+from small import KWARGS, VIT, Tensors, Trap, one_line, outputs, tiny
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.models.families.timm import build_model

@@ -365,16 +365,8 @@ def tuned() -> TuneReport:
 
 
 def compared() -> CompareReport:
-    change = Change(
-        dtype="float32",
-        batch_size=128,
-        subject="sparse",
-        what="ms",
-        before=46.4,
-        after=50.1,
-        ratio=Ratio(0.93, 0.91, 0.95),
-        worse=True,
-    )
+    of = {"dtype": "float32", "batch_size": 128, "subject": "sparse", "what": "ms"}
+    change = Change(**of, before=46.4, after=50.1, ratio=Ratio(0.93, 0.91, 0.95), worse=True)
     fine = change.model_copy(
         update={"what": "J/image", "before": 0.93, "after": 0.93, "ratio": Ratio(1, 0.9, 1.1), "worse": False}
     )

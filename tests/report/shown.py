@@ -7,20 +7,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from made import (
-    FOLDER,
-    deit_base_layers,
-    prune,
-)
+from made import FOLDER, deit_base_layers, prune
 
 from lpvit_cli.cli.console import Console
 from lpvit_cli.report.html import write_html
-from lpvit_cli.report.schema import (
-    BenchReport,
-    FinetuneReport,
-    PruneReport,
-    Report,
-)
+from lpvit_cli.report.schema import BenchReport, FinetuneReport, PruneReport, Report
 from lpvit_cli.report.terminal import render
 
 HOSTILE = ["[red]", "[/red]", "[bold]b[/bold]", "<script>alert(1)</script>", "a & b", "\\"]

@@ -29,9 +29,7 @@ from lpvit_cli.measure.energy.run import EnergyRun
 from lpvit_cli.measure.profile import SparseProfile
 from lpvit_cli.report import html
 from lpvit_cli.report.pictures import blocks_picture, latency_picture
-from lpvit_cli.report.schema import (
-    ProfileReport,
-)
+from lpvit_cli.report.schema import ProfileReport
 
 
 @pytest.fixture

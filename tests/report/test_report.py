@@ -6,19 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from made import (
-    ALL,
-    calibrate,
-    deit_base_layers,
-    prune,
-)
+from made import ALL, calibrate, deit_base_layers, prune
 from pydantic import ValidationError
 from shown import shown, words
 
-from lpvit_cli.report.schema import (
-    BenchReport,
-    CalibrateReport,
-)
+from lpvit_cli.report.schema import BenchReport, CalibrateReport
 from lpvit_cli.stages import ALL_STAGES
 
 

@@ -48,9 +48,7 @@ from lpvit_cli.recipe.measure import SubjectName
 from lpvit_cli.recipe.shipped import shipped_recipes
 from lpvit_cli.report.bench_csv import write_csv
 from lpvit_cli.report.pictures import sweep_picture
-from lpvit_cli.report.schema import (
-    BenchReport,
-)
+from lpvit_cli.report.schema import BenchReport
 from lpvit_cli.report.terminal import render
 from lpvit_cli.report.terminal.run import summary
 from lpvit_cli.report.terminal.tools import findings_table, recipes_table
