@@ -30,7 +30,7 @@ def measure(model_name: str, images: int, block: tuple[int, int]) -> dict[str, o
     import torch
 
     from lpvit_cli.curvature import collect
-    from lpvit_cli.models.families.timm import build_model
+    from lpvit_cli.models.build import build_model
     from lpvit_cli.models.layers import prunable_layers
     from lpvit_cli.pruning.engine import prune_model
     from lpvit_cli.pruning.plan import build_plan

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lpvit_cli.curvature import LayerStatistics
 from lpvit_cli.data.batches import Batch, Batches
 from lpvit_cli.data.readers import DigitsReader
-from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.build import build_model
 from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.models.tensors import write_tensors
 from lpvit_cli.pruning.plan import Plan, build_plan

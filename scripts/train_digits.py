@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lpvit_cli import Recipe
 from lpvit_cli.data.batches import batches
 from lpvit_cli.data.readers import open_images
-from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.build import build_model
 from lpvit_cli.tasks.classification import accuracy
 
 WEIGHTS = Path(__file__).parent.parent / "configs" / "weights" / "digits_vit.safetensors"
@@ -42,7 +42,7 @@ def main() -> None:
 
     recipe = Recipe.load("digits_vit", ["model.weights=null"])
     torch.manual_seed(args.seed)
-    model = build_model(recipe.model)
+    model = build_model(recipe.model, recipe.task, recipe.features)
     train = batches(model, open_images(recipe.data, "train", model), recipe.data, shuffle=True, seed=args.seed)
     val = batches(model, open_images(recipe.data, "validation", model), recipe.data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)

@@ -19,7 +19,7 @@ import lpvit_cli as lpvit
 from lpvit_cli import Recipe
 from lpvit_cli.data.splits import calibration_batches
 from lpvit_cli.errors import CheckFailed, UsageError
-from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.build import build_model
 from lpvit_cli.tasks.features import Features
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -63,7 +63,7 @@ def test_a_timm_model_is_pruned_as_the_command_prunes_it(tmp_path: Path) -> None
     expected = lpvit.load_model(tmp_path / "run" / "pruned")
 
     recipe = Recipe.load("digits_vit", changes)
-    model = build_model(recipe.model)
+    model = build_model(recipe.model, recipe.task, recipe.features)
     images = calibration_batches(recipe.data, recipe.calibrate, recipe.seed, model)
     pruned = lpvit.prune(model, images, sparsity=0.6, block=recipe.prune.blocks[0], reweigh=1, device="cpu")
     made, known = lpvit.sparse_layers(pruned), lpvit.sparse_layers(expected)

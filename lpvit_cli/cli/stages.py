@@ -207,7 +207,7 @@ def load(order: Order, name: str, overrides: list[str], instead: str = "") -> Re
         raise UsageError(f"{name}: which recipe?", f"run: lpvit {name} RECIPE, or: {instead}")
     recipe = Recipe.load(order.recipe, overrides)
     if order.smoke:
-        from lpvit_cli.models.families.timm import shrink
+        from lpvit_cli.models.build import shrink
 
         recipe = recipe.smoke(*shrink(recipe.model))
     return recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lpvit_cli.devices import describe_device
 from lpvit_cli.measure.profile import PROFILE_FILE, DeviceProfile
-from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.build import build_model
 from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
@@ -23,7 +23,8 @@ def predict(recipe: Recipe, run: Run, progress: Progress) -> PredictionReport:
     if recipe.prune.budget.is_searched:
         reasons.append(f"{kind}: finding the model takes evaluating some; give a flops budget to predict")
     if run.changes(CALIBRATE) != []:
-        sketch = build_model(recipe.model.model_copy(update={"pretrained": False, "weights": None}))
+        random = recipe.model.model_copy(update={"pretrained": False, "weights": None})
+        sketch = build_model(random, recipe.task, recipe.features)
         prunable_layers(sketch, recipe.prune.layers)  # a glob that matches nothing is not worth a calibration
         reasons.append(f"this recipe is not calibrated yet: {run.command(CALIBRATE)}")
     if PROFILE in run.sources(PRUNE) and run.changes(PROFILE) != []:

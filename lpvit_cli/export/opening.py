@@ -8,7 +8,7 @@ from typing import Any
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.export.formats.base import Format
-from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.build import build_model
 from lpvit_cli.models.folder import load_model, read_config
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.recipe.model import ModelSection

@@ -15,7 +15,7 @@ from lpvit_kernels import BlockSparseMatrix
 from torch import nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.models.families.timm import _create, resolve
+from lpvit_cli.models.build import create, resolve
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.tensors import _load_strictly, read_tensors, write_tensors
 from lpvit_cli.recipe.model import ModelSection, Preprocess
@@ -32,6 +32,7 @@ def model_config(section: ModelSection, model: VisionModel, **more: Any) -> dict
         "architecture": architecture,
         "kwargs": kwargs,
         "num_classes": model.num_classes,
+        "gives": model.gives,
         "preprocessing": {k: v for k, v in model.pretrained_cfg.items() if k in PREPROCESSING},
         **more,
     }
@@ -70,6 +71,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def gives(config: dict[str, Any]) -> str:
+    """What the model gives: logits, pooled or tokens. Folders of lpvit 0.2 do not say: they have a head."""
+    return str(config.get("gives", "logits"))
+
+
+def untrained(config: dict[str, Any]) -> VisionModel:
+    """The dense architecture of a model folder, with random weights."""
+    model = create(config["architecture"], config["kwargs"], gives(config))
+    model.pretrained_cfg = {**model.pretrained_cfg, **config["preprocessing"]}
+    return model
+
+
 def load_model(path: str | Path) -> VisionModel:
     """Read a model folder back: a timm model, its pruned layers BlockSparseLinear, in eval mode on the CPU.
 
@@ -80,8 +93,7 @@ def load_model(path: str | Path) -> VisionModel:
     tensors = read_tensors(folder / "model.safetensors")
     damaged = f"{folder}: config.json and model.safetensors do not fit together"
     try:
-        model = _create(config["architecture"], config["kwargs"], pretrained=False)
-        model.pretrained_cfg = {**model.pretrained_cfg, **config["preprocessing"]}
+        model = untrained(config)
         for name, kept in config.get("widths", {}).items():
             whole = width(model.get_submodule(name))
             if whole is None or type(kept) is not int or not 0 < kept <= whole:

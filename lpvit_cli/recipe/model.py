@@ -9,6 +9,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from lpvit_cli.recipe.section import Section, beside_the_recipe
 
+TaskKind = Literal["auto", "classification", "features"]
+FeaturesKind = Literal["pooled", "tokens"]
+
 
 class Preprocess(Section):
     """What differs from the model's own preprocessing (timm's pretrained_cfg). Pixels are in 0..1 before mean and std."""
@@ -26,6 +29,7 @@ class ModelSection(Section):
     pretrained: bool = False  # with the weights that timm downloads
     weights: Path | None = None  # a safetensors file, named as in timm
     kwargs: dict[str, Any] = Field(default_factory=dict)  # of the constructor: num_classes, img_size ...
+    output: str | int | None = None  # which one, of a model that gives several: its name or position
     preprocess: Preprocess = Field(default_factory=Preprocess)  # default: the model's own
 
     @field_validator("weights")

@@ -17,7 +17,7 @@ from lpvit_cli.recipe.errors import explain
 from lpvit_cli.recipe.export import ExportSection
 from lpvit_cli.recipe.finetune import FinetuneSection
 from lpvit_cli.recipe.measure import SUBJECTS, BenchSection, ProfileSection, SubjectName
-from lpvit_cli.recipe.model import ModelSection
+from lpvit_cli.recipe.model import FeaturesKind, ModelSection, TaskKind
 from lpvit_cli.recipe.prune import Budget, PruneSection
 from lpvit_cli.recipe.section import Section, flatten
 from lpvit_cli.recipe.shipped import find_recipe
@@ -33,6 +33,8 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0)  # of everything random
     device: str = "auto"  # where lpvit works: auto, cpu, cuda, cuda:1
     dtype: Dtype = "auto"  # compute type of evaluation and recovery; auto: bfloat16 on GPUs, float32 on CPUs
+    task: TaskKind = "auto"  # what the model is to stay as good at; auto: classification with a head, features without
+    features: FeaturesKind = "pooled"  # of the features task: one embedding an image, or those of all tokens
     model: ModelSection  # what is pruned
     data: DataSection  # images to calibrate, recover and evaluate on
     target: TargetSection = TargetSection()  # where the model will run
@@ -122,7 +124,7 @@ class Recipe(Section):
     def smoke(self, architecture: str, kwargs: dict[str, Any]) -> Recipe:
         """The same recipe made small: a randomly initialised model, generated images, one epoch.
 
-        `architecture` and `kwargs` are the small model's (see models.families.timm.shrink).
+        `architecture` and `kwargs` are the small model's (see models.build.shrink).
         """
         small: dict[str, Any] = self.model_dump()
         small["name"] += "-smoke"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lpvit_cli.errors import UsageError
-from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.build import build_model
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.recipe.finetune import Augment, Distill, FinetuneSection
 from lpvit_cli.recipe.model import ModelSection
@@ -118,7 +118,11 @@ def teacher_of(distill: Distill | None, parent: ModelSection, model: VisionModel
     """The teacher of distillation, where there is one: the dense parent, unless the settings name another model."""
     if distill is None:
         return None
-    teacher = build_model(distill.teacher or parent)
+    teacher = build_model(
+        distill.teacher or parent,
+        "auto" if model.num_classes else "features",
+        "tokens" if model.gives == "tokens" else "pooled",
+    )
     if teacher.num_classes != model.num_classes:
         raise UsageError(
             f"finetune.distill.teacher: tells {teacher.num_classes} classes apart, the model {model.num_classes}",

@@ -15,7 +15,7 @@ from lpvit_cli.devices import describe_device, pick_dtype
 from lpvit_cli.errors import UsageError, require
 from lpvit_cli.machine import installed, machine
 from lpvit_cli.measure.timing import cpu_threads, current
-from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.build import build_model
 from lpvit_cli.models.folder import require_same_model
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
@@ -38,7 +38,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
         for dtype in dict.fromkeys(pick_dtype(name, device) for name in recipe.target_dtypes):
             subjects = Subjects(
                 recipe.subjects,
-                build_model(recipe.model),
+                build_model(recipe.model, recipe.task, recipe.features),
                 source,
                 device,
                 dtype,

@@ -10,7 +10,7 @@ from lpvit_cli import distributed
 from lpvit_cli.curvature import collect, save_statistics
 from lpvit_cli.data.splits import calibration_batches
 from lpvit_cli.devices import describe_device
-from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.build import build_model
 from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
@@ -23,7 +23,7 @@ STATISTICS = "statistics.safetensors"
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> CalibrateReport:
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model)
+    model = build_model(recipe.model, recipe.task, recipe.features)
     layers = prunable_layers(model, recipe.prune.layers)
     images = calibration_batches(recipe.data, recipe.calibrate, recipe.seed, model)
     loss = Classification().loss(recipe.calibrate.gradient, recipe.seed + distributed.rank())

@@ -12,12 +12,10 @@ from lpvit_cli.errors import UsageError
 from lpvit_cli.export.formats.base import Format
 from lpvit_cli.export.source import DENSE_FOLDER, Publication, Source
 from lpvit_cli.machine import cpu_name, installed
-from lpvit_cli.models.families.timm import build_model
-from lpvit_cli.models.folder import load_model, read_config
+from lpvit_cli.models.folder import load_model, read_config, untrained
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
-from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.registry import FORMATS
 from lpvit_cli.report.schema import ExportReport
 from lpvit_cli.sparse import order_neurons, trim
@@ -73,7 +71,6 @@ def _source(recipe: Recipe, run: Run) -> Source:
     model = trim(original)
     order_neurons(model)
     pruned, recovered = made_by(run, EXPORT)
-    architecture = ModelSection(name=config["architecture"], kwargs=config["kwargs"])
     return Source(
         name=recipe.name,
         settings=recipe.export,
@@ -89,7 +86,7 @@ def _source(recipe: Recipe, run: Run) -> Source:
         accuracy=(recovered or pruned).accuracy,
         prunable=recipe.prune.layers.match,
         calibration=partial(calibration_batches, recipe.data, recipe.calibrate, recipe.seed, model),
-        dense=partial(build_model, architecture),
+        dense=partial(untrained, config),
         publication=partial(publication, recipe, run),
     )
 

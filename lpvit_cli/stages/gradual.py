@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lpvit_cli.errors import UsageError
 from lpvit_cli.files import replace_text
-from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.build import build_model
 from lpvit_cli.models.folder import as_dense, load_model, model_config, read_config
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
@@ -55,7 +55,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Gradu
         )
         for value, step, (pruned, recovered) in zip(recipe.schedule, made, reports, strict=True)
     ]
-    original, masks = build_model(recipe.model), []
+    original, masks = build_model(recipe.model, recipe.task, recipe.features), []
     for step, ran in zip(steps, made, strict=True):
         source, target = ran.folder / FINETUNE.folder, work / step.folder
         target.mkdir(exist_ok=True)

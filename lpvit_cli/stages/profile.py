@@ -10,7 +10,7 @@ from lpvit_cli.bench.profiling import measure_profile
 from lpvit_cli.devices import pick_dtype
 from lpvit_cli.errors import UsageError
 from lpvit_cli.measure.profile import PROFILE_FILE
-from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.build import build_model
 from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
@@ -26,7 +26,8 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Profi
             f"profile: layers are timed in torch, not in {target.runtime}", "profile with --set target.runtime=torch"
         )
     # random weights take as long as trained ones, and need no download
-    model = build_model(recipe.model.model_copy(update={"pretrained": False, "weights": None}))
+    random = recipe.model.model_copy(update={"pretrained": False, "weights": None})
+    model = build_model(random, recipe.task, recipe.features)
     profile, notes = measure_profile(
         model,
         prunable_layers(model, recipe.prune.layers),

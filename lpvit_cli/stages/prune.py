@@ -14,7 +14,7 @@ from lpvit_cli.data.splits import calibration_batches, validation_batches
 from lpvit_cli.devices import describe_device, pick_dtype
 from lpvit_cli.errors import UsageError
 from lpvit_cli.measure.profile import DeviceProfile
-from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.build import build_model
 from lpvit_cli.models.folder import model_config, save_model
 from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.models.protocol import VisionModel
@@ -97,7 +97,7 @@ def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Pruner:
     """The plan of a run, from its calibration."""
     torch.manual_seed(recipe.seed)
     profile = open_profile(recipe, run)
-    model = build_model(recipe.model)
+    model = build_model(recipe.model, recipe.task, recipe.features)
     images = validation_batches(recipe.data, model)
     if names := class_names(images.source):
         model.pretrained_cfg["label_names"] = names

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lpvit_cli.errors import LpvitError
-from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.build import build_model
 from lpvit_cli.recipe.model import ModelSection
 
 VIT = "vit_tiny_patch16_224"

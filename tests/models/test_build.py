@@ -12,7 +12,7 @@ from small import FC1, KWARGS, VIT, images, one_line, tiny
 
 from lpvit_cli.data.transforms import transform_for
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.models.families.timm import build_model, shrink
+from lpvit_cli.models.build import build_model, shrink
 from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.recipe.prune import Layers

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import lpvit_cli
 from lpvit_cli.data.transforms import transform_for
 from lpvit_cli.errors import EnvironmentFault, LpvitError, UsageError
-from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.build import build_model
 from lpvit_cli.models.folder import load_model, model_config, save_model
 from lpvit_cli.models.tensors import read_tensors, write_tensors
 from lpvit_cli.recipe.model import ModelSection

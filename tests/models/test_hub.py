@@ -17,7 +17,7 @@ from small import FC1, KWARGS, VIT
 from torch import nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.models.families.timm import build_model, shrink
+from lpvit_cli.models.build import build_model, shrink
 from lpvit_cli.models.folder import load_model, model_config, require_same_model, save_model
 from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.sparse import densify, sparsify

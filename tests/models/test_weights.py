@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from small import KWARGS, VIT, Tensors, Trap, one_line, outputs, tiny
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.build import build_model
 from lpvit_cli.models.tensors import read_tensors
 from lpvit_cli.recipe.model import ModelSection
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lpvit_cli import load_model
 from lpvit_cli.curvature import ImageGradients, collect, single_images
 from lpvit_cli.errors import UsageError
-from lpvit_cli.models.families.timm import build_model
+from lpvit_cli.models.build import build_model
 from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.pruning.blocks import expand, grid
 from lpvit_cli.pruning.engine import prune_model

@@ -18,12 +18,12 @@ from lpvit_cli.recipe.model import ModelSection
 HUB = "hf-hub:"  # owner/name, and @revision where one is meant
 
 
-def build_model(section: ModelSection) -> VisionModel:
+def build(section: ModelSection) -> VisionModel:
     """The dense timm model of a recipe, in eval mode on the CPU; its preprocessing is in `model.pretrained_cfg`.
 
     Raises UsageError (unknown model or argument), EnvironmentFault (weights not to be had, unreadable, foreign).
     """
-    model = _create(section.name, section.kwargs, section.pretrained or section.name.startswith(HUB))
+    model = create(section.name, section.kwargs, section.pretrained or section.name.startswith(HUB))
     preprocess = {k: v for k, v in section.preprocess.model_dump().items() if v is not None}
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": _input_size(model, resolve(section)[1]), **preprocess}
     if section.weights:
@@ -79,7 +79,7 @@ def shrink(section: ModelSection) -> tuple[str, dict[str, Any]]:
     return name, given  # let building it explain what is wrong
 
 
-def _create(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
+def create(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
     hub = name.startswith(HUB)
     if not hub and not _exists(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
