@@ -142,7 +142,7 @@ def recover(
         return Closeness(judged.divergence(judged.outputs(student, judging, where), reference))
 
     shuffled = ListedBatches(train, seed)
-    following = Following(judged, parent)
+    following = Following(parent, judged.distillation)
     run_recovery(
         student, options, shuffled, shuffled, following, closeness, closeness(), seed=seed, device=where, progress=progress
     )

@@ -27,7 +27,8 @@ from lpvit_cli.recovery.objective import Objective
 from lpvit_cli.recovery.start import choose_trained, start_from_gradient
 from lpvit_cli.recovery.trainer import Trainer
 from lpvit_cli.sparse import sparse_layers
-from lpvit_cli.tasks.classification import Accuracy, Classification, accuracy
+from lpvit_cli.tasks.classification import Classification
+from lpvit_cli.tasks.quality import ClassificationQuality
 
 CPU = torch.device("cpu")
 SWIN = ModelSection(
@@ -65,8 +66,11 @@ class Task:
         return split(self.train[0][chosen], self.train[1][chosen])
 
     def top1(self, model: nn.Module) -> float:
+        score = Classification().score()
         with torch.inference_mode():
-            return accuracy(model.eval(), self.val).top1
+            for images, labels in self.val:
+                score.add(model.eval()(images), None, labels)
+        return score.quality().top1
 
 
 def split(images: Tensor, labels: Tensor, size: int = 64) -> list[Batch]:
@@ -144,8 +148,8 @@ def recover(task: Task, model: nn.Module, seed: int, settings: FinetuneSection) 
             settings,
             train,
             objective,
-            lambda: Accuracy(task.top1(model), 100.0, 0),
-            Accuracy(0.0, 0.0, 0),
+            lambda: ClassificationQuality(0, task.top1(model), 100.0),
+            ClassificationQuality(0, 0.0, 0.0),
             Path(folder),
             seed,
             CPU,
@@ -153,4 +157,4 @@ def recover(task: Task, model: nn.Module, seed: int, settings: FinetuneSection) 
         trainer.fit(lambda *_: None)
         losses = read_losses(trainer.log.path)
     merge(model)
-    return losses, [epoch.validation_top1 for epoch in trainer.history]
+    return losses, [epoch.validation for epoch in trainer.history]

@@ -19,7 +19,7 @@ from lpvit_cli import Recipe
 from lpvit_cli.data.batches import batches
 from lpvit_cli.data.readers import open_images
 from lpvit_cli.models.build import build_model
-from lpvit_cli.tasks.classification import accuracy
+from lpvit_cli.tasks.classification import Classification
 
 WEIGHTS = Path(__file__).parent.parent / "configs" / "weights" / "digits_vit.safetensors"
 
@@ -62,8 +62,11 @@ def main() -> None:
         print(f"epoch {epoch + 1:2d}/{args.epochs}  loss {loss.item():.3f}  {time.monotonic() - started:.0f} s", flush=True)
 
     model.eval()
+    score = Classification().score()
     with torch.no_grad():
-        result = accuracy(model, val)
+        for images, labels in val:
+            score.add(model(images), None, labels)
+    result = score.quality()
     parameters = sum(p.numel() for p in model.parameters())
     print(f"top-1 {result.top1:.2f} % on {result.images} test images, {parameters:,} parameters")
     metadata = {

@@ -1,4 +1,4 @@
-"""Commands on one model: evaluate, predict, merge, tune."""
+"""Commands on one model: evaluate, predict, embed, merge, tune."""
 
 from __future__ import annotations
 
@@ -19,15 +19,32 @@ def evaluate(
     root: Annotated[Path | None, typer.Option("--root", help="Where the images are.")] = None,
     split: Annotated[str | None, typer.Option("--split", help="Which split (default: the one it was validated on).")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Evaluate on this many images only.")] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", metavar="MODEL", help="Compare with this model, for example the dense one.")
+    ] = None,
+    train: Annotated[
+        Path | None,
+        typer.Option("--train", metavar="FOLDER", help="Of embeddings: k-NN among these images, one folder for each class."),
+    ] = None,
     batch_size: BatchSize = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Top-1 and top-5 accuracy of a model folder, an exported file or a timm model."""
+    """How good a model folder, an exported file or a timm model is: top-1 and top-5, or what its embeddings are worth."""
     from lpvit_cli.commands.evaluate import evaluate as evaluate_any
 
     report = evaluate_any(
-        model, dataset, root, split, limit, batch_size or 64, device or "auto", dtype or "auto", console.progress
+        model,
+        dataset,
+        root,
+        split,
+        limit,
+        batch_size or 64,
+        device or "auto",
+        dtype or "auto",
+        reference,
+        train,
+        console.progress,
     )
     _print(console, report, model)
 
@@ -44,6 +61,25 @@ def predict(
     from lpvit_cli.commands.predict import predict as predict_any
 
     _print(console, predict_any(model, images, top, device or "auto"), model)
+
+
+@command(app)
+def embed(
+    console: Console,
+    model: ModelArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES|FOLDER...", help="Image files, or folders of them.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="What to write: a .npy, .safetensors or .parquet file.")
+    ],
+    batch_size: BatchSize = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Write the embeddings of images, with their file names; of a model with a head, what the head would see."""
+    from lpvit_cli.commands.embed import embed as embed_any
+
+    report = embed_any(model, images, output, batch_size or 32, device or "auto", dtype or "auto", console.progress)
+    _print(console, report, model)
 
 
 @command(app)

@@ -1,4 +1,4 @@
-"""evaluate: the accuracy of any model that lpvit can open."""
+"""evaluate: how good any model that lpvit can open is at its task."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from pathlib import Path
 
 import torch
 
-from lpvit_cli.data.batches import batches
-from lpvit_cli.data.readers import open_images, require_known_classes
+from lpvit_cli.data.batches import Batches, batches
+from lpvit_cli.data.readers import ALL, has_splits, is_labelled, open_images, require_known_classes
 from lpvit_cli.devices import describe_device, pick_device, pick_dtype
 from lpvit_cli.errors import UsageError
 from lpvit_cli.export.opening import open_model
+from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.progress import Progress
 from lpvit_cli.recipe.data import DataSection
 from lpvit_cli.report.schema import EvaluateReport
 from lpvit_cli.targets.base import ExportedModel
-from lpvit_cli.tasks.evaluation import Validation
+from lpvit_cli.tasks.evaluation import Validation, task_of
 
 WORKERS = min(4, (os.cpu_count() or 1) - 1)  # processes that decode images
 
@@ -30,9 +31,15 @@ def evaluate(
     batch_size: int,
     device_name: str,
     dtype_name: str,
+    reference: str | None,
+    train: Path | None,
     progress: Progress,
 ) -> EvaluateReport:
-    """Accuracy of MODEL; images default to those its model folder or file remembers."""
+    """The quality of MODEL; images default to those its model folder or file remembers.
+
+    `reference`: another model that it is compared with; `train`: a folder with one folder for each class, among whose images
+    embeddings look for their neighbours.
+    """
     model, remembered = open_model(model_name)
     place = {
         "dataset": dataset or remembered.get("dataset"),
@@ -47,11 +54,56 @@ def evaluate(
     require_known_classes(model, source)
     images = batches(model, source, data, limit=limit)
     dtype = torch.float32 if isinstance(model, ExportedModel) else pick_dtype(dtype_name, device)
-    result = Validation(images, device, dtype, progress).accuracy(model, "evaluating")
+    other = _reference(model, reference)
+    gallery = _gallery(model, data, train)
+    _require_a_measure(model, images, other, gallery)
+    validation = Validation(images, device, dtype, progress, task_of(model), other, gallery)
+    quality = validation.quality(model, "evaluating")
     return EvaluateReport(
         device=describe_device(device),
         model=model_name,
         dataset=f"{data.dataset} {data.val_split}",
-        accuracy=result,
+        quality=quality,
+        reference=reference,
         skipped_images=len(images.skipped),
     )
+
+
+def _reference(model: VisionModel, name: str | None) -> VisionModel | None:
+    """The model to compare with. Raises UsageError where its outputs are of another kind, or its images of another size."""
+    if name is None:
+        return None
+    other = open_model(name)[0]
+    kinds = [(one.gives, one.num_classes, tuple(one.pretrained_cfg["input_size"])) for one in (model, other)]
+    if kinds[0] != kinds[1]:
+        said = " and ".join(
+            f"{gives}{f' of {classes} classes' if classes else ''} for {size}" for gives, classes, size in kinds
+        )
+        raise UsageError(f"--reference {name}: cannot be compared: {said}", "give a model of the same kind and image size")
+    return other
+
+
+def _gallery(model: VisionModel, data: DataSection, train: Path | None) -> Batches | None:
+    if train is None:
+        return None
+    if model.num_classes:
+        raise UsageError("--train is for k-NN among embeddings, and this model tells classes apart", "leave --train out")
+    there = data.model_copy(update={"dataset": "folder", "root": train.expanduser().resolve(), "val_images": None})
+    source = open_images(there, there.train_split if has_splits(there) else ALL, model)
+    if not is_labelled(source):
+        raise UsageError(f"--train {train}: has no classes", "give a folder with one folder for each class")
+    return batches(model, source, there)
+
+
+def _require_a_measure(model: VisionModel, images: Batches, other: VisionModel | None, gallery: Batches | None) -> None:
+    if model.num_classes:
+        if not images.labelled and other is None:
+            raise UsageError("these images have no labels to judge by", "pass --reference MODEL, for example the dense model")
+        return
+    if gallery is not None and not images.labelled:
+        raise UsageError("--train: k-NN needs classes, and the images have none", "evaluate on one folder for each class")
+    if other is None and gallery is None:
+        raise UsageError(
+            "this model gives embeddings: there is nothing to judge them by",
+            "pass --reference MODEL, for example the dense model, or --train FOLDER for k-NN",
+        )

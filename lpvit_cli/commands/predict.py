@@ -8,6 +8,7 @@ import torch
 
 from lpvit_cli.data.transforms import read_image, transform_for
 from lpvit_cli.devices import describe_device, pick_device
+from lpvit_cli.errors import UsageError
 from lpvit_cli.export.opening import open_model
 from lpvit_cli.report.schema import Prediction, PredictReport
 from lpvit_cli.targets.base import ExportedModel
@@ -15,6 +16,11 @@ from lpvit_cli.targets.base import ExportedModel
 
 def predict(model_name: str, images: list[Path], top: int, device_name: str) -> PredictReport:
     model, _ = open_model(model_name)
+    if model.num_classes == 0:
+        raise UsageError(
+            f"{model_name}: gives embeddings, it has no classes to predict",
+            f"run: lpvit embed {model_name} {images[0]} --output embeddings.npy",
+        )
     device = torch.device("cpu") if isinstance(model, ExportedModel) else pick_device(device_name)
     model.eval().to(device)
     transform = transform_for(model)

@@ -101,6 +101,15 @@ class Batches:
         return min(available, self.limit or available)
 
     @property
+    def labelled(self) -> bool:
+        from lpvit_cli.data.readers import is_labelled
+
+        return is_labelled(self.source)
+
+    def notes(self) -> list[str]:
+        return []
+
+    @property
     def share(self) -> int:
         """About how many images one pass of this process asks for; 0 where the source does not know."""
         return -(-(self.images or 0) // distributed.world())

@@ -22,6 +22,17 @@ from lpvit_cli.recipe.data import DataSection
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "test")}
 
 
+ALL = "all"
+
+
+def has_splits(data: DataSection) -> bool:
+    return True
+
+
+def is_labelled(source: object) -> bool:
+    return class_names(source) is not None or isinstance(source, SyntheticReader)
+
+
 class Reader(Protocol):
     def __getitem__(self, index: int) -> tuple[Any, int]: ...
     def __len__(self) -> int: ...
@@ -50,7 +61,7 @@ def open_images(data: DataSection, split: str, model: VisionModel) -> Reader | I
         raise UsageError(
             f"data: the {split} split has only one class ({names[0]})", "one folder per class is needed below the split"
         )
-    if names is not None and len(names) != num_classes:
+    if names is not None and num_classes and len(names) != num_classes:
         raise UsageError(
             f"data: the {split} split has {len(names)} classes, the model tells {num_classes} apart",
             f"use the data set the model was trained on, or --set model.kwargs.num_classes={len(names)} with weights to match",
@@ -120,7 +131,7 @@ class SyntheticReader:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         coarse = np.random.RandomState(index).randint(0, 256, (4, 4, 3), dtype=np.uint8)
         height, width = self.size
-        return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), index % self.num_classes
+        return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), index % (self.num_classes or 4)
 
     def __len__(self) -> int:
         return self.length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lpvit_cli.data.batches import Batches, batches
-from lpvit_cli.data.readers import open_images
+from lpvit_cli.data.readers import is_labelled, open_images
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.recipe.data import CalibrateSection, DataSection
 
@@ -13,6 +13,12 @@ def calibration_batches(data: DataSection, settings: CalibrateSection, seed: int
     source = open_images(data, data.train_split, model)
     size = settings.peek("batch_size")
     return batches(model, source, data, batch_size=size, shuffle=True, seed=seed, limit=settings.images)
+
+
+def gallery_batches(data: DataSection, settings: CalibrateSection, model: VisionModel) -> Batches | None:
+    """Labelled training images, as many as calibrate, among which embeddings look for their neighbours; None: no classes."""
+    source = open_images(data, data.train_split, model)
+    return batches(model, source, data, limit=settings.images) if is_labelled(source) else None
 
 
 def validation_batches(data: DataSection, model: VisionModel) -> Batches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,37 +15,41 @@ from lpvit_cli.export.source import Source
 from lpvit_cli.measure.timing import Subject, time_in_visits, verdict
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.progress import Progress
-from lpvit_cli.tasks.classification import Accuracy
-from lpvit_cli.tasks.evaluation import Validation
 
 DENSE = "dense"  # what files are measured against
 BATCH_SIZES = (1, 2, 7)
 VISITS, SAMPLES = 3, 4  # of each file that is timed
 
 
-def check(exported: VisionModel, source: Source, file: str, progress: Progress) -> tuple[list[Parity], Accuracy]:
-    """`exported` against the model on real images, and its accuracy. Raises CheckFailed where they differ too much."""
+def check(exported: VisionModel, source: Source, file: str) -> tuple[list[Parity], Any]:
+    """`exported` against the model on real images, and its quality. Raises CheckFailed where they differ too much."""
     parity = []
     with torch.inference_mode():
-        for batch in first_images(source.validation, sum(BATCH_SIZES)).split(BATCH_SIZES):
-            logits, reference = exported(batch), source.original(batch)
-            result = Parity(
-                batch_size=len(batch),
-                relative_error=relative_error(logits, reference),
-                agreement=same_top1(logits, reference),
-                agreement_but_ties=agreement(logits, reference, source.tolerance),
-            )
+        for batch in first_images(source.validation.images, sum(BATCH_SIZES)).split(BATCH_SIZES):
+            result = parity_of(exported(batch), source.original(batch), source.tolerance, bool(source.original.num_classes))
             require_parity(result, source.tolerance, file)
             parity.append(result)
-    validation = Validation(source.validation, torch.device("cpu"), torch.float32, progress)
-    accuracy = validation.accuracy(exported, "evaluating the exported file")
-    if accuracy.top1 < source.accuracy.top1 - source.settings.max_drop:
+    quality = source.validation.quality(exported, "evaluating the exported file")
+    if quality.score[0] < source.quality.score[0] - source.settings.max_drop:
+        now, before = quality.figures[0], source.quality.figures[0]
         raise CheckFailed(
-            f"export: {file} has {accuracy.top1:.2f} % top-1, the model {source.accuracy.top1:.2f} %: more than "
+            f"export: {file} has {now.text} {now.name}, the model {before.text}: more than "
             f"export.max_drop = {source.settings.max_drop:g} points are lost",
             "another export.precision keeps more (int8-static, float32); nothing was written",
         )
-    return parity, accuracy
+    return parity, quality
+
+
+def parity_of(outputs: Tensor, reference: Tensor, tolerance: float, classes: bool) -> Parity:
+    """How near a file's outputs are to the model's; both logits [n, classes], or embeddings [n, ..., features]."""
+    error = relative_error(outputs, reference)
+    if classes:
+        ties = agreement(outputs, reference, tolerance)
+        return Parity(
+            batch_size=len(outputs), relative_error=error, agreement=same_top1(outputs, reference), agreement_but_ties=ties
+        )
+    cosine = float(torch.cosine_similarity(outputs.double(), reference.double(), dim=-1).mean())
+    return Parity(batch_size=len(outputs), relative_error=error, cosine=cosine)
 
 
 def measure(
@@ -99,10 +104,10 @@ def first_images(batches: object, count: int) -> Tensor:
 
 
 def require_parity(result: Parity, tolerance: float, file: str) -> None:
-    if not result.relative_error <= tolerance or result.agreement_but_ties < 1:
+    if not result.relative_error <= tolerance or ((result.agreement_but_ties or 0) < 1 and result.cosine is None):
         raise CheckFailed(
             f"export: {file} disagrees with the model at batch {result.batch_size}: relative error "
-            f"{result.relative_error:.1e} (at most {tolerance:g}), same top-1 for {result.agreement:.0%} of the images",
+            f"{result.relative_error:.1e} (at most {tolerance:g}), {result.likeness}",
             "try export.form=dense, another export.opset or export.precision; nothing was written",
         )
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from timm.data import resolve_model_data_config
+from torch import nn
 
 from lpvit_cli.models.protocol import VisionModel
 
@@ -22,6 +24,18 @@ def document(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template(f"{template}.jinja").render(**values)
+
+
+def output_name(model: nn.Module) -> str:
+    """What an exported file calls its output: logits, embedding, or embeddings of all tokens."""
+    gives = getattr(model, "gives", "logits" if getattr(model, "num_classes", 1) else "pooled")
+    return {"pooled": "embedding", "tokens": "embeddings"}.get(gives, "logits")
+
+
+def output_size(model: VisionModel) -> tuple[int, ...]:
+    """The shape of what the model gives for one image."""
+    with torch.inference_mode():
+        return tuple(model(torch.zeros(1, *model.pretrained_cfg["input_size"])).shape[1:])
 
 
 def preprocessing_steps(model: VisionModel) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lpvit_cli.errors import CheckFailed, UsageError
+from lpvit_cli.export.documents import output_name
 from lpvit_cli.export.rewrite import SCOPES
 from lpvit_cli.targets.base import METADATA_KEY
 
@@ -25,7 +26,7 @@ HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def dense_graph(model: nn.Module, opset: int, precision: str = "float32", example: Tensor | None = None) -> ir.Model:
-    """`model` (dense layers only) as a graph: input `images` [batch, 3, H, W] float32, output `logits` float32.
+    """`model` (dense layers only) as a graph: input `images` [batch, C, H, W] float32, output `output` float32.
 
     The batch is dynamic. `example`: an input; None: an image of the size in `model.pretrained_cfg`. With `precision` float16 or
     bfloat16 everything between input and output has that type. Raises UsageError when torch or onnx cannot write `opset`.
@@ -36,6 +37,7 @@ def dense_graph(model: nn.Module, opset: int, precision: str = "float32", exampl
         raise UsageError(
             f"export.opset: {opset} is newer than the installed onnx knows ({newest})", "choose 20, or upgrade onnx"
         )
+    output = output_name(model)
     inside: nn.Module = Cast(model, HALF[precision]) if precision in HALF else model
     cfg: Any = model.pretrained_cfg if example is None else None
     example = torch.randn(2, *(cfg["input_size"] if example is None else example.shape[1:]))
@@ -48,7 +50,7 @@ def dense_graph(model: nn.Module, opset: int, precision: str = "float32", exampl
                 dynamo=True,
                 opset_version=opset,
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=[output],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 verbose=False,
             )

@@ -12,7 +12,6 @@ from lpvit_cli.export.results import ExportedFile
 from lpvit_cli.export.source import Publication
 from lpvit_cli.numbers import by, giga, interval, percent, size
 from lpvit_cli.recipe.source import PATHS
-from lpvit_cli.tasks.classification import Accuracy
 
 
 def public_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +44,7 @@ def model_card(
     onnx_notes: list[str],
     preprocessing: list[str],
     input_size: tuple[int, int, int],
+    output: str,
     versions: dict[str, str | None],
 ) -> str:
     """README.md: front matter, then what the reports say; what none of them measured is called not measured."""
@@ -61,7 +61,8 @@ def model_card(
         onnx_device=onnx_device,
         onnx_notes=onnx_notes,
         blocks=", ".join(sorted({by(layer.block) for layer in pruned.layers})),
-        accuracies=_accuracies(published, precision, onnx),
+        qualities=_qualities(published, precision, onnx),
+        output=output,
         files_needed=public_recipe(recipe)[1],
         preprocessing=preprocessing,
         input_size=input_size,
@@ -73,13 +74,13 @@ def model_card(
     )
 
 
-def _accuracies(published: Publication, precision: str, onnx: ExportedFile | None) -> dict[str, Accuracy | None]:
-    """By row of the card's table; None: not measured."""
-    rows: dict[str, Accuracy | None] = {
-        "dense": published.pruned.accuracy_dense,
-        "pruned, one-shot": published.pruned.accuracy,
-        "recovered": published.finetuned.accuracy if published.finetuned else None,
+def _qualities(published: Publication, precision: str, onnx: ExportedFile | None) -> dict[str, list[str]]:
+    """By row of the card's table, a text for each figure of the dense model's quality."""
+    dense = published.pruned.quality_dense
+    rows = {"dense": dense, "pruned, one-shot": published.pruned.quality}
+    rows |= {"recovered": published.finetuned.quality} if published.finetuned else {}
+    rows |= {f"ONNX file, {precision}": onnx.quality} if onnx else {}
+    known = {
+        name: {figure.name: figure.text for figure in quality.figures} if quality else {} for name, quality in rows.items()
     }
-    if onnx:
-        rows[f"ONNX file, {precision}"] = onnx.accuracy
-    return rows
+    return {name: [texts.get(figure.name, "not measured") for figure in dense.figures] for name, texts in known.items()}

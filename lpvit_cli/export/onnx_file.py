@@ -65,14 +65,14 @@ def write_onnx(source: Source, work: Path, progress: Progress) -> ExportedFile:
         as_float32(graph)
         save_onnx(graph, runnable, source.config)
         source.notes.append("onnxruntime's CPU provider has no bfloat16: what was checked is the file with float32 arithmetic")
-    parity, result = check(OnnxModel(runnable), source, FILE, progress)
+    parity, result = check(OnnxModel(runnable), source, FILE)
     return ExportedFile(
         format="onnx",
         file=FILE,
         bytes=_size(file),
         bytes_dense=_size(dense),
         parity=parity,
-        accuracy=result,
+        quality=result,
         layers=written,
         speed=speed,
     )

@@ -33,7 +33,7 @@ def write_program(format_: str, name: str, save: Save, source: Source, work: Pat
         progress(f"exporting to {name}", 0, 1, "")
         model = plain(source.model, layers, {path: choice.form for path, choice in choices.items()})
         save(export_program(model), json.dumps(source.config))
-        parity, result = check(TorchProgram(file), source, name, progress)
+        parity, result = check(TorchProgram(file), source, name)
 
         def open_model(make: Callable[[], nn.Module]) -> Subject:
             return partial(make(), source.images)
@@ -46,7 +46,7 @@ def write_program(format_: str, name: str, save: Save, source: Source, work: Pat
         file=name,
         bytes=file.stat().st_size,
         parity=parity,
-        accuracy=result,
+        quality=result,
         layers=describe(layers, choices),
         speed=speed,
     )

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel
+from pydantic import BaseModel, computed_field
 
 from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.measure.timing import TimingRun
-from lpvit_cli.tasks.classification import Accuracy
+from lpvit_cli.tasks.quality import Accuracy, Quality
 
 
 class Parity(BaseModel):
     batch_size: int
     relative_error: float
-    agreement: float  # fraction of images with the same top-1
-    agreement_but_ties: float  # the same, classes within the tolerance of the logits' norm counting as one: what must be 1
+    agreement: float | None = None  # of logits: fraction of images with the same top-1
+    agreement_but_ties: float | None = None  # the same, classes within the tolerance of the logits' norm counting as one: 1
+    cosine: float | None = None  # of embeddings: mean over images
+
+    @property
+    def likeness(self) -> str:
+        if self.agreement is None:
+            return f"cosine {self.cosine:.6f}"
+        return f"same top-1 for {self.agreement:.0%} of the images"
 
 
 class ExportedLayer(BaseModel):
@@ -43,6 +50,11 @@ class ExportedFile(BaseModel):
     bytes: int
     bytes_dense: int | None = None  # of the same kind of file, dense and float32
     parity: list[Parity] = []
-    accuracy: Accuracy | None = None
+    quality: Quality | None = None
     layers: list[ExportedLayer] = []
     speed: ExportSpeed | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def accuracy(self) -> Accuracy | None:
+        return self.quality.accuracy if self.quality else None

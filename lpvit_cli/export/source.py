@@ -17,7 +17,7 @@ from lpvit_cli.export.results import ExportedFile
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.recipe.export import ExportSection
 from lpvit_cli.targets.tuning import layer_tokens
-from lpvit_cli.tasks.classification import Accuracy
+from lpvit_cli.tasks.evaluation import Validation
 
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 0.2, "int8-static": 0.2}
 DENSE_FOLDER = ".dense"  # beside the files while they are made: what they are measured against
@@ -47,8 +47,8 @@ class Source:
     config: dict[str, Any]  # of the model folder
     original: Any
     model: Any
-    validation: Batches
-    accuracy: Accuracy  # of the model before
+    validation: Validation  # on the CPU
+    quality: Any  # of the model before
     prunable: Callable[[str], bool]  # whether a layer of this name could have been pruned
     calibration: Callable[[], Batches]
     dense: Callable[[], VisionModel]  # the dense architecture: what it holds does not change how long it takes

@@ -20,6 +20,7 @@ class DataSection(Section):
     train_split: str = "train"  # calibration and recovery
     val_split: str = "validation"  # accuracies
     val_images: PositiveInt | None = None  # None: all of them
+    labels: Literal["auto", "none"] = "auto"  # none: folders are no classes
     batch_size: PositiveInt = 64  # of recovery and evaluation; of all processes together
     workers: int = Field(default=4, ge=0)  # processes that decode images
     max_corrupt: Fraction = 0.01  # unreadable images are skipped and counted; more than this fraction is an error
@@ -31,9 +32,10 @@ class DataSection(Section):
 
 
 class CalibrateSection(Section):
-    """Statistics of the dense model. `gradient` is the loss they are taken of: `empirical` uses the given labels; without
-    labels, `sampled` draws them from the model (the true Fisher) and `logits` takes mean(logits^2) (LPViT)."""
+    """Statistics of the dense model. `gradient` is the loss they are taken of, for classification: `sampled` draws labels from
+    the model (the true Fisher), `logits` takes mean(logits^2) (LPViT), `empirical` uses the given labels, of which images that
+    the model has learnt by heart have no gradient left. Features have one loss: the true Fisher of a Gaussian likelihood."""
 
     images: PositiveInt = 2048  # of the training split
     batch_size: PositiveInt = 16  # changes memory and speed, not the statistics but for rounding
-    gradient: Literal["empirical", "sampled", "logits"] = "empirical"
+    gradient: Literal["sampled", "empirical", "logits"] = "sampled"

@@ -14,8 +14,8 @@ from lpvit_cli.registry import FORMATS
 class ExportSection(Section):
     """What `lpvit export` writes. `form`: how block-sparse layers are written; auto times the forms in onnxruntime (for pt2 and
     aoti in torch) with the target's threads and batch size, and takes the fastest. int8 finds the range of each activation as
-    it runs, int8-static has it from the calibration images. `tolerance` bounds ||file - model|| / ||model|| of the logits,
-    `max_drop` the points of top-1 lost."""
+    it runs, int8-static has it from the calibration images. `tolerance` bounds ||file - model|| / ||model|| of the outputs,
+    `max_drop` the points of the task's metric lost."""
 
     formats: Annotated[tuple[Annotated[str, AfterValidator(FORMATS.require)], ...], Field(min_length=1)] = ("onnx",)  # files
     form: Literal["auto", "dense", "rows", "chain", "batched"] = "auto"

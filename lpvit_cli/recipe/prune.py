@@ -31,8 +31,8 @@ Block = tuple[PositiveInt, PositiveInt]
 class Budget(BaseModel):
     """How much to keep, written as `{kind: value}`. Kinds: `flops` = kept fraction of the whole model's FLOPs, `sparsity` =
     removed fraction of the prunable weights, `latency_ms` of a batch and `energy_mj` of an image as the device profile
-    predicts them (`lpvit profile`), `max_drop` = points of top-1 that may be lost before recovery (the sparsest such model is
-    searched)."""
+    predicts them (`lpvit profile`), `max_drop` = points of the task's metric (top-1; of features, hundredths of the cosine)
+    that may be lost before recovery (the sparsest such model is searched)."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, computed_field
 
 from lpvit_cli import distributed
 
@@ -42,10 +42,15 @@ def read_losses(path: Path) -> list[float]:
 
 
 class Epoch(BaseModel):
-    """Loss and accuracy while training, and the accuracy on the validation images after it."""
+    """Loss and accuracy (None: without labels) while training, and the points of the validation images after it."""
 
     epoch: int
     loss: float
-    top1: float
-    validation_top1: float
+    top1: float | None
+    validation: float  # in points of the task's metric: top-1 or agreement in percent, hundredths of the mean cosine
     images_per_second: float
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def validation_top1(self) -> float | None:
+        return None if self.top1 is None else self.validation

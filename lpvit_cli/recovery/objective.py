@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from timm.data import Mixup
@@ -13,7 +14,6 @@ from lpvit_cli.errors import UsageError
 from lpvit_cli.models.build import build_model
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.recipe.finetune import Augment, Distill, FinetuneSection
-from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.tasks.base import Task
 from lpvit_cli.tasks.classification import soft_distillation
 
@@ -22,6 +22,8 @@ Forward = Callable[[Tensor], Tensor]  # images [n, 3, H, W] -> logits [n, classe
 
 class Objective:
     """(1 - w) cross-entropy + w distillation; mixup and cutmix as the recipe says."""
+
+    labelled = True
 
     def __init__(self, settings: FinetuneSection, num_classes: int, teacher: Forward | None):
         self.settings, self.num_classes, self.teacher = settings, num_classes, teacher
@@ -49,17 +51,47 @@ class Objective:
 class Following:
     """Distillation alone: what a teacher says of the same images. It needs no labels."""
 
-    def __init__(self, task: Task, teacher: Forward):
-        self.task, self.teacher = task, teacher
+    labelled = False
+
+    def __init__(self, teacher: Forward, loss: Callable[[Tensor, Tensor], Tensor]):
+        self.teacher, self.loss = teacher, loss  # loss(outputs, taught): a scalar, averaged over images
 
     def __call__(self, forward: Forward, images: Tensor, labels: Tensor, mix: bool = True) -> tuple[Tensor, Tensor]:
         outputs = forward(images)
         with torch.no_grad():
             taught = self.teacher(images)
-        return self.task.distillation(outputs, taught), outputs
+        return self.loss(outputs, taught), outputs
 
     def hits(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.int64, device=outputs.device)
+
+
+def objective_of(
+    settings: FinetuneSection, task: Task, num_classes: int, teacher: Forward | None, labelled: bool
+) -> Objective | Following:
+    """What a recovery minimises: with labels of classes both they and the teacher, else the teacher alone.
+
+    Raises UsageError where there is neither, and for settings that mean nothing without labels.
+    """
+    if labelled and task.uses_labels:
+        return Objective(settings, num_classes, teacher)
+    augment, distill = settings.augment, settings.distill
+    needing = {
+        "finetune.target_top1": settings.target_top1,
+        "finetune.label_smoothing": settings.label_smoothing,
+        "finetune.augment.mixup": augment and augment.mixup,
+        "finetune.augment.cutmix": augment and augment.cutmix,
+    }
+    why = "this task has no use for labels" if labelled else "these images have no labels"
+    if unfit := next((key for key, value in needing.items() if value), None):
+        raise UsageError(f"{unfit}: means labels of classes, and {why}", f"leave it out: --set {unfit}=null")
+    if teacher is None or distill is None:
+        raise UsageError(
+            f"finetune.distill: {why}: recovery needs a teacher", "--set finetune.distill={}, or --set finetune=null"
+        )
+    if task.uses_labels:
+        return Following(teacher, partial(distillation, distill=distill))
+    return Following(teacher, task.distillation)
 
 
 def distillation(logits: Tensor, said: Tensor, distill: Distill) -> Tensor:
@@ -114,21 +146,25 @@ class Teacher(nn.Module):
         return logits
 
 
-def teacher_of(distill: Distill | None, parent: ModelSection, model: VisionModel, device: torch.device) -> Teacher | None:
-    """The teacher of distillation, where there is one: the dense parent, unless the settings name another model."""
+def teacher_of(distill: Distill | None, parent: VisionModel, model: VisionModel, device: torch.device) -> Teacher | None:
+    """The teacher of distillation, where there is one: the dense parent, unless the settings name another model.
+
+    Raises UsageError for one whose outputs are of another kind or size than the model's.
+    """
     if distill is None:
         return None
-    teacher = build_model(
-        distill.teacher or parent,
-        "auto" if model.num_classes else "features",
-        "tokens" if model.gives == "tokens" else "pooled",
-    )
-    if teacher.num_classes != model.num_classes:
+    kind = ("features", "tokens" if model.gives == "tokens" else "pooled") if not model.num_classes else ("classification",)
+    teacher = Teacher(build_model(distill.teacher, *kind) if distill.teacher else parent, model)
+    with torch.no_grad():
+        theirs, ours = (one.cpu()(torch.zeros(1, *model.pretrained_cfg["input_size"])).shape[1:] for one in (teacher, model))
+    model.to(device)
+    if theirs != ours:
+        what = "classes" if model.num_classes else "features"
         raise UsageError(
-            f"finetune.distill.teacher: tells {teacher.num_classes} classes apart, the model {model.num_classes}",
-            "take a teacher trained on the same classes, or --set finetune.distill=null",
+            f"finetune.distill.teacher: gives {' x '.join(map(str, theirs))} {what}, the model {' x '.join(map(str, ours))}",
+            "take a teacher of the same classes or features, or --set finetune.distill=null",
         )
-    return Teacher(teacher, model).to(device)
+    return teacher.to(device)
 
 
 def first_nonfinite(model: nn.Module, images: Tensor) -> str | None:

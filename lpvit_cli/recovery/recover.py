@@ -14,7 +14,7 @@ from lpvit_cli.progress import Progress
 from lpvit_cli.recipe.finetune import FinetuneSection
 from lpvit_cli.recovery.lora import adapt
 from lpvit_cli.recovery.start import choose_trained, ranks_of, start_from_gradient
-from lpvit_cli.recovery.trainer import Evaluate, Quality, Trainer
+from lpvit_cli.recovery.trainer import Evaluate, Judged, Trainer
 
 Precision = Callable[[], AbstractContextManager[object]]
 
@@ -26,7 +26,7 @@ def recover(
     plain: Any,
     objective: Any,
     evaluate: Evaluate,
-    before: Quality,
+    before: Judged,
     *,
     seed: int,
     device: torch.device,

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,20 +29,20 @@ from lpvit_cli.randomness import seed_all
 from lpvit_cli.recipe.finetune import FinetuneSection
 from lpvit_cli.recovery import checkpoint
 from lpvit_cli.recovery.history import Epoch, History
-from lpvit_cli.recovery.objective import Forward, Objective, first_nonfinite
-from lpvit_cli.tasks.classification import Accuracy
+from lpvit_cli.recovery.objective import Following, Forward, Objective, first_nonfinite
+from lpvit_cli.tasks.quality import Quality
 
 CHECKPOINT_SECONDS = 300.0  # so much work a kill may cost
 
 
-class Quality(Protocol):
+class Judged(Protocol):
     """How good a model is: `score` compares, more is better, its first number in the task's points."""
 
     @property
     def score(self) -> tuple[float, ...]: ...
 
 
-Evaluate = Callable[[], Quality]
+Evaluate = Callable[[], Judged]
 OnStep = Callable[[int, int, str], None]  # steps of this epoch done and in all, detail
 
 
@@ -76,7 +77,7 @@ class Sums:
 
 
 class Trainer:
-    """Trains the parameters of `model` that require a gradient, and keeps those of the best validation accuracy.
+    """Trains the parameters of `model` that require a gradient, and keeps those of the best validation quality.
 
     Training moves buffers too, such as the statistics of BatchNorm: they are kept and restored with the parameters. The moving
     average takes floating-point buffers like parameters, so that statistics go with the weights they belong to, and the model's
@@ -91,9 +92,9 @@ class Trainer:
         model: VisionModel,
         settings: FinetuneSection,
         train: Batches,
-        objective: Objective,
+        objective: Objective | Following,
         evaluate: Evaluate,
-        before: Quality,
+        before: Judged,
         folder: Path | None,
         seed: int,
         device: torch.device,
@@ -115,7 +116,7 @@ class Trainer:
         averaged = {name for name in self.moving if name in self.trained or _has_mean(self.buffers[name])}
         self.average = _copies({name: self.moving[name] for name in averaged}) if settings.ema else {}
         self.best = _copies(self.moving)
-        self.best_epoch, self.best_accuracy = 0, before
+        self.best_epoch, self.best_quality = 0, before
         self.history: list[Epoch] = []
         self.log = History(folder / "history.jsonl" if folder else None)
         self.sums = Sums()
@@ -141,7 +142,7 @@ class Trainer:
 
     @property
     def target_reached(self) -> bool:
-        return self.best_accuracy.score[0] >= (self.settings.target_top1 or math.inf)
+        return self.best_quality.score[0] >= (self.settings.target_top1 or math.inf)
 
     @property
     def done(self) -> int:
@@ -155,8 +156,8 @@ class Trainer:
             lr = self._step(batches)
             self.sums.seconds = time.monotonic() - began
             mean, rate = self.sums.loss / max(1, self.sums.images), self.sums.images / self.sums.seconds
-            top1 = 100 * self.sums.hits / max(1, self.sums.images)
-            detail = f"epoch {number + 1}/{self.settings.epochs}  loss {mean:.3f}  accuracy {top1:.1f} %  {rate:.0f} images/s"
+            top1 = f"  accuracy {100 * self.sums.hits / max(1, self.sums.images):.1f} %" if self.objective.labelled else ""
+            detail = f"epoch {number + 1}/{self.settings.epochs}  loss {mean:.3f}{top1}  {rate:.0f} images/s"
             if self.sums.steps < self.steps_per_epoch and time.monotonic() - saved > CHECKPOINT_SECONDS:
                 self.save()
                 saved = time.monotonic()
@@ -235,16 +236,16 @@ class Trainer:
     def _end_of_epoch(self) -> None:
         distributed.share(*self.buffers.values(), *(self.average[name] for name in self.buffers if name in self.average))
         with self._averaged():
-            accuracy = self.evaluate()
-            if accuracy.score >= self.best_accuracy.score:
+            quality = self.evaluate()
+            if quality.score >= self.best_quality.score:
                 self.best = _copies(self.moving)
-                self.best_epoch, self.best_accuracy = len(self.history) + 1, accuracy
+                self.best_epoch, self.best_quality = len(self.history) + 1, quality
         sums = self.sums
         epoch = Epoch(
             epoch=len(self.history) + 1,
             loss=sums.loss / max(1, sums.images),
-            top1=100 * sums.hits / max(1, sums.images),
-            validation_top1=accuracy.score[0],
+            top1=100 * sums.hits / max(1, sums.images) if self.objective.labelled else None,
+            validation=quality.score[0],
             images_per_second=sums.images / sums.seconds,
         )
         self.log.add(**epoch.model_dump())
@@ -274,7 +275,6 @@ class Trainer:
     def save(self) -> None:
         if self.checkpoint is None or not distributed.is_main():
             return
-        assert isinstance(self.best_accuracy, Accuracy)
         groups = {
             "model": self.model.state_dict(),
             "optimizer": checkpoint.optimizer_tensors(self.optimizer),
@@ -285,7 +285,7 @@ class Trainer:
             "history": [epoch.model_dump() for epoch in self.history],
             "sums": asdict(self.sums),
             "best_epoch": self.best_epoch,
-            "best_accuracy": asdict(self.best_accuracy),
+            "best_quality": TypeAdapter(Any).dump_python(self.best_quality),
             "scaler": self.scaler.state_dict(),
         }
         checkpoint.write(self.checkpoint, groups, state)
@@ -305,7 +305,8 @@ class Trainer:
                 tensor.copy_(groups[group][name])
         self.history = [Epoch.model_validate(epoch) for epoch in state["history"]]
         self.sums = Sums(**state["sums"])
-        self.best_epoch, self.best_accuracy = state["best_epoch"], Accuracy(**state["best_accuracy"])
+        self.best_epoch = state["best_epoch"]
+        self.best_quality = TypeAdapter(Quality).validate_python(state["best_quality"])
         self.scaler.load_state_dict(state["scaler"])
         self.log.cut(self.done, len(self.history))
         return self.done

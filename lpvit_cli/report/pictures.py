@@ -10,6 +10,7 @@ from lpvit_cli.measure.energy.run import EnergyRun
 from lpvit_cli.measure.statistics import paired_ratio
 from lpvit_cli.measure.timing import Timing
 from lpvit_cli.report.schema import FinetuneReport, GradualReport, LayerReport, SweepReport
+from lpvit_cli.tasks.quality import Figure
 
 COLORS = {"dense": "#6b7280", "masked-dense": "#d97706", "sparse": "#2563eb"}
 OTHERS = [
@@ -134,13 +135,13 @@ def sweep_picture(report: SweepReport) -> str:
     figure, (left, right) = _figure(11, 4, 1, 2)
     points = sorted(report.points, key=lambda p: p.report.flops)
     x = [p.report.flops / p.report.flops_dense for p in points]
-    dense = points[0].report.accuracy_dense.top1
-    left.axhline(dense, color=COLORS["dense"], linestyle=":", label=f"dense, {dense:.2f} %")
-    left.plot(x, [p.report.accuracy.top1 for p in points], "o-", color=COLORS["sparse"], label="pruned, one-shot")
-    for at, point in zip(x, points, strict=True):
-        y = point.report.accuracy.top1
+    dense = points[0].report.quality_dense.figures[0]
+    left.axhline(dense.value, color=COLORS["dense"], linestyle=":", label=f"dense, {dense.text}")
+    qualities = [p.report.quality.figures[0].value for p in points]
+    left.plot(x, qualities, "o-", color=COLORS["sparse"], label="pruned, one-shot")
+    for at, y, point in zip(x, qualities, points, strict=True):
         left.annotate(f"{point.budget:g}", (at, y), textcoords="offset points", xytext=(0, -14), ha="center", fontsize=8)
-    left.set(xlabel="FLOPs, fraction of dense", ylabel="top-1 (%)", xlim=(0, 1.02))
+    left.set(xlabel="FLOPs, fraction of dense", ylabel=_axis(dense), xlim=(0, 1.02))
     right.axhline(1, color=COLORS["dense"], linestyle=":", label=f"dense, {report.latency_ms_dense:.2f} ms")
     speed = [p.speedup for p in points]
     below, above = [s.value - s.low for s in speed], [s.high - s.value for s in speed]
@@ -166,13 +167,14 @@ def recovery_picture(report: FinetuneReport, losses: list[float]) -> str:
     left.plot(steps, losses, color=COLORS["sparse"], alpha=0.25, linewidth=0.8)
     left.plot(steps, means, color=COLORS["sparse"], linewidth=2, label=f"mean of {window} steps")
     left.set(xlabel="step", ylabel="training loss", ylim=(0, None))
-    top1 = [report.accuracy_pruned.top1, *(epoch.validation_top1 for epoch in report.history)]
-    dense = report.accuracy_dense.top1
-    right.axhline(dense, color=COLORS["dense"], linestyle=":", label=f"dense, {dense:.2f} %")
-    right.plot(range(len(top1)), top1, "o-", color=COLORS["sparse"], label="validation")
-    best = f"best, {top1[report.best_epoch]:.2f} %"
-    right.plot(report.best_epoch, top1[report.best_epoch], "o", color=COLORS["masked-dense"], markersize=9, label=best)
-    right.set(xlabel="epoch (0: pruned)", ylabel="top-1 (%)")
+    points = [report.quality_pruned.score[0], *(epoch.validation for epoch in report.history)]
+    dense = report.quality_dense.score[0]
+    right.axhline(dense, color=COLORS["dense"], linestyle=":", label=f"dense, {dense:.2f}")
+    right.plot(range(len(points)), points, "o-", color=COLORS["sparse"], label="validation")
+    best = f"best, {points[report.best_epoch]:.2f}"
+    right.plot(report.best_epoch, points[report.best_epoch], "o", color=COLORS["masked-dense"], markersize=9, label=best)
+    name = report.quality_dense.figures[0]
+    right.set(xlabel="epoch (0: pruned)", ylabel=_axis(name) if name.percent else f"{name.name}, times 100")
     for axes in (left, right):
         axes.legend(frameon=False)
     return _svg(figure)
@@ -182,16 +184,24 @@ def gradual_picture(report: GradualReport) -> str:
     """Accuracy against the FLOPs left, step by step: down by pruning, up by recovery."""
     figure, axes = _figure(7, 4)
     fractions = [step.pruned.flops / step.pruned.flops_dense for step in report.steps]
-    pruned, recovered = ([getattr(step, name).accuracy.top1 for step in report.steps] for name in ("pruned", "recovered"))
-    dense = report.steps[0].pruned.accuracy_dense.top1
-    path = [(1.0, dense), *(point for x, a, b in zip(fractions, pruned, recovered, strict=True) for point in ((x, a), (x, b)))]
-    axes.axhline(dense, color=COLORS["dense"], linestyle=":", label=f"dense, {dense:.2f} %")
+    steps = report.steps
+    pruned, recovered = ([getattr(step, name).quality.figures[0].value for step in steps] for name in ("pruned", "recovered"))
+    dense = steps[0].pruned.quality_dense.figures[0]
+    path = [
+        (1.0, dense.value),
+        *(point for x, a, b in zip(fractions, pruned, recovered, strict=True) for point in ((x, a), (x, b))),
+    ]
+    axes.axhline(dense.value, color=COLORS["dense"], linestyle=":", label=f"dense, {dense.text}")
     axes.plot(*zip(*path, strict=True), color=COLORS["dense"], linewidth=0.8)
     axes.plot(fractions, pruned, "o", color=COLORS["masked-dense"], label="pruned")
     axes.plot(fractions, recovered, "o-", color=COLORS["sparse"], linewidth=2, label="recovered")
-    axes.set(xlabel="FLOPs, fraction of dense", ylabel="top-1 (%)", xlim=(0, 1.02))
+    axes.set(xlabel="FLOPs, fraction of dense", ylabel=_axis(dense), xlim=(0, 1.02))
     axes.legend(frameon=False)
     return _svg(figure)
+
+
+def _axis(figure: Figure) -> str:
+    return f"{figure.name} (%)" if figure.percent else figure.name
 
 
 def _figure(width: float, height: float, *grid: int, **options: Any) -> tuple[Any, Any]:

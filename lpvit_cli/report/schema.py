@@ -6,9 +6,9 @@ Units are in the names. `None` means not measured, with the reason beside it; ne
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field, model_validator
 
 from lpvit_cli.bench.results import BatchBench, Change
 from lpvit_cli.export.results import ExportedFile
@@ -16,7 +16,7 @@ from lpvit_cli.measure.profile import DeviceProfile
 from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.recovery.history import Epoch
 from lpvit_cli.targets.tuning import TunedLayers
-from lpvit_cli.tasks.classification import Accuracy
+from lpvit_cli.tasks.quality import Accuracy, Quality
 
 DENSE = "dense"  # what sweeps and exported files are measured against
 
@@ -29,6 +29,13 @@ class Report(BaseModel):
     schema_version: int = 1
     device: str
     notes: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_follows(cls, content: Any) -> Any:
+        """Read back, computed fields are computed again."""
+        computed = cls.model_computed_fields
+        return {k: v for k, v in content.items() if k not in computed} if isinstance(content, dict) else content
 
 
 class CalibrateReport(Report):
@@ -69,9 +76,19 @@ class PruneReport(Report):
     bytes: int
     latency_ms_dense: float | None = None  # measured for the device profile; None: pruned without one
     latency_ms: float | None = None  # predicted from the profile
-    accuracy_dense: Accuracy
-    accuracy: Accuracy  # one-shot: pruned, nothing recovered yet
+    quality_dense: Quality
+    quality: Quality  # one-shot: pruned, nothing recovered yet
     skipped_images: int
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def accuracy_dense(self) -> Accuracy | None:
+        return self.quality_dense.accuracy
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def accuracy(self) -> Accuracy | None:
+        return self.quality.accuracy
 
 
 class SweepPoint(BaseModel):
@@ -114,7 +131,7 @@ class PredictionReport(Report):
 
 
 class FinetuneReport(Report):
-    """`accuracy` is that of the best epoch, chosen on the validation images themselves; epoch 0 is the pruned model."""
+    """`quality` is that of the best epoch, chosen on the validation images themselves; epoch 0 is the pruned model."""
 
     method: str
     rank: int | dict[str, int] | None  # None: no adapters
@@ -122,12 +139,27 @@ class FinetuneReport(Report):
     all_parameters: int
     optimizer_bytes: int
     processes: int
-    accuracy_dense: Accuracy
-    accuracy_pruned: Accuracy
-    accuracy: Accuracy
+    quality_dense: Quality
+    quality_pruned: Quality
+    quality: Quality
     best_epoch: int
     history: list[Epoch]
     skipped_images: int
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def accuracy_dense(self) -> Accuracy | None:
+        return self.quality_dense.accuracy
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def accuracy_pruned(self) -> Accuracy | None:
+        return self.quality_pruned.accuracy
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def accuracy(self) -> Accuracy | None:
+        return self.quality.accuracy
 
 
 class GradualStep(BaseModel):
@@ -138,7 +170,7 @@ class GradualStep(BaseModel):
 
 
 class GradualReport(Report):
-    """Accuracies called dense are those of the model that the first step began with."""
+    """Qualities called dense are those of the model that the first step began with."""
 
     kind: str  # what the budgets count
     steps: list[GradualStep]
@@ -188,15 +220,35 @@ class TuneReport(Report):
 class ExportReport(Report):
     model: str
     precision: str
-    accuracy_model: Accuracy  # of the model that was exported
+    quality_model: Quality  # of the model that was exported
     files: list[ExportedFile]
     versions: dict[str, str | None]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def accuracy_model(self) -> Accuracy | None:
+        return self.quality_model.accuracy
 
 
 class EvaluateReport(Report):
     model: str
     dataset: str
-    accuracy: Accuracy
+    quality: Quality
+    reference: str | None = None  # what it is compared with
+    skipped_images: int
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def accuracy(self) -> Accuracy | None:
+        return self.quality.accuracy
+
+
+class EmbedReport(Report):
+    model: str
+    output: str
+    names: str | None  # the file that holds the images' names, where the output has no place for them
+    shape: tuple[int, ...]  # of the embeddings: images, then features, or tokens and features
+    images_per_second: float
     skipped_images: int
 
 

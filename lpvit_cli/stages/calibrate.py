@@ -16,7 +16,7 @@ from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.report.schema import CalibrateReport
-from lpvit_cli.tasks.classification import Classification
+from lpvit_cli.tasks.evaluation import gradient_for, task_of
 
 STATISTICS = "statistics.safetensors"
 
@@ -26,7 +26,9 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Calib
     model = build_model(recipe.model, recipe.task, recipe.features)
     layers = prunable_layers(model, recipe.prune.layers)
     images = calibration_batches(recipe.data, recipe.calibrate, recipe.seed, model)
-    loss = Classification().loss(recipe.calibrate.gradient, recipe.seed + distributed.rank())
+    task = task_of(model)
+    gradient = gradient_for(task, recipe.calibrate, images)
+    loss = task.loss(gradient, recipe.seed + distributed.rank())
     total = images.share
     statistics = collect(
         model,
@@ -41,13 +43,12 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Calib
     notes = []
     if used < recipe.calibrate.images and not images.skipped:
         notes.append(f"{used} calibration images, fewer than the {recipe.calibrate.images} asked for: the split holds no more")
-    if images.skipped:
-        notes.append(f"{len(images.skipped)} unreadable images skipped (first: {images.skipped[0]})")
+    notes += images.notes()
     return CalibrateReport(
         device=describe_device(run.device),
         notes=notes,
         images=used,
-        gradient=recipe.calibrate.gradient,
+        gradient=gradient if task.uses_gradient else "random direction",
         layers=len(layers),
         statistics_bytes=(work / STATISTICS).stat().st_size,
     )

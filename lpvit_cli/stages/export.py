@@ -7,11 +7,14 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from lpvit_cli.data.splits import calibration_batches, validation_batches
+import torch
+
+from lpvit_cli.data.splits import calibration_batches
 from lpvit_cli.errors import UsageError
 from lpvit_cli.export.formats.base import Format
 from lpvit_cli.export.source import DENSE_FOLDER, Publication, Source
 from lpvit_cli.machine import cpu_name, installed
+from lpvit_cli.models.build import build_model
 from lpvit_cli.models.folder import load_model, read_config, untrained
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
@@ -20,6 +23,7 @@ from lpvit_cli.registry import FORMATS
 from lpvit_cli.report.schema import ExportReport
 from lpvit_cli.sparse import order_neurons, trim
 from lpvit_cli.stages import BENCH, EXPORT, made_by
+from lpvit_cli.tasks.evaluation import validation_of
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> ExportReport:
@@ -28,7 +32,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Expor
     _require_precision(formats, recipe.file_precision)
     for format_ in formats.values():
         format_.require()
-    source = _source(recipe, run)
+    source = _source(recipe, run, progress)
     for name, format_ in formats.items():
         before = len(source.notes)
         source.files.append(format_.write(source, work, progress))
@@ -42,7 +46,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Expor
         notes=source.notes,
         model=source.folder.name,
         precision=source.precision,
-        accuracy_model=source.accuracy,
+        quality_model=source.quality,
         files=source.files,
         versions={package: installed(package) for package in ("lpvit", "torch", "timm", "onnx", "onnxruntime", "openvino")},
     )
@@ -65,12 +69,14 @@ def _require_precision(formats: dict[str, Format], precision: str) -> None:
         )
 
 
-def _source(recipe: Recipe, run: Run) -> Source:
+def _source(recipe: Recipe, run: Run, progress: Progress) -> Source:
     target, folder = recipe.target, run.model_artefact(EXPORT)
     original, config = load_model(folder), read_config(folder)
     model = trim(original)
     order_neurons(model)
     pruned, recovered = made_by(run, EXPORT)
+    beside = (recovered or pruned).quality.accuracy is None  # labels say nothing: it is judged beside the dense model
+    dense = build_model(recipe.model, recipe.task, recipe.features) if beside else None
     return Source(
         name=recipe.name,
         settings=recipe.export,
@@ -82,8 +88,8 @@ def _source(recipe: Recipe, run: Run) -> Source:
         config=config,
         original=original,
         model=model,
-        validation=validation_batches(recipe.data, original),
-        accuracy=(recovered or pruned).accuracy,
+        validation=validation_of(recipe.data, recipe.calibrate, original, dense, torch.device("cpu"), torch.float32, progress),
+        quality=(recovered or pruned).quality,
         prunable=recipe.prune.layers.match,
         calibration=partial(calibration_batches, recipe.data, recipe.calibrate, recipe.seed, model),
         dense=partial(untrained, config),

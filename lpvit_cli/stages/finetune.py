@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch.utils.data import IterableDataset
@@ -13,11 +14,11 @@ from torch.utils.data import IterableDataset
 from lpvit_cli import distributed
 from lpvit_cli.data.batches import batches
 from lpvit_cli.data.readers import Reader, open_images, require_same_classes
-from lpvit_cli.data.splits import validation_batches
 from lpvit_cli.data.transforms import transform_for
 from lpvit_cli.devices import autocast, describe_device, pick_dtype
 from lpvit_cli.errors import UsageError
 from lpvit_cli.files import replace_text
+from lpvit_cli.models.build import build_model
 from lpvit_cli.models.folder import load_model, read_config, save_model
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.pipeline.run import Run
@@ -25,7 +26,7 @@ from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.recovery.history import read_losses
 from lpvit_cli.recovery.lora import adapters_of, merge, save_adapter
-from lpvit_cli.recovery.objective import Objective, teacher_of
+from lpvit_cli.recovery.objective import objective_of, teacher_of
 from lpvit_cli.recovery.recover import recover
 from lpvit_cli.recovery.start import ranks_of
 from lpvit_cli.recovery.trainer import Trainer
@@ -33,8 +34,7 @@ from lpvit_cli.report.pictures import recovery_picture
 from lpvit_cli.report.schema import FinetuneReport
 from lpvit_cli.sparse.masks import block_masks, require_same_masks
 from lpvit_cli.stages import FINETUNE, PRUNE
-from lpvit_cli.tasks.classification import Accuracy
-from lpvit_cli.tasks.evaluation import Validation, require_accuracy
+from lpvit_cli.tasks.evaluation import require_same_quality, validation_of
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> FinetuneReport:
@@ -49,20 +49,23 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
     masks = block_masks(model)
     ranks_of(model, settings)  # what is wrong with them is told before images are read
     source = _training_images(recipe, model)
-    validation = Validation(validation_batches(recipe.data, model), device, dtype, progress)
-    require_same_classes(source, validation.images.source)
+    dense = build_model(recipe.model, recipe.task, recipe.features)
+    validation = validation_of(recipe.data, recipe.calibrate, model, dense, device, dtype, progress)
+    if model.num_classes:
+        require_same_classes(source, validation.images.source)
     augment = transform_for(model, settings.augment)
     shuffled = {"shuffle": True, "seed": recipe.seed, "batch_size": recipe.data.batch_size}
     train = batches(model, source, recipe.data, transform=augment, augmented=settings.augment is not None, **shuffled)
-    objective = Objective(settings, model.num_classes, teacher_of(settings.distill, recipe.model, model, device))
+    teacher = teacher_of(settings.distill, dense, model, device)
+    objective = objective_of(settings, validation.task, model.num_classes, teacher, train.labelled)
     trainer, resumed = recover(
         model,
         settings,
         train,
         batches(model, source, recipe.data, **shuffled),
         objective,
-        lambda: validation.accuracy(model, "validating"),
-        pruned.accuracy,
+        lambda: validation.quality(model, "validating", neighbours=False),
+        pruned.quality,
         seed=recipe.seed,
         device=device,
         progress=progress,
@@ -77,9 +80,8 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
     save_model(work, model.cpu(), {**read_config(parent), "parent": str(parent)})
     written = load_model(work)
     require_same_masks(masks, block_masks(written))
-    recovered = validation.accuracy(written, "evaluating the recovered model")
-    assert isinstance(trainer.best_accuracy, Accuracy)
-    require_accuracy(recovered, trainer.best_accuracy, trainer.best_epoch)
+    recovered = validation.quality(written, "evaluating the recovered model")
+    require_same_quality(recovered, cast(Any, trainer.best_quality), trainer.best_epoch)
     skipped = distributed.all_gather(train.skipped)
     report = FinetuneReport(
         device=describe_device(device),
@@ -90,9 +92,9 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
         all_parameters=sum(parameter.numel() for parameter in model.parameters()),
         optimizer_bytes=trainer.optimizer_bytes,
         processes=distributed.world(),
-        accuracy_dense=pruned.accuracy_dense,
-        accuracy_pruned=pruned.accuracy,
-        accuracy=recovered,
+        quality_dense=pruned.quality_dense,
+        quality_pruned=pruned.quality,
+        quality=recovered,
         best_epoch=trainer.best_epoch,
         history=trainer.history,
         skipped_images=len(skipped),

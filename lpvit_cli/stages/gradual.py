@@ -45,7 +45,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Gradu
         _execute(made[-1], partial(_step_progress, progress, f"[{number}/{len(recipe.schedule)}, {value:g}]"))
 
     reports = [(step.report(PRUNE), step.report(FINETUNE)) for step in made]
-    dense = {"accuracy_dense": reports[0][0].accuracy_dense}  # to a later step, the model recovered before it was the dense one
+    dense = {"quality_dense": reports[0][0].quality_dense}  # to a later step, the model recovered before it was the dense one
     steps = [
         GradualStep(
             budget=value,

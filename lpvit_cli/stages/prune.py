@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from lpvit_cli.curvature import load_statistics
 from lpvit_cli.data.readers import class_names
-from lpvit_cli.data.splits import calibration_batches, validation_batches
+from lpvit_cli.data.splits import calibration_batches
 from lpvit_cli.devices import describe_device, pick_dtype
 from lpvit_cli.errors import UsageError
 from lpvit_cli.measure.profile import DeviceProfile
@@ -29,8 +31,7 @@ from lpvit_cli.report.layers import layer_reports
 from lpvit_cli.report.schema import PruneReport
 from lpvit_cli.stages import CALIBRATE, profile_path
 from lpvit_cli.stages.calibrate import STATISTICS
-from lpvit_cli.tasks.classification import Accuracy, Classification
-from lpvit_cli.tasks.evaluation import Validation
+from lpvit_cli.tasks.evaluation import Validation, gradient_for, task_of, validation_of
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> PruneReport:
@@ -47,36 +48,36 @@ class Pruner:
     model: VisionModel  # dense
     validation: Validation
     progress: Progress
-    dense: Accuracy | None = None  # of the dense model, once it is known
 
-    def quality(self, model: nn.Module, what: str) -> float:
-        """The points of the task; of the dense model they are measured once."""
-        return (self.accuracy_dense if model is self.model else self._accuracy(model, what)).top1
+    def points(self, model: nn.Module, what: str) -> float:
+        """The points of the task, for searches; of the dense model they are measured once."""
+        quality = self.dense if model is self.model else self._quality(model, what, neighbours=False)
+        return float(quality.score[0])
 
-    @property
-    def accuracy_dense(self) -> Accuracy:
-        self.dense = self.dense or self._accuracy(self.model, "evaluating the dense model")
-        return self.dense
+    @cached_property
+    def dense(self) -> Any:
+        """The quality of the dense model."""
+        return self._quality(self.model, "evaluating the dense model")
 
-    def _accuracy(self, model: nn.Module, what: str) -> Accuracy:
-        accuracy = self.validation.accuracy(model, what)
+    def _quality(self, model: nn.Module, what: str, neighbours: bool = True) -> Any:
+        quality = self.validation.quality(model, what, neighbours)
         model.cpu()
-        return accuracy
+        return quality
 
     def prune_to(self, budget: Budget, work: Path) -> PruneReport:
         """Prune to a budget, evaluate, and write the model folder `work`."""
-        recipe, plan, dense = self.recipe, self.plan, self.accuracy_dense
+        recipe, plan, dense = self.recipe, self.plan, self.dense
         if budget.is_searched:
-            budget = BUDGETS.get(budget.kind).settle(plan, budget.value, self.quality, self.progress)
+            budget = BUDGETS.get(budget.kind).settle(plan, budget.value, self.points, self.progress)
         model, allocation = prune_model(plan, budget, self.progress)
-        accuracy = self._accuracy(model, "evaluating the pruned model")
+        quality = self._quality(model, "evaluating the pruned model")
         data = {"dataset": recipe.data.dataset, "root": str(recipe.data.root or ""), "split": recipe.data.val_split}
         parent = recipe.model.model_dump(mode="json")
         save_model(work, model, model_config(recipe.model, self.model, data=data, parent=parent))
         predicted = plan.predict(allocation)
         return PruneReport(
             device=describe_device(plan.device),
-            notes=[*self.validation.notes, *plan.notes()],
+            notes=[*self.validation.images.notes(), *plan.notes()],
             method=recipe.prune.method,
             beta=allocation.beta,
             layers=layer_reports(plan, allocation),
@@ -87,9 +88,9 @@ class Pruner:
             bytes=sum(path.stat().st_size for path in work.iterdir()),
             latency_ms_dense=plan.profile.model_ms if plan.profile else None,
             latency_ms=predicted.latency_ms,
-            accuracy_dense=dense,
-            accuracy=accuracy,
-            skipped_images=len(self.validation.skipped),
+            quality_dense=dense,
+            quality=quality,
+            skipped_images=len(self.validation.images.skipped),
         )
 
 
@@ -98,25 +99,27 @@ def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Pruner:
     torch.manual_seed(recipe.seed)
     profile = open_profile(recipe, run)
     model = build_model(recipe.model, recipe.task, recipe.features)
-    images = validation_batches(recipe.data, model)
-    if names := class_names(images.source):
-        model.pretrained_cfg["label_names"] = names
     layers = prunable_layers(model, recipe.prune.layers)
+    task, calibration = task_of(model), calibration_batches(recipe.data, recipe.calibrate, recipe.seed, model)
     plan = build_plan(
         recipe.prune,
         model,
         layers,
         load_statistics(run.artefact(CALIBRATE) / STATISTICS, list(layers)),
-        calibration_batches(recipe.data, recipe.calibrate, recipe.seed, model),
+        calibration,
         example=torch.empty(1, *model.pretrained_cfg["input_size"]),
-        task=Classification(),
-        gradient=recipe.calibrate.gradient,
+        task=task,
+        gradient=gradient_for(task, recipe.calibrate, calibration),
         seed=recipe.seed,
         device=run.device,
         progress=progress,
         profile=profile,
     )
-    validation = Validation(images, run.device, pick_dtype(recipe.dtype, run.device), progress)
+    validation = validation_of(
+        recipe.data, recipe.calibrate, model, model, run.device, pick_dtype(recipe.dtype, run.device), progress
+    )
+    if model.num_classes and (names := class_names(validation.images.source)):
+        model.pretrained_cfg["label_names"] = names
     return Pruner(recipe, plan, model, validation, progress)
 
 

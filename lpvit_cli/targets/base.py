@@ -22,7 +22,7 @@ class ExportedModel(VisionModel):
         """Take over what the file's metadata say; `classes`: how many its output has, if it tells. Raises EnvironmentFault."""
         self.config = read_metadata(path, metadata, classes)
         self.pretrained_cfg = self.config["preprocessing"]
-        self.num_classes = self.config["num_classes"]
+        self.num_classes, self.gives = self.config["num_classes"], self.config["gives"]
 
 
 def read_metadata(path: Path, metadata: dict[str, str], classes: object) -> dict[str, Any]:
@@ -30,7 +30,8 @@ def read_metadata(path: Path, metadata: dict[str, str], classes: object) -> dict
     try:
         config: dict[str, Any] = json.loads(metadata.get(METADATA_KEY, "{}"))
         config.setdefault("preprocessing", json.loads(metadata.get("pretrained_cfg", "{}")))
-        config["num_classes"] = config.get("num_classes") or classes
+        config["num_classes"] = classes if config.get("num_classes") is None else config["num_classes"]
+        config["gives"] = config.get("gives") or ("logits" if config["num_classes"] else "pooled")
         missing = [key for key in NEEDED if key not in config["preprocessing"]]
         missing += [] if isinstance(config["num_classes"], int) else ["num_classes"]
     except (ValueError, TypeError, AttributeError) as error:

@@ -1,33 +1,20 @@
-"""Classification: logits, their classes, and the accuracy of anything that turns images into logits."""
+"""Classification: logits, their classes, and how well a model tells classes apart, with labels or without."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lpvit_cli import distributed
-from lpvit_cli.tasks.base import Batches, Loss, Task, outputs_of
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Percentages over `images` images; 0 images give 0 %."""
-
-    top1: float
-    top5: float
-    images: int
-
-    @property
-    def score(self) -> tuple[float, float]:
-        return self.top1, self.top5
+from lpvit_cli.tasks.base import Batches, Loss, Score, Task, outputs_of
+from lpvit_cli.tasks.quality import ClassificationQuality
 
 
 class Classification(Task):
     """Logits [n, classes]."""
+
+    name = "classification"
 
     def loss(self, gradient: str, seed: int) -> Loss:
         return calibration_loss(gradient, seed)
@@ -37,11 +24,50 @@ class Classification(Task):
 
     def divergence(self, outputs: Tensor, reference: Tensor) -> float:
         """Mean Kullback-Leibler divergence, in nats, of class probabilities [images, classes] from the reference's."""
-        return float(F.kl_div(outputs.clamp_min(torch.finfo(torch.float32).tiny).log(), reference, reduction="batchmean"))
+        return float(_divergence(outputs, reference) / max(1, len(outputs)))
 
     def distillation(self, outputs: Tensor, taught: Tensor) -> Tensor:
         """T^2 KL(teacher || student) of logits, both at temperature T = 2."""
         return soft_distillation(outputs, taught, temperature=2.0)
+
+    def score(self) -> Score:
+        return ClassScore()
+
+
+class ClassScore(Score):
+    """Counts of images: with labels, with the right class first or among the first five, with the dense model's class."""
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(6, dtype=torch.float64)  # images, labelled, top-1, top-5, compared, agreeing
+        self.kl = torch.zeros(1, dtype=torch.float64)
+
+    def add(self, outputs: Tensor, reference: Tensor | None, labels: Tensor) -> None:
+        best = outputs.topk(min(5, outputs.shape[1]), dim=1).indices
+        hits = best == labels[:, None]
+        compared = agreeing = 0
+        if reference is not None:
+            compared, agreeing = len(outputs), int((best[:, 0] == reference.argmax(dim=1)).sum())
+            self.kl += _divergence(outputs.softmax(dim=1), reference.softmax(dim=1)).double()
+        labelled = int((labels >= 0).sum())
+        self.counts += torch.tensor([len(outputs), labelled, int(hits[:, 0].sum()), int(hits.sum()), compared, agreeing])
+
+    def quality(self) -> ClassificationQuality:
+        distributed.all_reduce(self.counts, self.kl)
+        images, labelled, top1, top5, compared, agreeing = (int(count) for count in self.counts)
+        has_labels = labelled or not compared  # no images at all: 0 %
+        return ClassificationQuality(
+            images=images,
+            top1=100 * top1 / max(1, labelled) if has_labels else None,
+            top5=100 * top5 / max(1, labelled) if has_labels else None,
+            agreement=100 * agreeing / compared if compared else None,
+            kl=float(self.kl) / compared if compared else None,
+        )
+
+
+def _divergence(probabilities: Tensor, reference: Tensor) -> Tensor:
+    """KL(reference || probabilities) in nats, both [n, classes], summed over n."""
+    tiny = torch.finfo(torch.float32).tiny
+    return F.kl_div(probabilities.clamp_min(tiny).log(), reference, reduction="sum")
 
 
 def calibration_loss(gradient: str, seed: int) -> Loss:
@@ -70,28 +96,3 @@ def soft_distillation(logits: Tensor, taught: Tensor, temperature: float) -> Ten
     target = F.log_softmax(taught.float() / temperature, dim=1)
     student = F.log_softmax(logits.float() / temperature, dim=1)
     return temperature**2 * F.kl_div(student, target, log_target=True, reduction="batchmean")
-
-
-def accuracy(
-    logits_of: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    on_batch: Callable[[int], None] | None = None,
-) -> Accuracy:
-    """`logits_of` maps images [n, 3, H, W] to logits [n, classes]; `on_batch` is told how many images are done.
-
-    With several processes, each with batches of its own, that of all images together.
-    """
-    images = top1 = top5 = 0
-    for x, labels in batches:
-        logits = logits_of(x).float().cpu()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = best == labels[:, None]
-        images += len(labels)
-        top1 += int(hits[:, 0].sum())
-        top5 += int(hits.sum())
-        if on_batch:
-            on_batch(images)
-    counts = torch.tensor([images, top1, top5])
-    distributed.all_reduce(counts)
-    images, top1, top5 = counts.tolist()
-    return Accuracy(100 * top1 / max(1, images), 100 * top5 / max(1, images), images)

@@ -25,8 +25,8 @@ from lpvit_cli.data.batches import Batches, batches
 from lpvit_cli.data.readers import class_names, open_images
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.recipe.data import DataSection
-from lpvit_cli.tasks.classification import Accuracy
 from lpvit_cli.tasks.evaluation import Validation
+from lpvit_cli.tasks.quality import ClassificationQuality
 
 
 @pytest.fixture
@@ -208,15 +208,15 @@ def test_workers_stay_and_an_epoch_depends_on_nothing_before_it(workers: int) ->
 
 
 def test_evaluate_decodes_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(self: Validation, model: nn.Module, what: str) -> Accuracy:
+    def read(self: Validation, model: nn.Module, what: str) -> ClassificationQuality:
         assert self.images.workers == evaluate.WORKERS
-        return Accuracy(50.0, 50.0, len(list(self.images)))
+        return ClassificationQuality(len(list(self.images)), 50.0, 50.0)
 
     assert min(4, (os.cpu_count() or 1) - 1) == evaluate.WORKERS
     monkeypatch.setattr(evaluate, "open_model", lambda name: (Eye(10), {}))
-    monkeypatch.setattr(Validation, "accuracy", read)
-    report = evaluate.evaluate("eye", "synthetic", None, None, 8, 4, "cpu", "float32", lambda *told: None)
-    assert report.accuracy.images == 2
+    monkeypatch.setattr(Validation, "quality", read)
+    report = evaluate.evaluate("eye", "synthetic", None, None, 8, 4, "cpu", "float32", None, None, lambda *told: None)
+    assert report.quality.images == 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -37,7 +37,9 @@ from lpvit_cli.recipe.export import ExportSection
 from lpvit_cli.recipe.prune import Layers
 from lpvit_cli.sparse import densify, sparse_layers, sparsify
 from lpvit_cli.targets.pt2 import EXTRA_FILE, TorchProgram
-from lpvit_cli.tasks.classification import Accuracy
+from lpvit_cli.tasks.classification import Classification
+from lpvit_cli.tasks.evaluation import Validation
+from lpvit_cli.tasks.quality import ClassificationQuality
 
 PREPROCESSING = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1.0}
 CONFIG: dict[str, Any] = {"num_classes": 5, "preprocessing": PREPROCESSING, "data": {"dataset": "digits", "split": "test"}}
@@ -64,7 +66,8 @@ def source_of(model: VisionModel, form: str = "auto") -> Source:
     images = Images(
         [(torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.zeros(10, dtype=torch.long))]
     )
-    facts: dict[str, Any] = {"original": model, "model": model, "validation": images, "accuracy": Accuracy(0, 0, 10)}
+    judge = Validation(images, torch.device("cpu"), torch.float32, lambda *told: None, Classification())  # type: ignore[arg-type]
+    facts: dict[str, Any] = {"original": model, "model": model, "validation": judge, "quality": ClassificationQuality(10, 0, 0)}
     nobody: Any = None
     return Source(
         name="test",
@@ -157,8 +160,8 @@ def test_what_export_writes(tmp_path: Path) -> None:
     assert [parity.batch_size for parity in file.parity] == [1, 2, 7]
     assert {layer.name for layer in file.layers} == set(sparse_layers(model))
     assert {layer.form for layer in file.layers} == {"rows"}
-    assert file.accuracy is not None
-    assert file.accuracy.images == 10
+    assert file.quality is not None
+    assert file.quality.images == 10
     assert file.speed is not None
     opened, data = open_model(str(tmp_path / FILE))
     assert isinstance(opened, TorchProgram)

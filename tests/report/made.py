@@ -37,7 +37,7 @@ from lpvit_cli.report.schema import (
     TuneReport,
 )
 from lpvit_cli.targets.tuning import TunedLayers
-from lpvit_cli.tasks.classification import Accuracy
+from lpvit_cli.tasks.quality import ClassificationQuality
 
 FOLDER = Path("runs/deit_base_50/stage")
 CPU = "AMD EPYC 9V74 80-Core Processor"
@@ -198,8 +198,8 @@ def prune(**changes: Any) -> PruneReport:
         "linear_kept_fraction": 0.4876,
         "bytes_dense": 346_000_000,
         "bytes": 181_000_000,
-        "accuracy_dense": Accuracy(81.83, 95.61, 50_000),
-        "accuracy": Accuracy(74.29, 91.52, 50_000),
+        "quality_dense": ClassificationQuality(50_000, 81.83, 95.61),
+        "quality": ClassificationQuality(50_000, 74.29, 91.52),
         "skipped_images": 3,
     }
     return PruneReport(**facts | changes)
@@ -215,11 +215,11 @@ def finetune(**changes: Any) -> FinetuneReport:
         "best_epoch": 2,
         "trainable_parameters": 2_654_208,
         "all_parameters": 86_567_656,
-        "accuracy_dense": Accuracy(81.83, 95.61, 50_000),
-        "accuracy_pruned": Accuracy(74.29, 91.52, 50_000),
-        "accuracy": Accuracy(80.47, 94.98, 50_000),
+        "quality_dense": ClassificationQuality(50_000, 81.83, 95.61),
+        "quality_pruned": ClassificationQuality(50_000, 74.29, 91.52),
+        "quality": ClassificationQuality(50_000, 80.47, 94.98),
         "history": [
-            Epoch(epoch=k, loss=1.0 / k, top1=70.0 + k, validation_top1=71.0 + k, images_per_second=812.5) for k in (1, 2, 3)
+            Epoch(epoch=k, loss=1.0 / k, top1=70.0 + k, validation=71.0 + k, images_per_second=812.5) for k in (1, 2, 3)
         ],
         "skipped_images": 0,
     }
@@ -230,8 +230,8 @@ def gradual() -> GradualReport:
     """Half and then seven tenths removed; half a point lost in the end."""
     steps = []
     for budget, top1 in {0.5: 81.83, 0.7: 81.33}.items():
-        pruned = prune(accuracy=Accuracy(top1 - 20, 91.52, 50_000), linear_kept_fraction=1 - budget)
-        recovered = finetune(accuracy=Accuracy(top1, 95.0, 50_000))
+        pruned = prune(quality=ClassificationQuality(50_000, top1 - 20, 91.52), linear_kept_fraction=1 - budget)
+        recovered = finetune(quality=ClassificationQuality(50_000, top1, 95.0))
         folder = "." if budget == 0.7 else f"{budget:g}"
         steps.append(GradualStep(budget=budget, folder=folder, pruned=pruned, recovered=recovered))
     return GradualReport(device=CPU, kind="sparsity", steps=steps)
@@ -256,7 +256,7 @@ def export(**changes: Any) -> ExportReport:
         bytes=103_870_370,
         bytes_dense=346_234_567,
         parity=parity,
-        accuracy=Accuracy(80.47, 94.98, 256),
+        quality=ClassificationQuality(256, 80.47, 94.98),
         layers=layers,
         speed=speed,
     )
@@ -264,7 +264,7 @@ def export(**changes: Any) -> ExportReport:
         "device": CPU,
         "model": "finetuned",
         "precision": "float32",
-        "accuracy_model": Accuracy(80.5, 94.98, 256),
+        "quality_model": ClassificationQuality(256, 80.5, 94.98),
         "files": [file, ExportedFile(format="torch", file="model.safetensors", bytes=2**20)],
         "versions": {"onnx": "1.18.0", "onnxruntime": None},
     }
@@ -273,7 +273,7 @@ def export(**changes: Any) -> ExportReport:
 
 def evaluate(**changes: Any) -> EvaluateReport:
     facts: dict[str, Any] = {"device": CPU, "model": "runs/a/pruned", "dataset": "folder/imagenet", "skipped_images": 2}
-    return EvaluateReport(**facts | {"accuracy": Accuracy(74.29, 91.52, 49_998)} | changes)
+    return EvaluateReport(**facts | {"quality": ClassificationQuality(49_998, 74.29, 91.52)} | changes)
 
 
 def predict(image: str = "cat.jpg", names: list[str] | None = None) -> PredictReport:
@@ -315,7 +315,7 @@ def sweep(profiled: bool = False) -> SweepReport:
     speed = {0.5: Ratio(1.63, 1.58, 1.71), 0.7: Ratio(2.41, 2.33, 2.52)}
     points = []
     for (budget, top1), ratio in zip({0.5: 80.12, 0.7: 74.29}.items(), speed.values(), strict=True):
-        report = prune(accuracy=Accuracy(top1, 91.52, 50_000))
+        report = prune(quality=ClassificationQuality(50_000, top1, 91.52))
         if profiled:
             report = report.model_copy(update={"latency_ms_dense": 82.0, "latency_ms": 82.0 / ratio.low})
         points.append(

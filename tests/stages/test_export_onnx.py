@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lpvit_cli.export import onnx_file as export_onnx
 from lpvit_cli.export.layer import FormChoice
 from lpvit_cli.measure.statistics import Ratio
-from lpvit_cli.tasks.classification import Accuracy
 from lpvit_cli.tasks.evaluation import Validation
+from lpvit_cli.tasks.quality import ClassificationQuality
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_nothing_is_left_of_a_failure(run: Any, changes: list[str], code: int, t
 
 
 def test_a_file_that_lost_accuracy_fails(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Validation, "accuracy", lambda *_: Accuracy(90.0, 99.0, 360))
+    monkeypatch.setattr(Validation, "quality", lambda *_: ClassificationQuality(360, 90.0, 99.0))
     folder, result = run("max_drop=2")
     assert result.code == 4
     assert "model.onnx has 90.00 % top-1" in json.loads(result.out)["error"]["message"]

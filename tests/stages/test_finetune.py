@@ -21,8 +21,8 @@ from lpvit_cli.recovery.start import ranks_of
 from lpvit_cli.sparse import sparse_layers, sparsify
 from lpvit_cli.sparse.masks import block_masks, require_same_masks
 from lpvit_cli.stages import finetune
-from lpvit_cli.tasks.classification import Accuracy
 from lpvit_cli.tasks.evaluation import Validation
+from lpvit_cli.tasks.quality import ClassificationQuality
 
 MASK = torch.tensor([[True, False], [False, True]] * 8)
 SMALL = [
@@ -140,7 +140,7 @@ def test_an_adapter_is_merged_on_demand(run: Path) -> None:
 def test_a_teacher_of_other_classes_is_refused(run: Path, teacher: str) -> None:
     result = recover(run, f"finetune.distill.teacher={teacher}")
     assert result.code == 2
-    assert "finetune.distill.teacher: tells 12 classes apart, the model 10" in result.err
+    assert "finetune.distill.teacher: gives 12 classes, the model 10" in result.err
     assert not (run / "finetuned").exists()
 
 
@@ -197,24 +197,24 @@ def test_a_model_with_batch_norm_is_written_as_it_was_validated(
 ) -> None:
     """Its statistics move in training: those of the best epoch are written, and go with the adapter too."""
     folder, validated = tmp_path / "run", []
-    given = Validation.accuracy
+    given = Validation.quality
 
-    def accuracy(self: Validation, model: nn.Module, what: str) -> Accuracy:
-        found = given(self, model, what)
+    def quality(self: Validation, model: nn.Module, what: str, neighbours: bool = True) -> ClassificationQuality:
+        found = given(self, model, what, neighbours)
         if what != "validating":
             return found
         validated.append({name: tensor.clone() for name, tensor in model.state_dict().items() if "running" in name})
         scores[len(validated)] = found
         return replace(found, top1=found.top1 + (1000 if len(validated) == best else -1000))
 
-    def judge(found: Accuracy, expected: Accuracy, epoch: int) -> None:
+    def judge(found: ClassificationQuality, expected: ClassificationQuality, epoch: int) -> None:
         assert epoch == best
-        require_accuracy(found, scores.get(best, expected), epoch)
+        require_same_quality(found, scores.get(best, expected), epoch)
 
-    scores: dict[int, Accuracy] = {}
-    require_accuracy = finetune.require_accuracy
-    monkeypatch.setattr(Validation, "accuracy", accuracy)
-    monkeypatch.setattr(finetune, "require_accuracy", judge)
+    scores: dict[int, ClassificationQuality] = {}
+    require_same_quality = finetune.require_same_quality
+    monkeypatch.setattr(Validation, "quality", quality)
+    monkeypatch.setattr(finetune, "require_same_quality", judge)
     for command in ("calibrate", "prune"):
         result = run_cli(command, "digits_vit", "-o", folder, *OPTIONS, *(o for change in MAXVIT for o in ("--set", change)))
         assert result.code == 0, result.err
@@ -231,13 +231,13 @@ def test_a_model_with_batch_norm_is_written_as_it_was_validated(
 
 
 def test_a_written_model_that_scores_otherwise_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Validation.accuracy
+    given = Validation.quality
 
-    def accuracy(self: Validation, model: nn.Module, what: str) -> Accuracy:
-        found = given(self, model, what)
+    def quality(self: Validation, model: nn.Module, what: str, neighbours: bool = True) -> ClassificationQuality:
+        found = given(self, model, what, neighbours)
         return replace(found, top1=100 - found.top1) if what == "evaluating the recovered model" else found
 
-    monkeypatch.setattr(Validation, "accuracy", accuracy)
+    monkeypatch.setattr(Validation, "quality", quality)
     result = recover(run)
     assert result.code == 4
     assert "the recovered model scores" in result.err
@@ -245,9 +245,9 @@ def test_a_written_model_that_scores_otherwise_is_refused(run: Path, monkeypatch
 
 
 def test_merged_weights_may_turn_some_images() -> None:
-    finetune.require_accuracy(Accuracy(50.0, 90.0, 100), Accuracy(53.9, 90.0, 100), 2)
+    finetune.require_same_quality(ClassificationQuality(100, 50.0, 90.0), ClassificationQuality(100, 53.9, 90.0), 2)
     for written in (49.0, 59.0):
         with pytest.raises(CheckFailed, match=r"epoch 2 scored 54\.00 %"):
-            finetune.require_accuracy(Accuracy(written, 90.0, 100), Accuracy(54.0, 90.0, 100), 2)
+            finetune.require_same_quality(ClassificationQuality(100, written, 90.0), ClassificationQuality(100, 54.0, 90.0), 2)
     with pytest.raises(CheckFailed, match=r"scores 50\.00 % as written, the pruned model \(epoch 0\) scored 100\.00 %"):
-        finetune.require_accuracy(Accuracy(50.0, 90.0, 100), Accuracy(100.0, 100.0, 100), 0)
+        finetune.require_same_quality(ClassificationQuality(100, 50.0, 90.0), ClassificationQuality(100, 100.0, 100.0), 0)

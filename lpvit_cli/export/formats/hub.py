@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lpvit_cli.export.documents import preprocessing_steps
+from lpvit_cli.export.documents import output_name, preprocessing_steps
 from lpvit_cli.export.formats.base import Format
 from lpvit_cli.export.model_card import model_card, public_config, public_recipe
 from lpvit_cli.export.results import ExportedFile
@@ -36,6 +36,7 @@ class Hub(Format):
             source.notes_by_format.get("onnx", []),
             preprocessing_steps(source.model),
             source.model.pretrained_cfg["input_size"],
+            output_name(source.model),
             {package: installed(package) for package in PACKAGES},
         )
         (folder / "README.md").write_text(card, encoding="utf-8")

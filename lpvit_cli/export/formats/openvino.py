@@ -39,14 +39,14 @@ class OpenVino(Format):
         progress("converting for OpenVINO", 0, 1, "")
         file = work / FILE
         save_openvino(work / ONNX_FILE, file, source.config)
-        parity, result = check(OpenVinoModel(file), source, FILE, progress)
+        parity, result = check(OpenVinoModel(file), source, FILE)
         dense = dense_file(source, work)
         return ExportedFile(
             format="openvino",
             file=FILE,
             bytes=file.stat().st_size + file.with_suffix(".bin").stat().st_size,
             parity=parity,
-            accuracy=result,
+            quality=result,
             speed=measure(source, "OpenVINO", FILE, partial(_open, dense, source), partial(_open, file, source), progress),
         )
 

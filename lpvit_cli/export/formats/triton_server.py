@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lpvit_cli.export.documents import document, preprocessing_steps
+from lpvit_cli.export.documents import document, output_name, output_size, preprocessing_steps
 from lpvit_cli.export.formats.base import Format
 from lpvit_cli.export.results import ExportedFile
 from lpvit_cli.export.source import Source, link
@@ -32,7 +32,8 @@ class TritonServer(Format):
             "max_batch_size": MAX_BATCH_SIZE,
             "preferred": [8, 16, 32, MAX_BATCH_SIZE],
             "input_size": source.model.pretrained_cfg["input_size"],
-            "num_classes": source.model.num_classes,
+            "output": output_name(source.model),
+            "output_size": output_size(source.model),
             "kind": "KIND_CPU" if source.precision.startswith("int8") else "KIND_AUTO",  # int8 products are the CPU's
             "threads": source.asked_threads,
             "steps": preprocessing_steps(source.model),

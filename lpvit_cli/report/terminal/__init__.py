@@ -22,6 +22,7 @@ RENDERERS: dict[type[schema.Report], Any] = {
     schema.ProfileReport: profile.profile,
     schema.ExportReport: models.export,
     schema.EvaluateReport: models.evaluate,
+    schema.EmbedReport: models.embed,
     schema.PredictReport: models.predict,
     schema.TuneReport: models.tune,
 }

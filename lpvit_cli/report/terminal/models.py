@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 
 from lpvit_cli.numbers import by, percent, size
-from lpvit_cli.report.schema import EvaluateReport, ExportReport, PredictReport, TuneReport
+from lpvit_cli.report.schema import EmbedReport, EvaluateReport, ExportReport, PredictReport, TuneReport
 from lpvit_cli.report.terminal.cells import numbers, table
 
 
@@ -25,21 +25,33 @@ def export(report: ExportReport, folder: Path) -> list[Any]:
             counts = Counter(layer.form for layer in file.layers)
             shown.append("layers by form: " + ", ".join(f"{count} {form}" for form, count in counts.most_common()))
         if file.parity:
-            rows = table("against the model, on real images", "batch", "relative error", "same top-1")
+            same = "cosine" if file.parity[0].agreement is None else "same top-1"
+            rows = table("against the model, on real images", "batch", "relative error", same)
             for parity in file.parity:
-                rows.add_row(str(parity.batch_size), f"{parity.relative_error:.1e}", percent(parity.agreement))
+                alike = f"{parity.cosine:.6f}" if parity.agreement is None else percent(parity.agreement)
+                rows.add_row(str(parity.batch_size), f"{parity.relative_error:.1e}", alike)
             shown.append(rows)
-        if file.accuracy:
-            before = report.accuracy_model.top1
-            shown.append(f"top-1 {file.accuracy.top1:.2f} % (model {before:.2f} %) on {file.accuracy.images} images")
+        if file.quality:
+            now, before = file.quality.figures[0], report.quality_model.figures[0]
+            shown.append(f"{now.name} {now.text} (model {before.text}) on {file.quality.images} images")
     return shown
 
 
 def evaluate(report: EvaluateReport, folder: Path) -> list[Any]:
-    result = report.accuracy
+    result = report.quality
+    beside = f", beside {report.reference}" if report.reference else ""
     skipped = f", {report.skipped_images} unreadable images skipped" if report.skipped_images else ""
     where = f"{result.images} images of {report.dataset}"
-    return [f"{report.model}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {where}{skipped}"]
+    figures = ", ".join(f"{figure.name} {figure.text}" for figure in result.figures)
+    return [f"{report.model}: {figures} on {where}{beside}{skipped}"]
+
+
+def embed(report: EmbedReport, folder: Path) -> list[Any]:
+    skipped = f"; {report.skipped_images} unreadable images skipped" if report.skipped_images else ""
+    names = f", their names in {report.names}" if report.names else ""
+    shape = " x ".join(str(size) for size in report.shape)
+    speed = f"{report.images_per_second:.0f} images/s"
+    return [f"{report.output}: embeddings [{shape}] float32 of {report.shape[0]} images{names}; {speed}{skipped}"]
 
 
 def predict(report: PredictReport, folder: Path) -> list[Any]:

@@ -49,18 +49,18 @@ def prune(report: PruneReport, folder: Path) -> list[Any]:
         dense_ms, ms = report.latency_ms_dense, report.latency_ms
         summary.add_row("predicted ms/batch", f"{dense_ms:.2f}", f"{ms:.2f}", f"{ms / dense_ms:.2f}")
     summary.add_row("size on disk", size(report.bytes_dense), size(report.bytes), f"{report.bytes / report.bytes_dense:.2f}")
-    dense, pruned = report.accuracy_dense, report.accuracy
-    change = f"{pruned.top1 - dense.top1:+.2f}"
-    summary.add_row("top-1, one-shot", f"{dense.top1:.2f} %", f"{pruned.top1:.2f} %", change)
+    for dense, pruned in zip(report.quality_dense.figures, report.quality.figures, strict=True):
+        summary.add_row(f"{dense.name}, one-shot", dense.text, pruned.text, pruned.minus(dense))
     return [rows, summary, f"model folder: {folder}"]
 
 
 def sweep(report: SweepReport, folder: Path) -> list[Any]:
     first = report.points[0].report
     title = f"one-shot, by {first.method}; speed at batch {report.batch_size}: dense {report.latency_ms_dense:.2f} ms"
-    columns = [report.kind, "weights", "FLOPs", "size", "top-1", "- dense", "speed-up (95 %)"]
+    columns = [report.kind, "weights", "FLOPs", "size", first.quality.figures[0].name, "- dense", "speed-up (95 %)"]
     rows = table(title, *columns, *(["predicted"] if first.latency_ms is not None else []))
-    rows.add_row("dense", "1.00", "1.00", "1.00", f"{first.accuracy_dense.top1:.2f} %", "", "1")
+    dense = first.quality_dense.figures[0]
+    rows.add_row("dense", "1.00", "1.00", "1.00", dense.text, "", "1")
     for point in report.points:
         made = point.report
         predicted = []
@@ -71,8 +71,8 @@ def sweep(report: SweepReport, folder: Path) -> list[Any]:
             f"{made.linear_kept_fraction:.2f}",
             f"{made.flops / made.flops_dense:.2f}",
             f"{made.bytes / made.bytes_dense:.2f}",
-            f"{made.accuracy.top1:.2f} %",
-            f"{made.accuracy.top1 - made.accuracy_dense.top1:+.2f}",
+            made.quality.figures[0].text,
+            made.quality.figures[0].minus(dense),
             interval(point.speedup),
             *predicted,
         )
@@ -104,10 +104,9 @@ def prediction(report: PredictionReport, folder: Path) -> list[Any]:
 def finetune(report: FinetuneReport, folder: Path) -> list[Any]:
     how = {"lora_ga": "masked LoRA-GA", "lora": "masked LoRA", "full": "training all kept blocks"}[report.method]
     rows = table(f"recovered by {how}", "", "dense", "pruned", "recovered", "recovered - dense")
-    for name in ("top1", "top5"):
-        dense, pruned, recovered = (getattr(a, name) for a in (report.accuracy_dense, report.accuracy_pruned, report.accuracy))
-        label = "top-1" if name == "top1" else "top-5"
-        rows.add_row(label, f"{dense:.2f} %", f"{pruned:.2f} %", f"{recovered:.2f} %", f"{recovered - dense:+.2f}")
+    qualities = (report.quality_dense, report.quality_pruned, report.quality)
+    for dense, pruned, recovered in zip(*(quality.figures for quality in qualities), strict=True):
+        rows.add_row(dense.name, dense.text, pruned.text, recovered.text, recovered.minus(dense))
     rank = "" if report.rank is None else f" (rank {report.rank})"
     trained = f"{report.trainable_parameters:,} parameters trained{rank}, {report.all_parameters:,} in the model"
     epochs = f"{len(report.history)} epoch{'s' * (len(report.history) != 1)}, the best is {report.best_epoch}"
@@ -116,8 +115,8 @@ def finetune(report: FinetuneReport, folder: Path) -> list[Any]:
 
 def gradual(report: GradualReport, folder: Path) -> list[Any]:
     rows = table("pruned and recovered in turns", report.kind, "weights", "FLOPs", "size", "pruned", "recovered", "- dense")
-    dense = report.steps[0].pruned.accuracy_dense.top1
-    rows.add_row("dense", "1.00", "1.00", "1.00", "", f"{dense:.2f} %", "")
+    dense = report.steps[0].pruned.quality_dense.figures[0]
+    rows.add_row("dense", "1.00", "1.00", "1.00", "", dense.text, "")
     for step in report.steps:
         made = step.pruned
         rows.add_row(
@@ -125,8 +124,8 @@ def gradual(report: GradualReport, folder: Path) -> list[Any]:
             f"{made.linear_kept_fraction:.2f}",
             f"{made.flops / made.flops_dense:.2f}",
             f"{made.bytes / made.bytes_dense:.2f}",
-            f"{made.accuracy.top1:.2f} %",
-            f"{step.recovered.accuracy.top1:.2f} %",
-            f"{step.recovered.accuracy.top1 - dense:+.2f}",
+            made.quality.figures[0].text,
+            step.recovered.quality.figures[0].text,
+            step.recovered.quality.figures[0].minus(dense),
         )
     return [rows, f"model folder, earlier ones and picture (gradual.svg): {folder}"]

@@ -16,15 +16,15 @@ def summary(recipe: str, reports: dict[str, Any], folder: Path) -> Text:
     pruned: PruneReport = gradual.steps[-1].pruned if gradual else reports["prune"]
     last = gradual.steps[-1].recovered if gradual else reports.get("finetune-lora-ga", pruned)
     bench: BenchReport = reports["bench"]
+    dense: Any = pruned.quality_dense
     speed = ", ".join(
         f"{batch.speedup[batch.subject].value:.2f}x at batch {batch.batch_size}"
         + f" in {batch.dtype}" * (len(bench.dtypes) > 1)
         for batch in bench.batches
     )
-    dense, now = pruned.accuracy_dense.top1, last.accuracy.top1
     return Text.assemble(
         (recipe, "bold"),
-        f": top-1 {now:.2f} % (dense {dense:.2f} %), {pruned.flops / pruned.flops_dense:.2f}x the FLOPs, "
+        f": {last.quality.told(dense)}, {pruned.flops / pruned.flops_dense:.2f}x the FLOPs, "
         f"{pruned.bytes / pruned.bytes_dense:.2f}x the size, speed {speed}\n",
         f"model: {folder / bench.model}   report: {folder / 'bench' / 'report.html'}",
     )
