@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from lpvit_cli.data.batches import Batches
 from lpvit_cli.errors import CheckFailed
 from lpvit_cli.export.layer import ExportLayer, FormChoice
 from lpvit_cli.export.results import ExportedLayer, ExportSpeed, Parity
@@ -26,7 +27,7 @@ def check(exported: VisionModel, source: Source, file: str, progress: Progress) 
     """`exported` against the model on real images, and its accuracy. Raises CheckFailed where they differ too much."""
     parity = []
     with torch.inference_mode():
-        for batch in first_images(source.validation, sum(BATCH_SIZES)).split(BATCH_SIZES):
+        for batch in real_images(source.validation, sum(BATCH_SIZES)).split(BATCH_SIZES):
             logits, reference = exported(batch), source.original(batch)
             result = Parity(
                 batch_size=len(batch),
@@ -88,13 +89,9 @@ def describe(layers: Mapping[str, ExportLayer], choices: Mapping[str, FormChoice
     ]
 
 
-def first_images(batches: object, count: int) -> Tensor:
-    """The first `count` images [count, 3, H, W], repeated where the split holds fewer."""
-    images = torch.empty(0)
-    for batch, _ in batches:  # type: ignore[attr-defined]
-        images = torch.cat([images, batch]) if len(images) else batch
-        if len(images) >= count:
-            break
+def real_images(batches: Batches, count: int) -> Tensor:
+    """A fixed random choice of `count` images [count, C, H, W], repeated where the split holds fewer."""
+    images = torch.cat([images for images, _ in batches.some(count)])
     return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
 
 

@@ -197,6 +197,7 @@ class EvaluateReport(Report):
     model: str
     dataset: str
     accuracy: Accuracy
+    available: int | None = None  # images of the split, evaluated or not; None: a stream does not know
     skipped_images: int
 
 

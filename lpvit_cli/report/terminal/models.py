@@ -38,7 +38,8 @@ def export(report: ExportReport, folder: Path) -> list[Any]:
 def evaluate(report: EvaluateReport, folder: Path) -> list[Any]:
     result = report.accuracy
     skipped = f", {report.skipped_images} unreadable images skipped" if report.skipped_images else ""
-    where = f"{result.images} images of {report.dataset}"
+    fewer = report.available is not None and result.images + report.skipped_images < report.available
+    where = f"{result.images}{f' of {report.available}' if fewer else ''} images of {report.dataset}"
     return [f"{report.model}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % on {where}{skipped}"]
 
 
