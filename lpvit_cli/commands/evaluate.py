@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lpvit_cli.data.batches import Batches, batches
-from lpvit_cli.data.readers import ALL, has_splits, is_labelled, open_images, require_known_classes
+from lpvit_cli.data.files import ALL, split_folders
+from lpvit_cli.data.readers import is_labelled, open_images, require_known_classes
 from lpvit_cli.devices import describe_device, pick_device, pick_dtype
 from lpvit_cli.errors import UsageError
 from lpvit_cli.export.opening import open_model
@@ -41,11 +43,7 @@ def evaluate(
     embeddings look for their neighbours.
     """
     model, remembered = open_model(model_name)
-    place = {
-        "dataset": dataset or remembered.get("dataset"),
-        "root": root or (remembered.get("root") if dataset in (None, remembered.get("dataset")) else None) or None,
-        "val_split": split or remembered.get("split", "validation"),
-    }
+    place = where_images_are(remembered, dataset, root, split)
     if place["dataset"] is None:
         raise UsageError(f"{model_name}: which images?", "pass --dataset folder --root /path/to/imagenet")
     data = DataSection.model_validate(place | {"val_images": limit, "batch_size": batch_size, "workers": WORKERS})
@@ -62,10 +60,12 @@ def evaluate(
     return EvaluateReport(
         device=describe_device(device),
         model=model_name,
-        dataset=f"{data.dataset} {data.val_split}",
+        dataset=f"{data.dataset} {root if data.val_split == ALL else data.val_split}",
         quality=quality,
         reference=reference,
+        available=images.available,
         skipped_images=len(images.skipped),
+        notes=images.notes(skipped=[]),
     )
 
 
@@ -89,7 +89,7 @@ def _gallery(model: VisionModel, data: DataSection, train: Path | None) -> Batch
     if model.num_classes:
         raise UsageError("--train is for k-NN among embeddings, and this model tells classes apart", "leave --train out")
     there = data.model_copy(update={"dataset": "folder", "root": train.expanduser().resolve(), "val_images": None})
-    source = open_images(there, there.train_split if has_splits(there) else ALL, model)
+    source = open_images(there, there.train_split if split_folders(train) else ALL, model)
     if not is_labelled(source):
         raise UsageError(f"--train {train}: has no classes", "give a folder with one folder for each class")
     return batches(model, source, there)
@@ -107,3 +107,20 @@ def _require_a_measure(model: VisionModel, images: Batches, other: VisionModel |
             "this model gives embeddings: there is nothing to judge them by",
             "pass --reference MODEL, for example the dense model, or --train FOLDER for k-NN",
         )
+
+
+def where_images_are(remembered: dict[str, Any], dataset: str | None, root: Path | None, split: str | None) -> dict[str, Any]:
+    """Dataset, root and split as the user names them, else as a model folder or file remembers them.
+
+    A folder that the user names is taken whole where it has no folders of splits; the remembered one is split as it was.
+    """
+    dataset = dataset or remembered.get("dataset") or ("folder" if root else None)
+    same = dataset == remembered.get("dataset")
+    place = root or (remembered.get("root") if same else None) or None
+    if split is None and dataset == "folder" and root and not (same and _is_place(root, remembered.get("root"))):
+        split = None if split_folders(root) else ALL
+    return {"dataset": dataset, "root": place, "val_split": split or remembered.get("split", "validation")}
+
+
+def _is_place(root: Path, remembered: str | None) -> bool:
+    return bool(remembered) and root.expanduser().resolve() == Path(str(remembered)).resolve()

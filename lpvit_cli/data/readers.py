@@ -1,36 +1,25 @@
-"""Images in: timm's datasets by prefix, the built-in `digits`, and generated ones for smoke runs.
+"""Images in: folders and tar files, data sets by prefix, the built-in `digits`, and generated ones for smoke runs.
 
-A `reader` is anything with timm's reader protocol: `reader[i] -> (file or PIL image, label)`, `len`, `filename(i)`, and
-`class_to_idx` where classes have names."""
+A `reader` is anything with timm's reader protocol: `reader[i] -> (file, Pillow image or array, label)`, `len`, `filename(i)`.
+It has `class_to_idx` where classes have names, `labelled` = False where labels mean nothing, and may have `notes` on how its
+images were found."""
 
 from __future__ import annotations
 
-import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from PIL import Image
-from timm.data.readers import create_reader
 from torch.utils.data import IterableDataset
 
 from lpvit_cli import distributed
-from lpvit_cli.errors import EnvironmentFault, UsageError, require
+from lpvit_cli.data.builtin import DigitsReader, SyntheticReader
+from lpvit_cli.data.classes import in_words, order_of, read_class_map
+from lpvit_cli.data.files import ALL, SPLITS, FileReader, FolderReader, TarReader, held_out, split_folders
+from lpvit_cli.data.hub import open_hub, open_shards
+from lpvit_cli.errors import UsageError
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.recipe.data import DataSection
-
-SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "eval", "test")}
-
-
-ALL = "all"
-
-
-def has_splits(data: DataSection) -> bool:
-    return True
-
-
-def is_labelled(source: object) -> bool:
-    return class_names(source) is not None or isinstance(source, SyntheticReader)
 
 
 class Reader(Protocol):
@@ -40,154 +29,147 @@ class Reader(Protocol):
 
 
 def open_images(data: DataSection, split: str, model: VisionModel) -> Reader | IterableDataset:
-    """The images of one split. Raises UsageError when there are none, or when their classes cannot be the model's."""
-    num_classes = model.num_classes
+    """The images of one split, or `all`. Raises UsageError when there are none, or when their classes cannot be the model's.
+
+    A model without classes takes images of any, and every model takes images without labels (see `is_labelled`).
+    """
     prefix, _, name = data.dataset.partition("/")
+    if data.class_map is not None and data.dataset not in ("folder", "tar"):
+        raise UsageError(f"data.class_map: has no meaning for {data.dataset!r}", "it is for data.dataset folder and tar")
     if data.dataset == "digits":
         reader: Any = DigitsReader(split)
     elif data.dataset == "synthetic":
-        reader = SyntheticReader(64 if split == data.train_split else 32, num_classes, model.pretrained_cfg["input_size"][1:])
+        channels, *size = model.pretrained_cfg["input_size"]
+        reader = SyntheticReader(64 if split == data.train_split else 32, model.num_classes, (size[0], size[1]), channels)
     elif data.dataset in ("folder", "tar"):
-        reader = _read_files(data, split)
-    elif prefix in ("hfds", "wds") and name:
-        require({"hfds": "datasets", "wds": "webdataset"}[prefix])
-        reader = _read_remote(data, split)
+        reader = distributed.on_main(lambda: _read_files(data, split, model.pretrained_cfg.get("label_names")))
+    elif prefix == "hfds" and name:
+        reader = open_hub(data, split, model.num_classes)
+    elif prefix == "wds" and name:
+        reader = open_shards(data, split)
     else:
         raise UsageError(
             f"data.dataset: unknown dataset {data.dataset!r}", "use digits, synthetic, folder, tar, hfds/NAME or wds/NAME"
         )
-    names = class_names(reader)
-    if names is not None and len(names) < 2:
-        raise UsageError(
-            f"data: the {split} split has only one class ({names[0]})", "one folder per class is needed below the split"
-        )
-    if names is not None and num_classes and len(names) != num_classes:
-        raise UsageError(
-            f"data: the {split} split has {len(names)} classes, the model tells {num_classes} apart",
-            f"use the data set the model was trained on, or --set model.kwargs.num_classes={len(names)} with weights to match",
-        )
+    if data.labels == "none":
+        reader.labelled = False
+    _require_as_many_classes(reader, data, split, model.num_classes)
     return reader
 
 
-def class_names(reader: object) -> tuple[str, ...] | None:
-    """Class names in label order; ImageNet's synset ids are put into words."""
-    names = ("class_to_idx", "class_name_to_idx")  # timm's readers of folders and of tar files; datasets hold a reader
-    places = [getattr(place, name, None) for place in (reader, getattr(reader, "reader", None)) for name in names]
-    classes = next(filter(None, places), None)
-    if classes is None:
-        return None
-    ordered = sorted(classes, key=classes.__getitem__)
-    if len(ordered) == 1000 and all(n.startswith("n") and n[1:].isdigit() for n in ordered):
-        from timm.data import ImageNetInfo
+def is_labelled(source: object) -> bool:
+    """Whether the labels of a source mean anything."""
+    return getattr(source, "labelled", True)
 
-        info = ImageNetInfo()
-        return tuple(info.label_name_to_description(name) for name in ordered)
-    return tuple(str(name) for name in ordered)
+
+def class_names(source: object) -> tuple[str, ...] | None:
+    """Class names in label order; ImageNet's synset ids are put into words. None: images have no labels, or these no names."""
+    classes = getattr(source, "class_to_idx", None)
+    return in_words(sorted(classes, key=classes.__getitem__)) if classes and is_labelled(source) else None
 
 
 def require_same_classes(train: object, val: object) -> None:
-    """Labels are positions in the sorted class names: with other names they would silently mean other classes."""
+    """Labels are positions in the names of classes: with other names they would silently mean other classes."""
     a, b = class_names(train), class_names(val)
     if a is not None and b is not None and a != b:
-        odd = sorted(set(a) ^ set(b))[:3]
-        raise UsageError(
-            f"data: the splits have different classes (for example {', '.join(odd)})", "give both splits the same folders"
-        )
-
-
-class DigitsReader:
-    """scikit-learn's 1,797 real 8x8 grey images of handwritten digits, in a fixed random split of 1,437 and 360."""
-
-    class_to_idx = {str(digit): digit for digit in range(10)}  # noqa: RUF012
-
-    def __init__(self, split: str):
-        require("sklearn", install="scikit-learn")
-        from sklearn.datasets import load_digits
-
-        if split not in SPLIT_NAMES:
-            raise UsageError(f"data: digits has no split {split!r}", "its splits are train and validation")
-        digits = load_digits()
-        order = np.random.RandomState(0).permutation(len(digits.images))
-        chosen = order[:1437] if split == "train" else order[1437:]
-        self.images = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
-        self.labels = digits.target[chosen]
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), int(self.labels[index])
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def filename(self, index: int) -> str:
-        return f"digit {index}"
-
-
-class SyntheticReader:
-    """Smooth random images with a class of their own each; for smoke runs and timing, where pixels do not matter."""
-
-    def __init__(self, length: int, num_classes: int, size: tuple[int, int]):
-        self.length, self.num_classes, self.size = length, num_classes, size
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        coarse = np.random.RandomState(index).randint(0, 256, (4, 4, 3), dtype=np.uint8)
-        height, width = self.size
-        return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), index % (self.num_classes or 4)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def filename(self, index: int) -> str:
-        return f"generated {index}"
-
-
-def _read_files(data: DataSection, split: str) -> Reader:
-    """Class folders below ROOT/split, or the tar files ROOT/split.tar."""
-    if data.root is None:
-        raise UsageError(f"data.root: dataset {data.dataset!r} needs a place", "pass --set data.root=/path/to/images")
-    ending = ".tar" if data.dataset == "tar" else ""
-    names = SPLIT_NAMES.get(split, (split,))
-    place = next((data.root / (name + ending) for name in names if (data.root / (name + ending)).exists()), None)
-    if place is None:
-        wanted = " or ".join(name + ending for name in names)
-        what = "has no" if data.root.is_dir() else "does not exist, so has no"
-        raise UsageError(
-            f"{data.root}: {what} {wanted}", "set data.root to the folder that holds the splits, or data.train_split/val_split"
-        )
-    return distributed.on_main(lambda: _walk(place))
-
-
-def _walk(place: Path) -> Reader:
-    """A reader with the sorted list of its images. To list a million takes minutes on a network disk: one process does it."""
-    try:
-        reader: Reader = create_reader("", str(place))
-    except tarfile.TarError as error:
-        raise EnvironmentFault(f"{place}: not a readable tar file: {error}", "copy or download it again") from error
-    except (RuntimeError, ValueError) as error:  # timm unpacks an empty list where a tar file holds no images
-        raise UsageError(f"{place}: holds no images", "put images into one folder per class below it") from error
-    return reader
-
-
-def _read_remote(data: DataSection, split: str) -> Any:
-    """Hugging Face datasets (a reader) and webdataset shards (an iterable), as timm loads them."""
-    from timm.data import create_dataset
-
-    root = str(data.root) if data.root else None
-    try:
-        if data.dataset.startswith("hfds/"):
-            return create_reader(data.dataset, root, split=split)
-        return create_dataset(data.dataset, root, split=split, is_training=False, batch_size=data.batch_size)
-    except Exception as error:  # hub clients and shard readers raise many kinds; each means: this data is not to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EnvironmentFault(
-            f"data.dataset: cannot open {data.dataset!r}: {reason}", "check the name, data.root and the network"
-        ) from error
+        raise UsageError(f"data: the splits have different classes ({_difference(a, b)})", "give both splits the same folders")
 
 
 def require_known_classes(model: VisionModel, source: object) -> None:
-    """Labels are positions in the sorted class names: other names would silently mean other classes."""
+    """As `require_same_classes`, of the images and what the model was trained on."""
     known, given = model.pretrained_cfg.get("label_names"), class_names(source)
     if known and given and list(known) != list(given):
-        odd = sorted(set(known) ^ set(given))[:3]
         raise UsageError(
-            f"data: the images have other classes than the model (for example {', '.join(odd)})", "use its own data set"
+            f"data: the images have other classes than the model ({_difference(known, given)})", "use its own data set"
         )
+
+
+def _difference(a: Sequence[str], b: Sequence[str]) -> str:
+    odd = sorted(set(a) ^ set(b))[:3]
+    return f"for example {', '.join(odd)}" if odd else "the same names in another order"
+
+
+def _require_as_many_classes(reader: Any, data: DataSection, split: str, num_classes: int) -> None:
+    names = class_names(reader)
+    if names is None or not num_classes or len(names) == num_classes:
+        return
+    if data.class_map is not None:
+        where = "the list" if isinstance(data.class_map, tuple) else data.class_map
+        raise UsageError(
+            f"data.class_map: {where} names {len(names)} classes, the model tells {num_classes} apart",
+            "give the names of the model's classes, one for each",
+        )
+    raise UsageError(
+        f"data: the {split} split has {len(names)} classes, the model tells {num_classes} apart",
+        f"use the data set the model was trained on, or --set model.kwargs.num_classes={len(names)} with weights to match;"
+        " if these folders are no classes: --set data.labels=none",
+    )
+
+
+# files
+
+
+def _read_files(data: DataSection, split: str, known: Sequence[str] | None) -> FileReader:
+    """The images of a split with their labels. To list a million takes minutes on a network disk: one process does it."""
+    if data.root is None:
+        raise UsageError(f"data.root: dataset {data.dataset!r} needs a place", "pass --set data.root=/path/to/images")
+    if data.dataset == "tar":
+        reader: FileReader = TarReader(_place(data.root, split, ".tar"))
+        _classify(reader, data, known)
+        return reader
+    splits = split_folders(data.root)
+    if split != ALL and (splits or split not in SPLITS or not data.root.is_dir()):
+        reader = FolderReader(_place(data.root, split, ""))
+        _classify(reader, data, known)
+        return reader
+    reader = FolderReader(data.root, frozenset(splits.values()))
+    _classify(reader, data, known)
+    if split != ALL:
+        _hold_out(reader, split)
+    return reader
+
+
+def _place(root: Path, split: str, ending: str) -> Path:
+    """The folder or tar file of a split, by any of its names."""
+    names = SPLITS.get(split, (split,))
+    present = split_folders(root).get(split) if not ending else None
+    places = [root / name for name in ([present] if present else [name + ending for name in names])]
+    place = next((place for place in places if place.exists()), None)
+    if place is None:
+        wanted = " or ".join(name + ending for name in names)
+        others = "" if ending else "; a folder without any splits, as --set data.root=FOLDER/train, is split by lpvit"
+        raise UsageError(
+            f"{root}: {'has no' if root.is_dir() else 'does not exist, so has no'} {wanted}",
+            f"set data.root to the folder that holds the splits, or data.train_split/val_split{others}",
+        )
+    return place
+
+
+def _classify(reader: FileReader, data: DataSection, known: Sequence[str] | None) -> None:
+    """Label the images by their folders, where these are classes."""
+    if data.labels == "none":
+        return
+    given, where = read_class_map(data.class_map) if data.class_map is not None else (None, "")
+    folders = reader.folders()
+    order = order_of(set(folders), given, where, known)
+    if order is not None:
+        reader.classify(order)
+        return
+    beside = [path for path, folder in zip(reader.paths, folders, strict=True) if not folder]
+    if 0 < len(beside) < len(folders):
+        lie = "1 image lies" if len(beside) == 1 else f"{len(beside)} images lie"
+        reader.notes.append(f"{lie} beside the folders of classes (first: {beside[0]}): no image has a label")
+
+
+def _hold_out(reader: FolderReader, split: str) -> None:
+    count = len(reader)
+    if count < 2:
+        raise UsageError(
+            f"{reader.root}: holds only one image", "give at least two, to calibrate on one and validate on another"
+        )
+    train, validation = held_out(count)
+    reader.keep(train if split == "train" else validation)
+    reader.notes.append(
+        f"{reader.root.name} has no folders of splits: of its {count} images, a fixed random choice of {len(validation)}"
+        f" is for validation, the other {len(train)} for training"
+    )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpvit_cli.data.batches import Batches
 from lpvit_cli.errors import CheckFailed
 from lpvit_cli.export.layer import ExportLayer, FormChoice
 from lpvit_cli.export.results import ExportedLayer, ExportSpeed, Parity
@@ -25,7 +26,7 @@ def check(exported: VisionModel, source: Source, file: str) -> tuple[list[Parity
     """`exported` against the model on real images, and its quality. Raises CheckFailed where they differ too much."""
     parity = []
     with torch.inference_mode():
-        for batch in first_images(source.validation.images, sum(BATCH_SIZES)).split(BATCH_SIZES):
+        for batch in real_images(source.validation.images, sum(BATCH_SIZES)).split(BATCH_SIZES):
             result = parity_of(exported(batch), source.original(batch), source.tolerance, bool(source.original.num_classes))
             require_parity(result, source.tolerance, file)
             parity.append(result)
@@ -93,13 +94,9 @@ def describe(layers: Mapping[str, ExportLayer], choices: Mapping[str, FormChoice
     ]
 
 
-def first_images(batches: object, count: int) -> Tensor:
-    """The first `count` images [count, 3, H, W], repeated where the split holds fewer."""
-    images = torch.empty(0)
-    for batch, _ in batches:  # type: ignore[attr-defined]
-        images = torch.cat([images, batch]) if len(images) else batch
-        if len(images) >= count:
-            break
+def real_images(batches: Batches, count: int) -> Tensor:
+    """A fixed random choice of `count` images [count, C, H, W], repeated where the split holds fewer."""
+    images = torch.cat([images for images, _ in batches.some(count)])
     return images.repeat(-(-count // len(images)), 1, 1, 1)[:count]
 
 

@@ -41,7 +41,7 @@ def output_size(model: VisionModel) -> tuple[int, ...]:
 def preprocessing_steps(model: VisionModel) -> list[str]:
     """What lpvit does to an image (timm's evaluation transform), one sentence a step."""
     config = resolve_model_data_config(model)
-    _, height, width = config["input_size"]
+    channels, height, width = config["input_size"]
     tall, wide = (floor(side / config["crop_pct"]) for side in (height, width))
     by = f"{config['interpolation']}, antialiased as in Pillow"
     resize = {
@@ -55,11 +55,14 @@ def preprocessing_steps(model: VisionModel) -> list[str]:
     )
     fill = ", filling what is outside the image with the mean" if config["crop_mode"] == "border" else ""
     mean, std = (", ".join(f"{value:g}" for value in config[key]) for key in ("mean", "std"))
+    kind = {1: "8-bit grey", 3: "8-bit RGB"}.get(channels, f"{channels} channels")
+    order = ", in the order R, G, B" if channels == 3 else ""
+    whole = "Divide by 255" if channels in (1, 3) else "Divide by the largest value of their type"
     return [
-        "Decode to 8-bit RGB.",
+        f"Decode to {kind}.",
         resize.get(config["crop_mode"], keep),
         f"Crop the central {height} x {width} pixels (height x width){fill}.",
-        "Divide by 255: values from 0 to 1.",
-        f"Subtract the mean {mean}, divide by the standard deviation {std} (each in the order R, G, B).",
-        f"Lay out as float32 [3, {height}, {width}]: channels first, in the order R, G, B.",
+        f"{whole}: values from 0 to 1.",
+        f"Subtract the mean {mean}, divide by the standard deviation {std}{' (each in the order R, G, B)' if order else ''}.",
+        f"Lay out as float32 [{channels}, {height}, {width}]: channels first{order}.",
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -11,13 +11,14 @@ from lpvit_cli.recipe.section import Section, beside_the_recipe
 
 TaskKind = Literal["auto", "classification", "features"]
 FeaturesKind = Literal["pooled", "tokens"]
+Channels = Annotated[tuple[float, ...], Field(min_length=1)]
 
 
 class Preprocess(Section):
     """What differs from the model's own preprocessing (timm's pretrained_cfg). Pixels are in 0..1 before mean and std."""
 
-    mean: tuple[float, float, float] | None = None  # of each channel
-    std: tuple[float, float, float] | None = None  # of each channel
+    mean: Channels | None = None  # of each channel, or one for all
+    std: Channels | None = None  # of each channel, or one for all
     crop_pct: float | None = Field(default=None, gt=0, le=1)  # the share of the resized image that the centre crop keeps
     interpolation: Literal["bicubic", "bilinear", "nearest"] | None = None  # of resizing
 

@@ -129,7 +129,8 @@ class Recipe(Section):
         small: dict[str, Any] = self.model_dump()
         small["name"] += "-smoke"
         small["model"] |= {"name": architecture, "pretrained": False, "weights": None, "kwargs": kwargs}
-        small["data"] |= {"dataset": "synthetic", "root": None, "batch_size": 16, "workers": 0, "val_images": 32}
+        small["data"] |= {"dataset": "synthetic", "root": None, "class_map": None}
+        small["data"] |= {"batch_size": 16, "workers": 0, "val_images": 32}
         small["target"]["batch_size"] = 2
         small["calibrate"] |= {"images": 32, "batch_size": 8}
         small["prune"]["reweigh"] = min(1, self.prune.reweigh)

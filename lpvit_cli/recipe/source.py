@@ -13,6 +13,7 @@ from lpvit_cli.errors import UsageError
 PATHS = {  # keys whose values are paths
     ("model", "weights"),
     ("data", "root"),
+    ("data", "class_map"),
     ("prune", "profile"),
     ("finetune", "distill", "teacher", "weights"),
     ("bench", "baseline"),

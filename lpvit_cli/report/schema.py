@@ -234,6 +234,7 @@ class EvaluateReport(Report):
     model: str
     dataset: str
     quality: Quality
+    available: int | None = None  # images of the split, evaluated or not; None: a stream does not know
     reference: str | None = None  # what it is compared with
     skipped_images: int
 

@@ -39,15 +39,10 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Calib
         lambda done: progress("calibrating", done, total, f"{done}/{total} images"),
     )
     save_statistics(work / STATISTICS, statistics)
-    used = next(iter(statistics.values())).images
-    notes = []
-    if used < recipe.calibrate.images and not images.skipped:
-        notes.append(f"{used} calibration images, fewer than the {recipe.calibrate.images} asked for: the split holds no more")
-    notes += images.notes()
     return CalibrateReport(
         device=describe_device(run.device),
-        notes=notes,
-        images=used,
+        notes=images.notes(),
+        images=next(iter(statistics.values())).images,
         gradient=gradient if task.uses_gradient else "random direction",
         layers=len(layers),
         statistics_bytes=(work / STATISTICS).stat().st_size,

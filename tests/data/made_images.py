@@ -52,10 +52,8 @@ class Numbered:
 class Stream(IterableDataset):
     """Ten numbered images that can only be read one after the other, as timm's webdatasets are."""
 
-    transform: Any = None
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        return ((self.transform(Image.new("RGB", (2, 2), (i, i, i))), i) for i in range(10))
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        return ((Image.new("RGB", (2, 2), (i, i, i)), i) for i in range(10))
 
 
 def brightness(image: Image.Image) -> Tensor:

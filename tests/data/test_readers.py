@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,18 @@ from made_images import (
     brightness,
     files,
     labels_of,
-    random_image,
     write_split,
 )
 
-from lpvit_cli.data import readers as data_module
 from lpvit_cli.data.batches import batches
-from lpvit_cli.data.readers import DigitsReader, SyntheticReader, class_names, open_images, require_same_classes
+from lpvit_cli.data.readers import (
+    DigitsReader,
+    SyntheticReader,
+    class_names,
+    is_labelled,
+    open_images,
+    require_same_classes,
+)
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.recipe.data import DataSection
 
@@ -146,18 +153,13 @@ def test_a_damaged_tar_file(tmp_path: Path, damage: Callable[[bytes], bytes]) ->
 
 
 @both_kinds
-def test_one_class_is_no_classification(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("num_classes", [0, 1, 5])
+def test_images_of_one_folder_have_no_labels(tmp_path: Path, kind: str, num_classes: int) -> None:
     write_split(tmp_path, "train", {"ant": 2}, kind)
-    with pytest.raises(UsageError, match=r"train split has only one class \(ant\)"):
-        open_images(files(tmp_path, kind), "train", Eye(1))
-
-
-def test_images_without_class_folders(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    random_image(0).save(tmp_path / "train" / "0.png")
-    with pytest.raises(UsageError, match="only one class") as caught:
-        open_images(files(tmp_path), "train", Eye(1))
-    assert "one folder per class" in caught.value.hint
+    source = open_images(files(tmp_path, kind), "train", Eye(num_classes))
+    assert not is_labelled(source)
+    assert class_names(source) is None
+    assert source[0][1] == source[1][1] == -1
 
 
 @pytest.mark.parametrize("num_classes", [2, 4, 1000])
@@ -212,7 +214,7 @@ def test_data_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, name: str)
         raise RuntimeError("no route to the hub\na long trace")
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: object())
-    monkeypatch.setattr(data_module, "create_reader", fail)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=fail))
     monkeypatch.setattr(timm.data, "create_dataset", fail)
     with pytest.raises(EnvironmentFault, match=f"cannot open '{name}': no route to the hub$") as caught:
         open_images(files(None, name), "train", Eye(10))
@@ -231,4 +233,5 @@ def test_shards_are_a_stream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     section = DataSection(dataset="wds/x", root=tmp_path, workers=0, batch_size=4)
     source = batches(Eye(10), open_images(section, "mine", Eye(10)), section, transform=brightness, limit=6)
     assert labels_of(source) == list(range(6))
-    assert asked == {"name": "wds/x", "root": str(tmp_path), "split": "mine", "is_training": False, "batch_size": 4}
+    expected = {"name": "wds/x", "root": str(tmp_path), "split": "mine", "is_training": False, "batch_size": 4}
+    assert asked == expected | {"input_img_mode": ""}, "pixels are converted by lpvit"

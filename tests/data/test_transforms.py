@@ -15,6 +15,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 
 from lpvit_cli.data.batches import Batches, batches
+from lpvit_cli.data.hub import Shards
 from lpvit_cli.data.readers import class_names, open_images
 from lpvit_cli.data.transforms import read_image, transform_for
 from lpvit_cli.errors import EnvironmentFault, UsageError
@@ -111,7 +112,7 @@ def test_class_names_come_in_label_order() -> None:
     assert class_names(reader) is None
     reader.class_to_idx = {"ant": 2, "cow": 0, "bee": 1}  # type: ignore[attr-defined]
     dataset.reader = reader  # type: ignore[attr-defined]
-    assert class_names(reader) == class_names(dataset) == ("cow", "bee", "ant")
+    assert class_names(reader) == class_names(Shards(dataset, "wds/x")) == ("cow", "bee", "ant")
 
 
 def test_an_image_is_read_as_rgb(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any, cast
 
 import timm
@@ -26,6 +27,15 @@ def build(section: ModelSection) -> VisionModel:
     model = create(section.name, section.kwargs, section.pretrained or section.name.startswith(HUB))
     preprocess = {k: v for k, v in section.preprocess.model_dump().items() if v is not None}
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": _input_size(model, resolve(section)[1]), **preprocess}
+    channels = model.pretrained_cfg["input_size"][0]
+    for key in ("mean", "std"):
+        if key in preprocess and len(preprocess[key]) not in (1, channels):
+            raise UsageError(
+                f"model.preprocess.{key}: has {len(preprocess[key])} values, the model takes {channels} channels",
+                "give one for each channel, or one for all",
+            )
+        if values := model.pretrained_cfg.get(key):
+            model.pretrained_cfg[key] = of_channels(values, channels)
     if section.weights:
         _load_strictly(model, read_tensors(section.weights), section.weights)
     return model.eval()
@@ -118,10 +128,13 @@ def _exists(name: str) -> bool:
 
 
 def _input_size(model: VisionModel, kwargs: dict[str, Any]) -> tuple[int, int, int]:
-    """timm does not write img_size back into the model's configuration."""
-    size = kwargs.get("img_size")
-    if size is None:
-        channels, height, width = model.pretrained_cfg["input_size"]
-        return channels, height, width
+    """timm does not write img_size and in_chans back into the model's configuration."""
+    channels, height, width = model.pretrained_cfg["input_size"]
+    size = kwargs.get("img_size") or (height, width)
     height, width = (size, size) if isinstance(size, int) else size
-    return 3, height, width
+    return kwargs.get("in_chans", channels), height, width
+
+
+def of_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A mean or deviation for each channel: as it is given, or the average for all where it is of another number of them."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels

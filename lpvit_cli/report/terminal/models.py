@@ -41,7 +41,8 @@ def evaluate(report: EvaluateReport, folder: Path) -> list[Any]:
     result = report.quality
     beside = f", beside {report.reference}" if report.reference else ""
     skipped = f", {report.skipped_images} unreadable images skipped" if report.skipped_images else ""
-    where = f"{result.images} images of {report.dataset}"
+    fewer = report.available is not None and result.images + report.skipped_images < report.available
+    where = f"{result.images}{f' of {report.available}' if fewer else ''} images of {report.dataset}"
     figures = ", ".join(f"{figure.name} {figure.text}" for figure in result.figures)
     return [f"{report.model}: {figures} on {where}{beside}{skipped}"]
 

@@ -1,0 +1,165 @@
+"""Data sets of the Hugging Face library (`hfds/NAME`) and webdataset shards (`wds/NAME`)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from lpvit_cli.data.files import SPLITS
+from lpvit_cli.errors import EnvironmentFault, LpvitError, UsageError, require
+from lpvit_cli.recipe.data import Columns, DataSection
+
+IMAGES, LABELS = ("image", "img"), ("label", "labels")  # the usual names, where several columns would do
+SAVED = ("dataset_dict.json", "state.json")  # of save_to_disk
+
+
+class HubReader:
+    """A data set of the Hugging Face library: its column of images, not decoded, and that of labels, if it has one."""
+
+    def __init__(self, name: str, dataset: Any, columns: Columns, num_classes: int):
+        self.name = name
+        self.image = columns.image or _image_column(dataset.features)
+        self.label = columns.label or _label_column(dataset.features, num_classes)
+        for column in filter(None, (self.image, self.label)):
+            if column not in dataset.features:
+                raise UsageError(
+                    f"data.columns: {name} has no column {column!r}", f"its columns are {_listed(dataset.features)}"
+                )
+        names = getattr(dataset.features[self.label], "names", ()) if self.label else ()
+        self.class_to_idx = {name: label for label, name in enumerate(names)} or None
+        self.labelled = self.label is not None and len(names) != 1
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
+        row = self._row(index)
+        image, label = row[self.image], row[self.label] if self.label else None
+        if not isinstance(image, Mapping) or not (image.get("bytes") or image.get("path")):
+            raise ValueError("no image in this row")
+        label = -1 if label is None else int(label)
+        return io.BytesIO(image["bytes"] if image.get("bytes") else Path(image["path"]).read_bytes()), label
+
+    def _row(self, index: int) -> dict[str, Any]:
+        try:
+            row: dict[str, Any] = self.dataset[index]
+        except Exception as error:  # of files, memory maps, networks; each means: this row is not to be had
+            raise unreadable(f"hfds/{self.name}", error) from error
+        return row
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def filename(self, index: int) -> str:
+        return f"row {index}"
+
+
+class Shards(IterableDataset):
+    """timm's webdataset of images, not transformed. What its shards raise is an EnvironmentFault."""
+
+    def __init__(self, dataset: Any, name: str):
+        self.dataset, self.name = dataset, name
+        self.class_to_idx = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        rows = iter(self.dataset)
+        while True:
+            try:
+                image, label = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise unreadable(self.name, error) from error
+            yield image, int(label)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def open_hub(data: DataSection, split: str, num_classes: int) -> HubReader:
+    require("datasets")
+    import datasets
+
+    name = data.dataset.removeprefix("hfds/")
+    try:
+        found = _load(datasets, name, split, str(data.root) if data.root else None)
+    except LpvitError:
+        raise
+    except Exception as error:  # hub clients raise many kinds; each means: this data is not to be had
+        raise not_to_be_had(data.dataset, error) from error
+    reader = HubReader(name, found, data.columns, num_classes)
+    try:
+        reader.dataset = found.cast_column(reader.image, datasets.Image(decode=False))
+    except Exception as error:
+        raise not_to_be_had(data.dataset, error) from error
+    return reader
+
+
+def open_shards(data: DataSection, split: str) -> Shards:
+    require("webdataset")
+    from timm.data import create_dataset
+
+    root = str(data.root) if data.root else None
+    try:
+        options: dict[str, Any] = {"split": split, "is_training": False, "batch_size": data.batch_size}
+        options["input_img_mode"] = ""  # not converted
+        return Shards(create_dataset(data.dataset, root, **options), data.dataset)
+    except Exception as error:
+        raise not_to_be_had(data.dataset, error) from error
+
+
+def _load(datasets: Any, name: str, split: str, cache: str | None) -> Any:
+    """One split of a data set from the hub, a local folder, or a folder of save_to_disk."""
+    saved = any((Path(name) / file).is_file() for file in SAVED)
+    if split not in SPLITS and not saved:
+        return datasets.load_dataset(name, split=split, cache_dir=cache)  # may be a slice: train[:80%]
+    found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, cache_dir=cache)
+    if not isinstance(found, Mapping):
+        return found
+    place = next((one for one in SPLITS.get(split, (split,)) if one in found), None)
+    if place is None:
+        raise UsageError(
+            f"data: hfds/{name} has no split {split!r}", f"set data.train_split and val_split: it has {_listed(found)}"
+        )
+    return found[place]
+
+
+def _image_column(features: Mapping[str, Any]) -> str:
+    images = [name for name, kind in features.items() if type(kind).__name__ == "Image"]
+    usual = [name for name in IMAGES if name in images]
+    if len(images) == 1 or usual:
+        return (usual or images)[0]
+    what = f"several columns of images ({', '.join(images)})" if images else "no column of images"
+    raise UsageError(f"data: the data set has {what}", f"--set data.columns.image=NAME; its columns are {_listed(features)}")
+
+
+def _label_column(features: Mapping[str, Any], num_classes: int) -> str | None:
+    """The column of as many classes as the model has; else of the usual name; else the only one."""
+    classes = {name: len(kind.names) for name, kind in features.items() if type(kind).__name__ == "ClassLabel"}
+    fitting = [name for name, count in classes.items() if count == num_classes]
+    usual = [name for name in LABELS if name in (classes or features)]
+    if len(fitting) == 1 or usual or len(classes) < 2:
+        return next(iter([*(fitting if len(fitting) == 1 else []), *usual, *classes]), None)
+    raise UsageError(
+        f"data: the data set has several columns of classes ({', '.join(classes)})", "--set data.columns.label=NAME"
+    )
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(names)
+
+
+def not_to_be_had(name: str, error: Exception) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"data.dataset: cannot open {name!r}: {_reason(error)}", "check the name, data.root and the network"
+    )
+
+
+def unreadable(name: str, error: Exception) -> EnvironmentFault:
+    return EnvironmentFault(f"data.dataset: cannot read {name!r} on: {_reason(error)}", "check its files and the network")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
