@@ -85,7 +85,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
     skipped = distributed.all_gather(train.skipped)
     report = FinetuneReport(
         device=describe_device(device),
-        notes=_notes(trainer, skipped, resumed),
+        notes=[*_notes(trainer, resumed), *train.notes(skipped)],
         method=settings.method,
         rank=settings.rank if adapted else None,
         trainable_parameters=sum(p.numel() for p in trainer.trained.values()),
@@ -116,12 +116,10 @@ def _training_images(recipe: Recipe, model: VisionModel) -> Reader:
     return source
 
 
-def _notes(trainer: Trainer, skipped: list[str], resumed: int) -> list[str]:
+def _notes(trainer: Trainer, resumed: int) -> list[str]:
     notes = [f"resumed after step {resumed}"] if resumed else []
     if trainer.target_reached and len(trainer.history) < trainer.settings.epochs:
         notes.append(f"stopped after epoch {len(trainer.history)}: finetune.target_top1 is reached")
     if trainer.best_epoch == 0 and trainer.history:
         notes.append("no epoch was better than the pruned model, which is kept: lower finetune.lr, or train longer")
-    if skipped:
-        notes.append(f"{len(skipped)} unreadable images skipped (first: {skipped[0]})")
     return notes

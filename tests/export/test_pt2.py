@@ -50,6 +50,9 @@ class Images(list[tuple[torch.Tensor, torch.Tensor]]):
 
     images = share = 10
 
+    def some(self, count: int) -> Images:
+        return self
+
 
 def pruned(which: str = "vit", block: tuple[int, int] = (8, 16)) -> VisionModel:
     """A random model with block-sparse layers; one block row of each keeps nothing."""
