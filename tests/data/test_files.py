@@ -217,6 +217,15 @@ def test_images_that_have_no_labels(tmp_path: Path, paths: list[str], note: str 
     assert reader.notes == ([note] if note else [])
 
 
+def test_images_at_the_top_of_a_tar_file_have_no_labels(tmp_path: Path) -> None:
+    put(tmp_path / "train", "0.png", "ant/1.png", "bee/2.png")
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        archive.add(tmp_path / "train", arcname=".")
+    reader = opened(tmp_path, kind="tar")
+    assert not is_labelled(reader)
+    assert found(reader) == {"0.png": -1, "ant/1.png": -1, "bee/2.png": -1}
+
+
 @both_kinds
 def test_folders_are_no_classes_where_labels_are_none(tmp_path: Path, kind: str) -> None:
     write_split(tmp_path, "train", INSECTS, kind)
