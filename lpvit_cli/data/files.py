@@ -6,7 +6,7 @@ import os
 import tarfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -21,7 +21,7 @@ from lpvit_cli.errors import EnvironmentFault, UsageError
 
 JUNK = ("__MACOSX", "@eaDir")  # folders of thumbnails and the like, beside all whose names begin with a dot
 CANNOT_DECODE = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # formats that Pillow recognises only
-SPLITS = {
+SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "eval", "test", "testing"),
 }
@@ -47,10 +47,10 @@ def _is_junk(name: str) -> bool:
 
 
 class FileReader(ABC):
-    """A reader of files, of which `paths` are the images; `labels` are -1 where there are none."""
+    """A reader of files: `paths` are the images, `left_out` counts the others; `labels` are -1 where there are none."""
 
     def __init__(self, root: Path, paths: list[str], others: list[str]):
-        self.root, self.paths, self.others = root, paths, others
+        self.root, self.paths, self.left_out = root, paths, len(others)
         self.labels = [-1] * len(paths)
         self.labelled = False
         self.class_to_idx: dict[str, int] | None = None
@@ -66,11 +66,6 @@ class FileReader(ABC):
     @abstractmethod
     def folders(self) -> list[str]:
         """Of every image, the folder that may be its class; "": it lies in none."""
-
-    @property
-    def left_out(self) -> int:
-        """How many files are no images."""
-        return len(self.others)
 
     def classify(self, order: list[str]) -> None:
         """Label the images by their folders, which are positions in `order`."""
@@ -89,15 +84,15 @@ class FileReader(ABC):
 
 
 class FolderReader(FileReader):
-    """All images below a folder, in natural order; a class is the first folder, after those named in `splits`."""
+    """All images below a folder, in natural order; a class is the first folder, or the first below that of a split."""
 
-    def __init__(self, root: Path, splits: Collection[str] = ()):
+    def __init__(self, root: Path, with_splits: bool = False):
         images: list[str] = []
         others: list[str] = []
         for path in _walk(str(root), "", frozenset()):
             (images if is_image(path) else others).append(path)
         super().__init__(root, sorted(images, key=natural), sorted(others, key=natural))
-        self.splits = splits
+        self.with_splits = with_splits
 
     def open(self, index: int) -> BinaryIO:
         return (self.root / self.paths[index]).open("rb")
@@ -106,7 +101,9 @@ class FolderReader(FileReader):
         return [self._folder(path.split("/")[:-1]) for path in self.paths]
 
     def _folder(self, parents: list[str]) -> str:
-        return next(iter(parents[1:] if parents and parents[0] in self.splits else parents), "")
+        if self.with_splits and parents and any(parents[0].lower() in names for names in SPLIT_NAMES.values()):
+            parents = parents[1:]
+        return parents[0] if parents else ""
 
     def keep(self, chosen: list[int]) -> None:
         """Only these of the images."""
@@ -128,7 +125,7 @@ class TarReader(FileReader):
         return stream
 
     def folders(self) -> list[str]:
-        return [self.inner.class_idx_to_name[self.inner.targets[at]] for at in self.at]
+        return [self.inner.class_idx_to_name[self.inner.targets[at]].removeprefix(".") for at in self.at]
 
 
 def _walk(folder: str, inside: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
@@ -149,6 +146,8 @@ def _listed(folder: str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"{folder}: no such folder", "set data.root to the folder of the images") from error
     except OSError as error:
         raise EnvironmentFault(f"{folder}: cannot be listed: {error.strerror}", "check its permissions") from error
 
@@ -194,7 +193,7 @@ def split_folders(root: Path) -> dict[str, str]:
     if not root.is_dir():
         return {}
     present = {entry.name.lower(): entry.name for entry in _listed(str(root)) if _is_folder(entry)}
-    firsts = {split: next((name for name in names if name in present), None) for split, names in SPLITS.items()}
+    firsts = {split: next((name for name in names if name in present), None) for split, names in SPLIT_NAMES.items()}
     return {split: present[name] for split, name in firsts.items() if name}
 
 

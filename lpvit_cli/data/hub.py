@@ -9,9 +9,9 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from lpvit_cli.data.files import SPLITS
+from lpvit_cli.data.files import SPLIT_NAMES
 from lpvit_cli.errors import EnvironmentFault, LpvitError, UsageError, require
-from lpvit_cli.recipe.data import Columns, DataSection
+from lpvit_cli.recipe.data import DataSection
 
 IMAGES, LABELS = ("image", "img"), ("label", "labels")  # the usual names, where several columns would do
 SAVED = ("dataset_dict.json", "state.json")  # of save_to_disk
@@ -20,14 +20,16 @@ SAVED = ("dataset_dict.json", "state.json")  # of save_to_disk
 class HubReader:
     """A data set of the Hugging Face library: its column of images, not decoded, and that of labels, if it has one."""
 
-    def __init__(self, name: str, dataset: Any, columns: Columns, num_classes: int):
-        self.name = name
+    def __init__(self, dataset: Any, data: DataSection, num_classes: int):
+        self.name, columns = data.dataset, data.columns
         self.image = columns.image or _image_column(dataset.features)
-        self.label = columns.label or _label_column(dataset.features, num_classes)
+        self.label = None
+        if data.labels == "auto":
+            self.label = columns.label or _label_column(dataset.features, num_classes)
         for column in filter(None, (self.image, self.label)):
             if column not in dataset.features:
                 raise UsageError(
-                    f"data.columns: {name} has no column {column!r}", f"its columns are {_listed(dataset.features)}"
+                    f"data.columns: {self.name} has no column {column!r}", f"its columns are {_listed(dataset.features)}"
                 )
         names = getattr(dataset.features[self.label], "names", ()) if self.label else ()
         self.class_to_idx = {name: label for label, name in enumerate(names)} or None
@@ -46,7 +48,7 @@ class HubReader:
         try:
             row: dict[str, Any] = self.dataset[index]
         except Exception as error:  # of files, memory maps, networks; each means: this row is not to be had
-            raise unreadable(f"hfds/{self.name}", error) from error
+            raise unreadable(self.name, error) from error
         return row
 
     def __len__(self) -> int:
@@ -89,7 +91,7 @@ def open_hub(data: DataSection, split: str, num_classes: int) -> HubReader:
         raise
     except Exception as error:  # hub clients raise many kinds; each means: this data is not to be had
         raise not_to_be_had(data.dataset, error) from error
-    reader = HubReader(name, found, data.columns, num_classes)
+    reader = HubReader(found, data, num_classes)
     try:
         reader.dataset = found.cast_column(reader.image, datasets.Image(decode=False))
     except Exception as error:
@@ -113,12 +115,12 @@ def open_shards(data: DataSection, split: str) -> Shards:
 def _load(datasets: Any, name: str, split: str, cache: str | None) -> Any:
     """One split of a data set from the hub, a local folder, or a folder of save_to_disk."""
     saved = any((Path(name) / file).is_file() for file in SAVED)
-    if split not in SPLITS and not saved:
+    if split not in SPLIT_NAMES and not saved:
         return datasets.load_dataset(name, split=split, cache_dir=cache)  # may be a slice: train[:80%]
     found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, cache_dir=cache)
     if not isinstance(found, Mapping):
         return found
-    place = next((one for one in SPLITS.get(split, (split,)) if one in found), None)
+    place = next((one for one in SPLIT_NAMES.get(split, (split,)) if one in found), None)
     if place is None:
         raise UsageError(
             f"data: hfds/{name} has no split {split!r}", f"set data.train_split and val_split: it has {_listed(found)}"
@@ -136,11 +138,12 @@ def _image_column(features: Mapping[str, Any]) -> str:
 
 
 def _label_column(features: Mapping[str, Any], num_classes: int) -> str | None:
-    """The column of as many classes as the model has; else of the usual name; else the only one."""
+    """The column of as many classes as the model has; else of the usual name; else the only one, or of a model without classes
+    the first."""
     classes = {name: len(kind.names) for name, kind in features.items() if type(kind).__name__ == "ClassLabel"}
     fitting = [name for name, count in classes.items() if count == num_classes]
     usual = [name for name in LABELS if name in (classes or features)]
-    if len(fitting) == 1 or usual or len(classes) < 2:
+    if len(fitting) == 1 or usual or len(classes) < 2 or not num_classes:
         return next(iter([*(fitting if len(fitting) == 1 else []), *usual, *classes]), None)
     raise UsageError(
         f"data: the data set has several columns of classes ({', '.join(classes)})", "--set data.columns.label=NAME"

@@ -106,7 +106,7 @@ def _shares(array: Array) -> NDArray[np.float32]:
     """Every value as a share, in 0..1, of the largest one of its type or scale."""
     if array.dtype == bool:
         return array.astype(np.float32)
-    if array.dtype in (np.uint8, np.uint16):
+    if array.dtype.kind == "u" and array.dtype.itemsize <= 2:  # of either byte order
         return cast(NDArray[np.float32], array.astype(np.float32) / np.iinfo(array.dtype).max)
     if not np.issubdtype(array.dtype, np.floating):
         raise ForeignImage(f"is an array of {array.dtype}", "save it as uint8, uint16, or floats from 0 to 1")

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from lpvit_cli import distributed
 from lpvit_cli.data.builtin import DigitsReader, SyntheticReader
 from lpvit_cli.data.classes import in_words, order_of, read_class_map
-from lpvit_cli.data.files import ALL, SPLITS, FileReader, FolderReader, TarReader, held_out, split_folders
+from lpvit_cli.data.files import ALL, SPLIT_NAMES, FileReader, FolderReader, TarReader, held_out, split_folders
 from lpvit_cli.data.hub import open_hub, open_shards
 from lpvit_cli.errors import UsageError
 from lpvit_cli.models.protocol import VisionModel
@@ -102,7 +102,7 @@ def _require_as_many_classes(reader: Any, data: DataSection, split: str, num_cla
     raise UsageError(
         f"data: the {split} split has {len(names)} classes, the model tells {num_classes} apart",
         f"use the data set the model was trained on, or --set model.kwargs.num_classes={len(names)} with weights to match;"
-        " if these folders are no classes: --set data.labels=none",
+        " if these are no classes: --set data.labels=none",
     )
 
 
@@ -118,11 +118,11 @@ def _read_files(data: DataSection, split: str, known: Sequence[str] | None) -> F
         _classify(reader, data, known)
         return reader
     splits = split_folders(data.root)
-    if split != ALL and (splits or split not in SPLITS or not data.root.is_dir()):
+    if split != ALL and (splits or split not in SPLIT_NAMES or not data.root.is_dir()):
         reader = FolderReader(_place(data.root, split, ""))
         _classify(reader, data, known)
         return reader
-    reader = FolderReader(data.root, frozenset(splits.values()))
+    reader = FolderReader(data.root, with_splits=bool(splits))
     _classify(reader, data, known)
     if split != ALL:
         _hold_out(reader, split)
@@ -131,7 +131,7 @@ def _read_files(data: DataSection, split: str, known: Sequence[str] | None) -> F
 
 def _place(root: Path, split: str, ending: str) -> Path:
     """The folder or tar file of a split, by any of its names."""
-    names = SPLITS.get(split, (split,))
+    names = SPLIT_NAMES.get(split, (split,))
     present = split_folders(root).get(split) if not ending else None
     places = [root / name for name in ([present] if present else [name + ending for name in names])]
     place = next((place for place in places if place.exists()), None)

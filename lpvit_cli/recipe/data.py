@@ -30,8 +30,8 @@ class DataSection(Section):
     val_split: str = "validation"  # accuracies
     val_images: PositiveInt | None = None  # so many, a fixed random choice; None: all of them
     labels: Literal["auto", "none"] = "auto"  # none: class folders and labels mean nothing
-    class_map: Path | tuple[ClassName, ...] | None = None  # of a folder or tar, the classes in label order: their names, or a
-    # file of them (.json, .txt); None: the natural order
+    class_map: Path | tuple[ClassName, ...] | None = None  # the classes of a folder or tar in label order: their names, or a
+    # .json or .txt file of them; None: the natural order
     columns: Columns = Columns()  # of a Hugging Face data set
     exif: bool = False  # turn photographs as their EXIF orientation says; timm and torchvision do not
     batch_size: PositiveInt = 64  # of recovery and evaluation; of all processes together

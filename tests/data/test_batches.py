@@ -59,11 +59,11 @@ def test_too_many_unreadable_images_are_an_error(twenty_with_two_broken: Path) -
 
 def test_the_fraction_is_of_the_images_asked_for() -> None:
     """One of four is more than a tenth, though one of forty would not be; nothing has to be read to its end to know."""
-    reader = Numbered(40, broken=(11,))
+    reader = Numbered(40, broken=(4,))
     source = Batches(reader, brightness, batch_size=1, limit=4, max_corrupt=0.1)
     with pytest.raises(EnvironmentFault, match="1 of 4 images"):
         list(source)
-    assert reader.asked == [11]
+    assert reader.asked == [4]
     assert len(labels_of(Batches(reader, brightness, batch_size=1, max_corrupt=0.1))) == 39
 
 

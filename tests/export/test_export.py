@@ -7,15 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from helpers import relative
+from PIL import Image
 from torch import nn
 
+from lpvit_cli.data.batches import Batches
 from lpvit_cli.errors import CheckFailed, EnvironmentFault, UsageError
 from lpvit_cli.export import graph as onnx_export
-from lpvit_cli.export.check import agreement, first_images, relative_error, require_parity, same_top1
+from lpvit_cli.export.check import agreement, real_images, relative_error, require_parity, same_top1
 from lpvit_cli.export.graph import as_float32, dense_graph, save_onnx
 from lpvit_cli.export.results import Parity
 from lpvit_cli.sparse import densify, sparsify
@@ -173,7 +176,26 @@ def test_half_precision_is_typed_inside_and_float32_outside(
         assert relative(OnnxModel(tmp_path / "half.onnx")(x), reference) < 20 * unit
 
 
-def test_first_images_repeat_a_short_split() -> None:
-    batches = [(torch.full((2, 1, 1, 1), 1.0), None), (torch.full((1, 1, 1, 1), 2.0), None)]
-    assert first_images(batches, 2).flatten().tolist() == [1, 1]
-    assert first_images(batches, 7).flatten().tolist() == [1, 1, 2, 1, 1, 2, 1]
+class Levels:
+    """Ten images of one pixel, of grey 0 to 9; the first cannot be read."""
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if index == 0:
+            raise OSError("broken")
+        return Image.new("L", (1, 1), index), 0
+
+    def __len__(self) -> int:
+        return 10
+
+    def filename(self, index: int) -> str:
+        return str(index)
+
+
+def test_files_are_checked_on_a_random_choice_of_images() -> None:
+    """Which is fixed, holds the readable ones only, and is repeated where the split is short."""
+    batches = Batches(Levels(), lambda image: torch.full((1, 1, 1), float(image.getpixel((0, 0)))), batch_size=4, channels=1)
+    chosen = np.sort(np.random.RandomState(0).permutation(10)[:3]).tolist()
+    assert chosen != [0, 1, 2]
+    assert real_images(batches, 3).flatten().tolist() == chosen
+    assert real_images(batches, 21).flatten().tolist() == [*range(1, 10), *range(1, 10), 1, 2, 3]
+    assert batches.skipped == []

@@ -323,6 +323,12 @@ def test_evaluation_is_one_sentence_that_counts_skipped_images(skipped: int, tai
     assert text == f"runs/a/pruned: top-1 74.29 %, top-5 91.52 % on 49998 images of folder/imagenet{tail}"
 
 
+@pytest.mark.parametrize(("available", "images"), [(50_000, "49998"), (None, "49998"), (60_000, "49998 of 60000")])
+def test_an_evaluation_of_some_images_says_of_how_many(available: int | None, images: str) -> None:
+    text = words(shown(evaluate(skipped_images=2, available=available)))
+    assert f"on {images} images of folder/imagenet, 2 unreadable" in text
+
+
 def test_predictions_show_names_indices_and_probabilities() -> None:
     lines = [words(line) for line in shown(predict(names=["tabby", "Egyptian cat", "tiger cat"])).splitlines()]
     assert lines == ["cat.jpg", "class index probability", "tabby 281 81.2 %", "Egyptian cat 285 12.5 %", "tiger cat 282 6.2 %"]
