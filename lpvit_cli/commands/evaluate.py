@@ -10,7 +10,7 @@ import torch
 
 from lpvit_cli.data.batches import Batches, batches
 from lpvit_cli.data.files import ALL, split_folders
-from lpvit_cli.data.readers import is_labelled, open_images, require_known_classes
+from lpvit_cli.data.readers import is_labelled, open_images, require_known_classes, require_same_classes
 from lpvit_cli.devices import describe_device, pick_device, pick_dtype
 from lpvit_cli.errors import UsageError
 from lpvit_cli.export.opening import open_model
@@ -53,7 +53,7 @@ def evaluate(
     images = batches(model, source, data, limit=limit)
     dtype = torch.float32 if isinstance(model, ExportedModel) else pick_dtype(dtype_name, device)
     other = _reference(model, reference)
-    gallery = _gallery(model, data, train)
+    gallery = _gallery(model, data, train, images)
     _require_a_measure(model, images, other, gallery)
     validation = Validation(images, device, dtype, progress, task_of(model), other, gallery)
     quality = validation.quality(model, "evaluating")
@@ -83,7 +83,7 @@ def _reference(model: VisionModel, name: str | None) -> VisionModel | None:
     return other
 
 
-def _gallery(model: VisionModel, data: DataSection, train: Path | None) -> Batches | None:
+def _gallery(model: VisionModel, data: DataSection, train: Path | None, images: Batches) -> Batches | None:
     if train is None:
         return None
     if model.num_classes:
@@ -92,6 +92,8 @@ def _gallery(model: VisionModel, data: DataSection, train: Path | None) -> Batch
     source = open_images(there, there.train_split if split_folders(train) else ALL, model)
     if not is_labelled(source):
         raise UsageError(f"--train {train}: has no classes", "give a folder with one folder for each class")
+    if images.labelled:
+        require_same_classes(source, images.source)
     return batches(model, source, there)
 
 
@@ -119,7 +121,8 @@ def where_images_are(remembered: dict[str, Any], dataset: str | None, root: Path
     place = root or (remembered.get("root") if same else None) or None
     if split is None and dataset == "folder" and root and not (same and _is_place(root, remembered.get("root"))):
         split = None if split_folders(root) else ALL
-    return {"dataset": dataset, "root": place, "val_split": split or remembered.get("split", "validation")}
+    how: dict[str, Any] = {key: remembered[key] for key in ("labels", "exif") if same and not root and key in remembered}
+    return {"dataset": dataset, "root": place, "val_split": split or remembered.get("split", "validation"), **how}
 
 
 def _is_place(root: Path, remembered: str | None) -> bool:

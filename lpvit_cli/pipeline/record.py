@@ -57,5 +57,6 @@ def values_of(recipe: Recipe, reads: list[str], content_of: Callable[[Path], str
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The names whose values differ, sorted."""
-    return [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    """The names whose values differ, sorted; to be null is not to be left out, as the keys of a section are that is null."""
+    left_out = object()
+    return [key for key in sorted(old.keys() | new.keys()) if old.get(key, left_out) != new.get(key, left_out)]

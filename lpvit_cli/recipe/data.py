@@ -38,6 +38,11 @@ class DataSection(Section):
     workers: int = Field(default=4, ge=0)  # processes that decode images
     max_corrupt: Fraction = 0.01  # unreadable images are skipped and counted; more than this fraction is an error
 
+    def remembered(self) -> dict[str, Any]:
+        """What a model folder keeps, for those who evaluate it: where its validation images are, and how they are read."""
+        place = {"dataset": self.dataset, "root": str(self.root or ""), "split": self.val_split}
+        return place | {"labels": self.labels, "exif": self.exif}
+
     @field_validator("root", "class_map")
     @classmethod
     def _beside_the_recipe(cls, path: Any, info: ValidationInfo) -> Any:

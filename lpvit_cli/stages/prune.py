@@ -71,7 +71,7 @@ class Pruner:
             budget = BUDGETS.get(budget.kind).settle(plan, budget.value, self.points, self.progress)
         model, allocation = prune_model(plan, budget, self.progress)
         quality = self._quality(model, "evaluating the pruned model")
-        data = {"dataset": recipe.data.dataset, "root": str(recipe.data.root or ""), "split": recipe.data.val_split}
+        data = recipe.data.remembered()
         parent = recipe.model.model_dump(mode="json")
         save_model(work, model, model_config(recipe.model, self.model, data=data, parent=parent))
         predicted = plan.predict(allocation)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lpvit_cli import distributed
 from lpvit_cli.data.batches import Batches
+from lpvit_cli.data.readers import require_same_classes
 from lpvit_cli.data.splits import gallery_batches, validation_batches
 from lpvit_cli.devices import autocast
 from lpvit_cli.errors import CheckFailed, UsageError
@@ -109,6 +110,8 @@ def validation_of(
     """How `model`, and what is made of it, are judged on the validation images; beside `dense`, where that is given."""
     images, task = validation_batches(data, model), task_of(model)
     gallery = gallery_batches(data, calibrate, model) if task.needs_dense and images.labelled else None
+    if gallery is not None:
+        require_same_classes(gallery.source, images.source)
     return Validation(images, device, dtype, progress, task, dense, gallery)
 
 
