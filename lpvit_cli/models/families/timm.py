@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any, cast
 
 import timm
@@ -13,22 +14,47 @@ from torch import nn
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.tensors import _load_strictly, read_tensors
-from lpvit_cli.recipe.model import ModelSection
+from lpvit_cli.recipe.model import FeaturesKind, ModelSection, TaskKind
 
+PREFIX = ""
 HUB = "hf-hub:"  # owner/name, and @revision where one is meant
 
 
-def build(section: ModelSection) -> VisionModel:
+def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> VisionModel:
     """The dense timm model of a recipe, in eval mode on the CPU; its preprocessing is in `model.pretrained_cfg`.
 
     Raises UsageError (unknown model or argument), EnvironmentFault (weights not to be had, unreadable, foreign).
     """
-    model = create(section.name, section.kwargs, section.pretrained or section.name.startswith(HUB))
-    preprocess = {k: v for k, v in section.preprocess.model_dump().items() if v is not None}
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": _input_size(model, resolve(section)[1]), **preprocess}
+    model = _made(section.name, section.kwargs, section.pretrained or section.name.startswith(HUB))
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": _input_size(model, resolve(section)[1])}
     if section.weights:
         _load_strictly(model, read_tensors(section.weights), section.weights)
+    _give(model, features if task == "features" or model.num_classes == 0 else "logits")
     return model.eval()
+
+
+def create(config: Mapping[str, Any]) -> VisionModel:
+    """The architecture of a config.json, with random weights. Folders of lpvit 0.2 do not say what they give: logits."""
+    model = _made(config["architecture"], config["kwargs"], pretrained=False)
+    _give(model, config.get("gives", "logits"))
+    return model
+
+
+def _give(model: Any, output: str) -> None:
+    """Make the model, in place, give its `logits`, or without a head its `pooled` embedding or all `tokens`.
+
+    Raises UsageError where the architecture cannot give its tokens.
+    """
+    if output == "pooled" and model.num_classes:
+        model.reset_classifier(0)
+    if output == "tokens":
+        try:
+            model.reset_classifier(0, "")
+        except (TypeError, AssertionError, AttributeError) as error:
+            raise UsageError(
+                f"features: tokens: {type(model).__name__} cannot give all its tokens", "use --set features=pooled"
+            ) from error
+    model.gives = output
 
 
 def resolve(section: ModelSection) -> tuple[str, dict[str, Any]]:
@@ -42,7 +68,7 @@ def resolve(section: ModelSection) -> tuple[str, dict[str, Any]]:
     try:
         hubs, architecture, arguments = load_model_config_from_hf(section.name.removeprefix(HUB))
         config = PretrainedCfg(**hubs)
-    except Exception as error:  # as in _create
+    except Exception as error:  # as in _made
         raise _not_to_be_had(section.name, error) from error
     channels, *size = config.input_size
     implied: dict[str, Any] = {"num_classes": config.num_classes}  # by what is no argument, as timm takes it
@@ -79,7 +105,7 @@ def shrink(section: ModelSection) -> tuple[str, dict[str, Any]]:
     return name, given  # let building it explain what is wrong
 
 
-def create(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
+def _made(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
     hub = name.startswith(HUB)
     if not hub and not _exists(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
