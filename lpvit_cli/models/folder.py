@@ -130,7 +130,9 @@ def as_dense(source: Path, weights: Path) -> ModelSection:
         preprocess=Preprocess(
             mean=given.get("mean"),
             std=given.get("std"),
+            input_size=given.get("input_size"),
             crop_pct=given.get("crop_pct"),
+            crop_mode=given.get("crop_mode"),
             interpolation=interpolation if interpolation in str(known) else None,
         ),
     )

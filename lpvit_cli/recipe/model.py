@@ -22,6 +22,7 @@ class Preprocess(Section):
     mean: tuple[float, float, float] | None = None  # of each channel
     std: tuple[float, float, float] | None = None  # of each channel
     crop_pct: float | None = Field(default=None, gt=0, le=1)  # the share of the resized image that the centre crop keeps
+    crop_mode: Literal["center", "squash", "border"] | None = None  # how an image becomes a square: cut, squeezed or padded
     interpolation: Literal["bicubic", "bilinear", "nearest"] | None = None  # of resizing
 
 

@@ -26,6 +26,7 @@ from lpvit_cli.recipe.source import is_profile_name
 from lpvit_cli.registry import BUDGETS, METHODS
 
 Block = tuple[PositiveInt, PositiveInt]
+BLOCKS = ("blocks.*", "*.blocks.*", "model.layers.*", "model.*.layers.*", "model.*.layer.*")  # of timm, and of transformers
 
 
 class Budget(BaseModel):
@@ -104,11 +105,18 @@ class Power(Section):
 class Layers(Section):
     """Which nn.Linear modules may be pruned, by glob over their names in the model."""
 
-    include: tuple[str, ...] = ("blocks.*", "*.blocks.*")  # a layer needs one of these
+    include: tuple[str, ...] | None = None  # a layer needs one of these; None: the layers of the model's blocks
     exclude: tuple[str, ...] = ()  # and none of these
 
+    @property
+    def included_globs(self) -> tuple[str, ...]:
+        return BLOCKS if self.include is None else self.include
+
+    def included(self, name: str) -> bool:
+        return any(fnmatch(name, glob) for glob in self.included_globs)
+
     def match(self, name: str) -> bool:
-        return any(fnmatch(name, glob) for glob in self.include) and not any(fnmatch(name, glob) for glob in self.exclude)
+        return self.included(name) and not any(fnmatch(name, glob) for glob in self.exclude)
 
 
 class PruneSection(Section):

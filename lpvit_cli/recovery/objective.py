@@ -120,7 +120,7 @@ def teacher_of(distill: Distill | None, parent: ModelSection, model: VisionModel
         return None
     teacher = build_model(
         distill.teacher or parent,
-        "auto" if model.num_classes else "features",
+        "classification" if model.num_classes else "features",
         "tokens" if model.gives == "tokens" else "pooled",
     )
     if teacher.num_classes != model.num_classes:

@@ -134,7 +134,7 @@ def _imported(path: str) -> Callable[..., Any]:
         ) from error
     if not callable(found):
         raise UsageError(f"model.name: {where} has no function {name!r}", "check its spelling")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _require_arguments(path: str, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:

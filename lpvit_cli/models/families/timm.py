@@ -121,6 +121,9 @@ def _made(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
         raise UsageError(
             f"model.kwargs: timm cannot build {name!r} with {kwargs} ({_reason(error)})", "correct model.kwargs"
         ) from error
+    parts: list[Any] = [part for part in model.modules() if hasattr(part, "qkv_bias_separate")]
+    for part in parts:  # of BEiT, EVA-02 and Swin v2: call qkv as a module, and add its bias afterwards
+        part.qkv_bias_separate = True
     if not any(isinstance(module, nn.Linear) for module in model.modules()):
         raise UsageError(f"model.name: {name!r} has no linear layers to prune", "choose a vision transformer")
     return model
