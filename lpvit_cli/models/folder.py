@@ -16,11 +16,12 @@ from torch import nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.models.build import create, name_of, resolve
+from lpvit_cli.models.narrow import narrow, width
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.tensors import _load_strictly, read_tensors, write_tensors
 from lpvit_cli.recipe.code import allow_code
 from lpvit_cli.recipe.model import ModelSection, Preprocess
-from lpvit_cli.sparse import BlockSparseLinear, densify, narrow, sparse_layers, width
+from lpvit_cli.sparse import BlockSparseLinear, densify, sparse_layers
 
 FORMAT = "lpvit-model"
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
