@@ -19,8 +19,15 @@ from lpvit_cli.sparse.layers import BlockSparseLinear
 
 COUNTS = ("num_heads", "num_attention_heads")  # where modules say how many heads they have
 TABLES = ("relative_position_bias_table", "relative_position_bias.relative_position_bias_table")  # [positions, heads]
-MLPS = ((("fc1",), "fc2"), (("up_proj",), "down_proj"), (("gate_proj", "up_proj"), "down_proj"))  # of transformers
-ATTENTIONS = tuple((("q_proj", "k_proj", "v_proj"), consumer) for consumer in ("o_proj", "out_proj"))
+Names = tuple[str, ...]
+MLPS: tuple[tuple[Names, str], ...] = (
+    (("fc1",), "fc2"),
+    (("up_proj",), "down_proj"),
+    (("gate_proj", "up_proj"), "down_proj"),
+)  # of transformers
+ATTENTIONS: tuple[tuple[Names, str], ...] = tuple(
+    (("q_proj", "k_proj", "v_proj"), consumer) for consumer in ("o_proj", "out_proj")
+)
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,7 @@ class Coupled:
     width: int = 1  # features of a unit: of a head
     repeats: int = 1  # places of a unit in the rows of each producer: 3 of qkv
     heads: bool = False
-    activation: Callable[[Tensor], Tensor] | None = (
-        None  # from what the producer gives to what the consumer reads, if that is all
-    )
+    activation: Callable[[Tensor], Tensor] | None = None  # between the producer and the consumer, where it is all there is
     plain: bool = True  # False: something else takes part between the layers, so that none can go
 
     @property
@@ -70,7 +75,7 @@ def set_heads(module: Any, keep: Tensor) -> None:
         if hasattr(module, name):
             setattr(module, name, len(keep))
     if isinstance(module, Attention):
-        module.attn_dim = len(keep) * (module.proj.in_features // len(keep))
+        module.attn_dim = module.proj.in_features
     for name in TABLES:
         *path, last = name.split(".")
         holder = module.get_submodule(path[0]) if path and hasattr(module, path[0]) else None if path else module

@@ -14,7 +14,7 @@ from lpvit_cli.sparse.layers import BlockSparseLinear
 def width(module: nn.Module) -> int | None:
     """Hidden neurons of an MLP or heads of an attention: what `narrow` makes fewer; None for other modules."""
     found = coupled(module)
-    return found and found.units
+    return found.units if found else None
 
 
 def narrow(module: nn.Module, keep: Tensor) -> None:

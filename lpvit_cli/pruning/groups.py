@@ -81,9 +81,10 @@ def _costs(
 ) -> dict[str, LayerCost]:
     """By layer, what each block costs; a producer's blocks are whole rows."""
     made = {name: layer_cost(layers[name], flops.tokens[name], block, power)}
-    for producer in coupling.producers if coupling else ():
-        rows = layers[producer]
-        made[producer] = layer_cost(rows, flops.tokens[producer], (coupling.width, rows.in_features), power)
+    if coupling:
+        for producer in coupling.producers:
+            rows = layers[producer]
+            made[producer] = layer_cost(rows, flops.tokens[producer], (coupling.width, rows.in_features), power)
     return made
 
 

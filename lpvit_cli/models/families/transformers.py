@@ -184,7 +184,7 @@ def _with_weights(section: ModelSection, tensors: Tensors, architecture: str, kw
             **_pooling(architecture, kwargs),
             **options,
         )
-    new_head = {"num_labels", "num_classes"} & section.kwargs.keys() and HEAD in architecture
+    new_head = section.pretrained and {"num_labels", "num_classes"} & section.kwargs.keys()
     missing = [name for name in found["missing_keys"] if not (new_head and "classifier" in name)]
     shapes = [one[0] if isinstance(one, tuple) else one for one in found["mismatched_keys"]]
     shapes = [name for name in shapes if not (new_head and "classifier" in name)]
