@@ -39,8 +39,6 @@ def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> Visi
     architecture, kwargs = resolve(section)
     allow_code(architecture)  # whoever asks for it by name wants it to run
     made = _called(architecture, kwargs)
-    if section.weights:
-        _load_strictly(made, read_tensors(section.weights), section.weights)
     told = {**DEFAULT, **(getattr(made, "pretrained_cfg", None) or {})}
     size = section.preprocess.input_size or told.get("input_size")
     if size is None:
@@ -56,6 +54,9 @@ def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> Visi
         raise UsageError(f"model.kwargs.num_classes: {classes}, but the model gives {output.shape[1]} numbers", WRONG_TASK)
     model = _as_vision_model(made, section.output, gives, classes)
     model.pretrained_cfg = {**told, "input_size": tuple(size)}
+    if section.weights:  # named as the module does, or as a model folder of lpvit
+        tensors = read_tensors(section.weights)
+        _load_strictly(model if tensors.keys() == model.state_dict().keys() else made, tensors, section.weights)
     return model
 
 
