@@ -44,7 +44,7 @@ TIMM: dict[str, dict[str, Any]] = {
     "vit_small_patch14_reg4_dinov2": VIT,
     "vit_small_patch16_dinov3": VIT,
     "vit_tiny_r_s16_p8_224": {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": 4},
-        "deit_tiny_patch16_224": VIT,
+    "deit_tiny_patch16_224": VIT,
     "deit_tiny_distilled_patch16_224": VIT,
     "deit3_small_patch16_224": VIT,
     "beit_base_patch16_224": VIT,
@@ -57,7 +57,7 @@ TIMM: dict[str, dict[str, Any]] = {
     "swinv2_tiny_window8_256": WINDOWS,
     "swinv2_cr_tiny_224": {**WINDOWS, "window_size": 4},
     "hiera_tiny_224": {"img_size": 64, "embed_dim": 32, "num_heads": 1, "stages": (1, 1, 1, 1)},
-    "mvitv2_tiny": {"img_size": 64, "depths": (1, 1), "embed_dim": 32, "num_heads": 1},
+    "mvitv2_tiny": {"img_size": 64},
     "maxvit_rmlp_pico_rw_256": {
         "img_size": 64,
         "embed_dim": (32, 64),

@@ -27,6 +27,7 @@ from lpvit_cli.registry import BUDGETS, METHODS
 
 Block = tuple[PositiveInt, PositiveInt]
 BLOCKS = ("blocks.*", "*.blocks.*", "model.layers.*", "model.*.layers.*", "model.*.layer.*")  # of timm, and of transformers
+POSITIONS = ("*.cpb_mlp.*", "*.meta_mlp.*", "*.rel_pos.*")  # they make biases of positions, of two numbers each: no image
 
 
 class Budget(BaseModel):
@@ -113,7 +114,8 @@ class Layers(Section):
         return BLOCKS if self.include is None else self.include
 
     def included(self, name: str) -> bool:
-        return any(fnmatch(name, glob) for glob in self.included_globs)
+        positions = self.include is None and any(fnmatch(name, glob) for glob in POSITIONS)
+        return any(fnmatch(name, glob) for glob in self.included_globs) and not positions
 
     def match(self, name: str) -> bool:
         return self.included(name) and not any(fnmatch(name, glob) for glob in self.exclude)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import timm
 import torch
 from timm.models import PretrainedCfg, load_model_config_from_hf
-from torch import nn
+from torch import Tensor, nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.models.protocol import VisionModel
@@ -28,7 +28,7 @@ def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> Visi
     model = _made(section.name, section.kwargs, section.pretrained or section.name.startswith(HUB))
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": _input_size(model, resolve(section)[1])}
     if section.weights:
-        _load_strictly(model, read_tensors(section.weights), section.weights)
+        _load_strictly(model, _without_a_head(model, read_tensors(section.weights)), section.weights)
     _give(model, features if task == "features" or model.num_classes == 0 else "logits")
     return model.eval()
 
@@ -38,6 +38,14 @@ def create(config: Mapping[str, Any]) -> VisionModel:
     model = _made(config["architecture"], config["kwargs"], pretrained=False)
     _give(model, config.get("gives", "logits"))
     return model
+
+
+def _without_a_head(model: VisionModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without those of a classifier, where the model has none."""
+    named = model.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ([named] if isinstance(named, str) else named))
+    expected = model.state_dict().keys()
+    return {n: t for n, t in tensors.items() if model.num_classes or n in expected or not n.startswith(heads)}
 
 
 def _give(model: Any, output: str) -> None:
