@@ -76,7 +76,7 @@ TIMM: dict[str, dict[str, Any]] = {
     "xcit_nano_12_p16_224": {**VIT, "patch_size": 16, "img_size": 64},
     "cait_xxs24_224": VIT,
     "convit_tiny": {**VIT, "local_up_to_layer": 1},
-    "volo_d1_224": {"img_size": 64, "layers": (1, 1, 1, 1), "embed_dims": (32, 64, 64, 64), "num_heads": (2, 4, 4, 4)},
+    "volo_d1_224": {"img_size": 64, "mlp_ratio": 1},
     "pvt_v2_b0": {"depths": (1, 1, 1, 1)},
     "twins_svt_small": {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dims": (32, 32, 64, 64), "num_heads": (1, 2, 4, 4)},
     "twins_pcpvt_small": {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dims": (32, 32, 64, 64), "num_heads": (1, 2, 4, 4)},

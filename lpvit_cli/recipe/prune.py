@@ -27,7 +27,12 @@ from lpvit_cli.registry import BUDGETS, METHODS
 
 Block = tuple[PositiveInt, PositiveInt]
 BLOCKS = ("blocks.*", "*.blocks.*", "model.layers.*", "model.*.layers.*", "model.*.layer.*")  # of timm, and of transformers
-POSITIONS = ("*.cpb_mlp.*", "*.meta_mlp.*", "*.rel_pos.*")  # they make biases of positions, of two numbers each: no image
+POSITIONS = (
+    "*.cpb_mlp.*",
+    "*.meta_mlp.*",
+    "*.rel_pos.*",
+    "*.pos_proj",
+)  # they make biases of positions, of two or three numbers
 
 
 class Budget(BaseModel):
