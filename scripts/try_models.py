@@ -75,7 +75,7 @@ TIMM: dict[str, dict[str, Any]] = {
     },
     "xcit_nano_12_p16_224": {**VIT, "patch_size": 16, "img_size": 64},
     "cait_xxs24_224": VIT,
-    "convit_tiny": {**VIT, "local_up_to_layer": 1},
+    "convit_tiny": {**VIT, "embed_dim": 8, "local_up_to_layer": 1},
     "volo_d1_224": {"img_size": 64, "mlp_ratio": 1},
     "pvt_v2_b0": {"depths": (1, 1, 1, 1)},
     "twins_svt_small": {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dims": (32, 32, 64, 64), "num_heads": (1, 2, 4, 4)},
@@ -150,7 +150,7 @@ def attempt(section: ModelSection, folder: Path) -> Result:
         task = "classification" if model.num_classes else "features"
         block = (8, 8) if all(min(layer.weight.shape) >= 8 for layer in state["layers"].values()) else (1, 1)
         pruned = lpvit.prune(
-            model, state["x"], sparsity=0.4, block=block, layers=list(state["layers"]), task=task, reweigh=0, sequential=False
+            model, state["x"], sparsity=0.4, block=block, layers=list(state["layers"]), task=task, method="wanda"
         )
         state["pruned"] = pruned
         return f"{len(sparse_layers(pruned))} sparse"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lpvit_cli.errors import UsageError
-from lpvit_cli.recipe.prune import Layers
+from lpvit_cli.recipe.prune import Layers, is_tiny
 
 
 def prunable_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Linear]:
@@ -22,7 +22,13 @@ def prunable_layers(model: nn.Module, layers: Layers) -> dict[str, nn.Linear]:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if layers.include is None and not any(layers.included(name) for name in linears):
         called = _called_linears(model, _black_image(model))
-        layers = layers.model_copy(update={"include": tuple(name for name, final in called.items() if not final)})
+        inner = tuple(name for name, final in called.items() if not final and not is_tiny(name))
+        if not inner:
+            raise UsageError(
+                "prune.layers: the blocks of this model have no linear layers that it calls: nothing can be pruned",
+                "choose a transformer whose attention and MLPs are torch.nn.Linear",
+            )
+        layers = layers.model_copy(update={"include": inner})
     chosen = {name: module for name, module in linears.items() if layers.match(name)}
     if not chosen:
         raise UsageError(

@@ -27,12 +27,8 @@ from lpvit_cli.registry import BUDGETS, METHODS
 
 Block = tuple[PositiveInt, PositiveInt]
 BLOCKS = ("blocks.*", "*.blocks.*", "model.layers.*", "model.*.layers.*", "model.*.layer.*")  # of timm, and of transformers
-POSITIONS = (
-    "*.cpb_mlp.*",
-    "*.meta_mlp.*",
-    "*.rel_pos.*",
-    "*.pos_proj",
-)  # they make biases of positions, of two or three numbers
+TINY = ("*.cpb_mlp.*", "*.meta_mlp.*", "*.rel_pos.*", "*.pos_proj", "*.proj_l", "*.proj_w")  # of blocks: biases of positions,
+# which see no image, and mixtures of heads
 
 
 class Budget(BaseModel):
@@ -108,6 +104,11 @@ class Power(Section):
     batch_size: PositiveInt = 1  # images that share one read of the weights
 
 
+def is_tiny(name: str) -> bool:
+    """Whether a layer is of a kind that has a handful of inputs in every model: no block fits into it."""
+    return any(fnmatch(name, glob) for glob in TINY)
+
+
 class Layers(Section):
     """Which nn.Linear modules may be pruned, by glob over their names in the model."""
 
@@ -119,8 +120,7 @@ class Layers(Section):
         return BLOCKS if self.include is None else self.include
 
     def included(self, name: str) -> bool:
-        positions = self.include is None and any(fnmatch(name, glob) for glob in POSITIONS)
-        return any(fnmatch(name, glob) for glob in self.included_globs) and not positions
+        return any(fnmatch(name, glob) for glob in self.included_globs) and (self.include is not None or not is_tiny(name))
 
     def match(self, name: str) -> bool:
         return self.included(name) and not any(fnmatch(name, glob) for glob in self.exclude)

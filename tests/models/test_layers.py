@@ -107,3 +107,11 @@ def test_layers_that_see_no_image_are_left_out_by_default() -> None:
     model = built("swinv2_tiny_window8_256")
     assert not [name for name in prunable_layers(model, Layers()) if "cpb_mlp" in name]
     assert [name for name in prunable_layers(model, Layers(include=("*.cpb_mlp.*",))) if "cpb_mlp" in name]
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [("coatnet_rmlp_nano_rw_224", {"depths": (1, 1, 1, 1)}), ("efficientvit_m0", {})])
+def test_a_model_of_convolutions_is_refused(name: str, kwargs: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = build_model(ModelSection(name=name, kwargs=kwargs))
+        with pytest.raises(UsageError, match="have no linear layers that it calls"):
+            prunable_layers(model, Layers())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -17,6 +18,14 @@ from lpvit_cli.models.tensors import _load_strictly, read_tensors
 from lpvit_cli.recipe.model import FeaturesKind, ModelSection, TaskKind
 
 PREFIX = ""
+DEPTHS: tuple[dict[str, Any], ...] = (  # of small copies: as many stages as an architecture has, of one block each
+    {"depth": 2},
+    {"depths": (1, 1, 1, 1)},
+    {"depths": (1, 1, 1)},
+    {"depths": (1, 1)},
+    {"stages": (1, 1, 1, 1)},
+    {},
+)
 HUB = "hf-hub:"  # owner/name, and @revision where one is meant
 
 
@@ -93,24 +102,26 @@ def shrink(section: ModelSection) -> tuple[str, dict[str, Any]]:
         name, given = section.name.split("/")[-1], section.kwargs
         if not _exists(name):
             raise
-    candidates: list[dict[str, Any]] = [
-        {"img_size": 64, "depth": 2},
-        {"img_size": 64, "depths": (1, 1, 1, 1)},
-        {"img_size": 64},
-        {},
-    ]
     size = given.get("img_size") or 65
-    if (size if isinstance(size, int) else max(size)) <= 64:
-        candidates = [{"depth": 2}, *candidates[2:]]
-    for candidate in candidates:
-        kwargs = {**given, **candidate}
-        try:
-            with torch.device("meta"):
-                timm.create_model(name, **kwargs)
-        except (TypeError, AssertionError, ValueError, RuntimeError, IndexError):
-            continue
-        return name, kwargs
+    sizes = [{}] if (size if isinstance(size, int) else max(size)) <= 64 else [{"img_size": 64}, {"img_size": 128}, {}]
+    for smaller in sizes:
+        for depth in DEPTHS:
+            kwargs = {**given, **smaller, **depth}
+            if _runs(name, kwargs):
+                return name, kwargs
     return name, given  # let building it explain what is wrong
+
+
+def _runs(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether timm builds it, and an image goes through, on the meta device."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = cast(VisionModel, timm.create_model(name, **kwargs)).eval()
+            model(torch.zeros(1, *_input_size(model, kwargs)))
+    except Exception:  # timm raises many kinds, of arguments that an architecture does not take
+        return False
+    return True
 
 
 def _made(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
