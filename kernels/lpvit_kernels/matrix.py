@@ -77,6 +77,14 @@ class BlockSparseMatrix:
         return cls(blocks[mask].contiguous(), row_ptr, mask.nonzero()[:, 1].int(), (out, features))
 
     @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
     def block(self) -> tuple[int, int]:
         return self.values.shape[1], self.values.shape[2]
 

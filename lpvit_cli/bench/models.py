@@ -7,8 +7,9 @@ from torch import Tensor
 from lpvit_cli.bench.subjects import forward_of
 from lpvit_cli.measure.timing import TimingRun, cpu_threads, time_interleaved
 from lpvit_cli.models.protocol import VisionModel
+from lpvit_cli.models.trim import trim
 from lpvit_cli.progress import Progress
-from lpvit_cli.sparse import fuse, trim
+from lpvit_cli.sparse import fuse
 from lpvit_cli.targets.tuning import tune_model
 
 

@@ -16,6 +16,7 @@ from lpvit_cli.measure.energy.run import EnergyRun, energy_on
 from lpvit_cli.measure.profile import KEPT, DeviceProfile, LayerProfile, SparseProfile
 from lpvit_cli.measure.timing import Subject, TimingRun, cpu_threads, time_interleaved
 from lpvit_cli.models.flops import count_flops
+from lpvit_cli.models.layers import require_called
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.progress import Progress
 from lpvit_cli.pruning.blocks import Block, grid, require_fit
@@ -102,6 +103,7 @@ def distinct_layers(
 ) -> list[LayerKind]:
     """Layers of the model by shape, rows of x for a batch, and bias. Raises UsageError where a block is larger than one."""
     tokens = count_flops(model, linears).tokens
+    require_called(linears, tokens)
     alike: dict[tuple[tuple[int, int], int], list[str]] = {}
     for name, linear in linears.items():
         shape = (linear.out_features, linear.in_features)

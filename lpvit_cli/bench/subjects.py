@@ -19,7 +19,8 @@ from lpvit_cli.measure.memory import peak_bytes
 from lpvit_cli.measure.timing import Subject
 from lpvit_cli.models.folder import load_model, read_config
 from lpvit_cli.models.protocol import VisionModel
-from lpvit_cli.sparse import densify, fuse, sparse_layers, trim
+from lpvit_cli.models.trim import trim
+from lpvit_cli.sparse import densify, fuse, sparse_layers
 from lpvit_cli.targets.base import ExportedModel
 from lpvit_cli.targets.onnxruntime import OnnxModel
 

@@ -16,6 +16,7 @@ OPTIONAL = {
     "openvino": "export --format openvino",
     "matplotlib": "pictures in report.html",
     "scikit-learn": "the built-in digits",
+    "transformers": "models named transformers:...",
     "datasets": "hfds/ datasets",
     "webdataset": "wds/ datasets",
 }

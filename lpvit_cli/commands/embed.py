@@ -19,7 +19,7 @@ from lpvit_cli.devices import autocast, describe_device, pick_device, pick_dtype
 from lpvit_cli.errors import UsageError, require
 from lpvit_cli.export.opening import open_model
 from lpvit_cli.files import writing
-from lpvit_cli.models.build import give
+from lpvit_cli.models.build import without_head
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.progress import Progress
 from lpvit_cli.recipe.data import DataSection
@@ -35,8 +35,7 @@ def embed(
     Raises UsageError where the output's ending is unknown, there are no images, or an exported file gives logits.
     """
     write = _writer(output)
-    model, _ = open_model(model_name)
-    _take_head_off(model, model_name)
+    model = _for_embeddings(open_model(model_name)[0], model_name)
     exported = isinstance(model, ExportedModel)
     device = torch.device("cpu") if exported else pick_device(device_name)
     dtype = torch.float32 if exported else pick_dtype(dtype_name, device)
@@ -84,15 +83,15 @@ class ListedImages:
         return str(self.files[index])
 
 
-def _take_head_off(model: Any, name: str) -> None:
+def _for_embeddings(model: VisionModel, name: str) -> VisionModel:
     if model.num_classes == 0:
-        return
+        return model
     if isinstance(model, ExportedModel):
         raise UsageError(
             f"{name}: this file gives logits, and its embeddings cannot be reached",
             "embed the model folder it was made of, or export with --set task=features",
         )
-    give(model, "pooled")
+    return without_head(model)
 
 
 def _run(

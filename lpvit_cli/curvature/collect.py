@@ -7,6 +7,7 @@ autograd into `weight.grad`. Memory beyond the model: one [in, in] and one [out,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lpvit_cli.curvature.inputs import observe_inputs
 from lpvit_cli.curvature.outputs import observe_outputs
 from lpvit_cli.curvature.statistics import LayerStatistics
 from lpvit_cli.errors import CheckFailed, UsageError
+from lpvit_cli.models.layers import called_layers, require_called
 from lpvit_cli.tasks.base import Loss
 
 
@@ -30,10 +32,11 @@ def collect(
 
     With several processes, each with batches of its own, those of all images together.
 
-    Raises UsageError when a layer is never called as a module, so that replacing it would change nothing, and CheckFailed when
-    statistics are not finite.
+    Raises UsageError, before the pass, when layers are never called as modules, so that replacing them would change nothing,
+    and CheckFailed when statistics are not finite.
     """
     model.eval().requires_grad_(False).to(device)
+    batches = _checked(model, layers, batches, device)
     statistics, handles = {}, []
     for name, layer in layers.items():
         layer.weight.requires_grad_(True).grad = None
@@ -57,14 +60,25 @@ def collect(
         statistics[name].gradient = torch.zeros_like(layer.weight) if layer.weight.grad is None else layer.weight.grad
         statistics[name].images = images
         statistics[name].sum_over_processes()
-        if statistics[name].tokens == 0 or (images and unseen):
+        if images and unseen:
             raise UsageError(
-                f"prune.layers: {name} is not called as a module in this architecture, so it cannot be made sparse",
+                f"prune.layers: {name} changes nothing that the model gives, so it cannot be pruned",
                 f"leave it out: --set 'prune.layers.exclude=[{name}]'",
             )
         layer.weight.grad = None
         _require_finite(name, statistics[name])
     return statistics
+
+
+def _checked(
+    model: nn.Module, layers: Iterable[str], batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """The batches, after one image of theirs has gone through every layer."""
+    rest = iter(batches)
+    first = list(islice(rest, 1))
+    for x, _ in first:
+        require_called(list(layers), called_layers(model, x[:1].to(device)))
+    return chain(first, rest)
 
 
 def _require_finite(name: str, statistics: LayerStatistics) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lpvit_cli.errors import CheckFailed, UsageError
 from lpvit_cli.export.documents import output_name
 from lpvit_cli.export.rewrite import SCOPES
+from lpvit_cli.models.attention import unfused
 from lpvit_cli.targets.base import METADATA_KEY
 
 INLINE_BYTES = 2**30  # of weights; larger ones lie beside the graph, which protobuf ends at 2 GiB
@@ -41,30 +42,40 @@ def dense_graph(model: nn.Module, opset: int, precision: str = "float32", exampl
     inside: nn.Module = Cast(model, HALF[precision]) if precision in HALF else model
     cfg: Any = model.pretrained_cfg if example is None else None
     example = torch.randn(2, *(cfg["input_size"] if example is None else example.shape[1:]))
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
-        warnings.simplefilter("ignore")
+    try:
+        program = _exported(inside.eval(), example, opset, output)
+    except Exception as first:  # what torch cannot trace or translate ends in one of many kinds
         try:
-            program = torch.onnx.export(
-                inside.eval(),
-                (example,),
-                dynamo=True,
-                opset_version=opset,
-                input_names=["images"],
-                output_names=[output],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                verbose=False,
-            )
-        except Exception as error:  # what torch cannot trace or translate ends in one of many kinds
+            if (plain := unfused(inside)) is None:  # many cannot only because of their fused attention
+                raise first
+            program = _exported(plain.eval(), example, opset, output)
+        except Exception as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
             raise CheckFailed(
                 f"export: torch {torch.__version__} cannot write this model as ONNX: {type(error).__name__}: {reason}",
                 "try another torch, or --format torch",
             ) from error
-    assert program is not None
     graph: ir.Model = program.model
     if graph.opset_imports[""] != opset:
         raise UsageError(f"export.opset: torch {torch.__version__} cannot write opset {opset}", "choose 20")
     return graph
+
+
+def _exported(model: nn.Module, example: Tensor, opset: int, output: str) -> torch.onnx.ONNXProgram:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            opset_version=opset,
+            input_names=["images"],
+            output_names=[output],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+    assert program is not None
+    return program
 
 
 class Cast(nn.Module):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from lpvit_cli.errors import UsageError
-from lpvit_cli.models.families import timm
-from lpvit_cli.models.protocol import VisionModel
+from lpvit_cli.models.families import module, timm, transformers
+from lpvit_cli.models.protocol import Family, VisionModel
 from lpvit_cli.recipe.model import FeaturesKind, ModelSection, TaskKind
+
+FAMILIES: dict[str, Family] = {"timm": timm, "transformers": transformers, "module": module}  # as config.json names them
 
 
 def build_model(section: ModelSection, task: TaskKind = "auto", features: FeaturesKind = "pooled") -> VisionModel:
@@ -17,48 +18,74 @@ def build_model(section: ModelSection, task: TaskKind = "auto", features: Featur
 
     With task `auto` a model with a head gives logits, one without gives embeddings; `features` takes a head away.
     Raises UsageError (unknown model or argument, no head to classify by), EnvironmentFault (weights not to be had, unreadable,
-    foreign).
+    foreign; a package is missing).
     """
-    model = timm.build(section)
+    model = FAMILIES[family_of(section.name)].build(section, task, features)
     if task == "classification" and model.num_classes == 0:
         raise UsageError(
             f"task: classification needs a model with a head, and {section.name!r} has none",
             "--set task=features, or give weights with a head and --set model.kwargs.num_classes=N",
         )
-    give(model, features if task == "features" or model.num_classes == 0 else "logits")
+    preprocess = {k: v for k, v in section.preprocess.model_dump().items() if v is not None}
+    model.pretrained_cfg = {**model.pretrained_cfg, **preprocess}
+    channels = model.pretrained_cfg["input_size"][0]
+    for key in ("mean", "std"):
+        if key in preprocess and len(preprocess[key]) not in (1, channels):
+            raise UsageError(
+                f"model.preprocess.{key}: has {len(preprocess[key])} values, the model takes {channels} channels",
+                "give one for each channel, or one for all",
+            )
+        model.pretrained_cfg[key] = of_channels(model.pretrained_cfg[key], channels)
     return model
 
 
-def give(model: Any, output: str) -> None:
-    """Make the model, in place, give its `logits`, or without a head its `pooled` embedding or all `tokens`.
-
-    Raises UsageError where the architecture cannot give its tokens.
-    """
-    if output == "pooled" and model.num_classes:
-        model.reset_classifier(0)
-    if output == "tokens":
-        try:
-            model.reset_classifier(0, "")
-        except (TypeError, AssertionError, AttributeError) as error:
-            raise UsageError(
-                f"features: tokens: {type(model).__name__} cannot give all its tokens", "use --set features=pooled"
-            ) from error
-    model.gives = output
+def of_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A mean or deviation for each channel: as it is given, or the average for all where it is of another number of them."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def resolve(section: ModelSection) -> tuple[str, dict[str, Any]]:
-    """The architecture and the arguments that build it: of a model from the hub, without the hub."""
-    return timm.resolve(section)
+def without_head(model: Any) -> VisionModel:
+    """A model of logits that gives pooled embeddings instead; the one given may be changed. Raises UsageError where nobody
+    knows how to take its head away."""
+    if isinstance(model, transformers.TransformersModel):
+        return transformers.without_head(model)
+    if not hasattr(model, "reset_classifier"):
+        raise UsageError("this model gives logits, and its embeddings cannot be reached", "make it with --set task=features")
+    return timm.without_head(model)
+
+
+def family_of(name: str) -> str:
+    """The family of a `model.name`, by its prefix: timm's names have none."""
+    return next((key for key, family in FAMILIES.items() if family.PREFIX and name.startswith(family.PREFIX)), "timm")
+
+
+def resolve(section: ModelSection) -> dict[str, Any]:
+    """What config.json says of the model of a recipe: family, architecture, kwargs, and which output is taken."""
+    family = family_of(section.name)
+    architecture, kwargs = FAMILIES[family].resolve(section)
+    return {
+        "family": family,
+        "architecture": architecture,
+        "kwargs": kwargs,
+        **({} if section.output is None else {"output": section.output}),
+    }
 
 
 def shrink(section: ModelSection) -> tuple[str, dict[str, Any]]:
     """Name and arguments of the same architecture with little depth and small images, for smoke runs."""
-    return timm.shrink(section)
+    return FAMILIES[family_of(section.name)].shrink(section)
 
 
-def create(architecture: str, kwargs: dict[str, Any], output: str) -> VisionModel:
-    """An architecture with random weights, as a model folder tells it."""
-    model: Any = timm.create(architecture, kwargs, pretrained=False)
-    give(model, output)
-    assert isinstance(model, nn.Module)
-    return model  # type: ignore[return-value]
+def create(config: Mapping[str, Any]) -> VisionModel:
+    """The architecture of a config.json with random weights and its preprocessing."""
+    family = config.get("family", "timm")
+    if family not in FAMILIES:
+        raise ValueError(f"config.json: no family of models is called {family!r}")
+    model = FAMILIES[family].create(config)
+    model.pretrained_cfg = {**model.pretrained_cfg, **config["preprocessing"]}
+    return model
+
+
+def name_of(config: Mapping[str, Any]) -> str:
+    """The architecture of a config.json as a recipe's `model.name`."""
+    return f"{FAMILIES[config.get('family', 'timm')].PREFIX}{config['architecture']}"

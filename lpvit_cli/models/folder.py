@@ -15,11 +15,13 @@ from lpvit_kernels import BlockSparseMatrix
 from torch import nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.models.build import create, resolve
+from lpvit_cli.models.build import create, name_of, resolve
+from lpvit_cli.models.narrow import narrow, width
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.tensors import _load_strictly, read_tensors, write_tensors
+from lpvit_cli.recipe.code import allow_code
 from lpvit_cli.recipe.model import ModelSection, Preprocess
-from lpvit_cli.sparse import BlockSparseLinear, densify, narrow, sparse_layers, width
+from lpvit_cli.sparse import BlockSparseLinear, densify, sparse_layers
 
 FORMAT = "lpvit-model"
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
@@ -27,10 +29,8 @@ PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop
 
 def model_config(section: ModelSection, model: VisionModel, **more: Any) -> dict[str, Any]:
     """What config.json says beside the sparsity: enough to build the model and to feed it, without the recipe or the hub."""
-    architecture, kwargs = resolve(section)
     return {
-        "architecture": architecture,
-        "kwargs": kwargs,
+        **resolve(section),
         "num_classes": model.num_classes,
         "gives": model.gives,
         "preprocessing": {k: v for k, v in model.pretrained_cfg.items() if k in PREPROCESSING},
@@ -71,29 +71,29 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def gives(config: dict[str, Any]) -> str:
-    """What the model gives: logits, pooled or tokens. Folders of lpvit 0.2 do not say: they have a head."""
-    return str(config.get("gives", "logits"))
-
-
 def untrained(config: dict[str, Any]) -> VisionModel:
     """The dense architecture of a model folder, with random weights."""
-    model = create(config["architecture"], config["kwargs"], gives(config))
-    model.pretrained_cfg = {**model.pretrained_cfg, **config["preprocessing"]}
-    return model
+    return create(config)
 
 
-def load_model(path: str | Path) -> VisionModel:
-    """Read a model folder back: a timm model, its pruned layers BlockSparseLinear, in eval mode on the CPU.
+def load_model(path: str | Path, trust_code: bool = False) -> VisionModel:
+    """Read a model folder back, its pruned layers BlockSparseLinear, in eval mode on the CPU.
 
-    Raises UsageError when `path` is no model folder, EnvironmentFault when its files are damaged or do not fit together.
+    `trust_code`: where the model is one of your own modules, import the function that the folder names; without it only
+    functions that a recipe of this process names are. Raises UsageError when `path` is no model folder, or its code is not
+    trusted, EnvironmentFault when its files are damaged or do not fit together.
     """
     folder = Path(path)
     config = read_config(folder)
+    if trust_code and config.get("family") == "module":
+        allow_code(config["architecture"])
     tensors = read_tensors(folder / "model.safetensors")
     damaged = f"{folder}: config.json and model.safetensors do not fit together"
+    if config.get("family") == "module":
+        model = untrained(config)  # what its code does wrong is no damage of the folder
     try:
-        model = untrained(config)
+        if config.get("family") != "module":
+            model = untrained(config)
         for name, kept in config.get("widths", {}).items():
             whole = width(model.get_submodule(name))
             if whole is None or type(kept) is not int or not 0 < kept <= whole:
@@ -122,14 +122,18 @@ def as_dense(source: Path, weights: Path) -> ModelSection:
     given = config["preprocessing"]
     interpolation = given.get("interpolation")
     known = get_args(Preprocess.model_fields["interpolation"].annotation)
+    classes = {"num_classes": config["num_classes"]} if config.get("family", "timm") == "timm" else {}
     return ModelSection(
-        name=config["architecture"],
-        kwargs={**config["kwargs"], "num_classes": config["num_classes"]},
+        name=name_of(config),
+        kwargs={**config["kwargs"], **classes},
         weights=weights,
+        output=config.get("output"),
         preprocess=Preprocess(
             mean=given.get("mean"),
             std=given.get("std"),
+            input_size=given.get("input_size"),
             crop_pct=given.get("crop_pct"),
+            crop_mode=given.get("crop_mode"),
             interpolation=interpolation if interpolation in str(known) else None,
         ),
     )
@@ -138,11 +142,14 @@ def as_dense(source: Path, weights: Path) -> ModelSection:
 def require_same_model(folder: Path, model: ModelSection) -> None:
     """Raise UsageError where the model folder holds another architecture than the recipe tells."""
     config = read_config(folder)
-    found = (config["architecture"], config["kwargs"])
-    architecture, kwargs = resolve(model)
-    wanted = (architecture, json.loads(json.dumps(kwargs)))
+    wanted = json.loads(json.dumps(resolve(model)))
+    found = {key: config.get(key, "timm") if key == "family" else config.get(key) for key in wanted}
     if found != wanted:
         raise UsageError(
-            f"{folder} holds {found[0]} with {found[1]}, the recipe says {wanted[0]} with {wanted[1]}",
+            f"{folder} holds {_described(found)}, the recipe says {_described(wanted)}",
             "use the recipe it was made by, or make it again: lpvit run RECIPE",
         )
+
+
+def _described(model: dict[str, Any]) -> str:
+    return f"{model['architecture']} with {model['kwargs']}"

@@ -22,16 +22,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise EnvironmentFault(f"{path}: cannot be read: {error}", "check its permissions and the disk") from error
     except (SafetensorError, ValueError, KeyError) as error:
-        with path.open("rb") as file:
-            head = file.read(2)
-        if path.suffix not in PICKLES and not head.startswith((b"PK", b"\x80")):
+        if not is_pickled(path):
             raise EnvironmentFault(f"{path}: not a readable safetensors file: {error}", "copy or download it again") from error
-        convert = f"torch.load('{path.name}', weights_only=True)"
-        raise EnvironmentFault(
-            f"{path}: is a pickled checkpoint; loading one can run any code, so lpvit reads safetensors only",
-            f'convert: python -c "import torch, safetensors.torch as s; c = {convert}; '
-            f"s.save_file(c.get('model', c.get('state_dict', c)), '{path.stem}.converted.safetensors')\"",
-        ) from error
+        raise pickled(path) from error
+
+
+def is_pickled(path: Path) -> bool:
+    """By its name, or its first bytes: a zip of torch, or a bare pickle."""
+    with path.open("rb") as file:
+        return path.suffix in PICKLES or file.read(2).startswith((b"PK", b"\x80"))
+
+
+def pickled(path: Path) -> EnvironmentFault:
+    """The refusal of a pickled checkpoint, with the line that converts it."""
+    convert = f"torch.load('{path.name}', weights_only=True)"
+    return EnvironmentFault(
+        f"{path}: is a pickled checkpoint; loading one can run any code, so lpvit reads safetensors only",
+        f'convert: python -c "import torch, safetensors.torch as s; c = {convert}; '
+        f"s.save_file(c.get('model', c.get('state_dict', c)), '{path.stem}.converted.safetensors')\"",
+    )
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lpvit_cli.models.narrow import narrow
 from lpvit_cli.progress import Progress
 from lpvit_cli.pruning.plan import Allocation, Plan
 from lpvit_cli.recipe.prune import Budget
-from lpvit_cli.sparse import narrow, sparsify
+from lpvit_cli.sparse import sparsify
 
 
 def prune_model(plan: Plan, budget: Budget, progress: Progress) -> tuple[nn.Module, Allocation]:
@@ -25,7 +26,7 @@ def _packed(plan: Plan, model: nn.Module, allocation: Allocation, masks: dict[st
         group, whole = allocation.groups[name], [name] if mask.all() else []
         if group.coupling:
             narrow(model.get_submodule(group.coupling.module), group.coupling.kept(mask))
-            whole = [group.coupling.producer, group.coupling.consumer]
+            whole = [*group.coupling.producers, group.coupling.consumer]
         elif not whole:
             sparsify(model, {name: mask}, allocation.option(name).block)
         for layer in whole:  # one block: runs as a dense layer does

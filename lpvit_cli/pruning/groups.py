@@ -1,6 +1,6 @@
 """What is decided together, and the ways to prune it.
 
-A `Group` is the blocks of one layer, or the neurons or heads that two coupled layers share. It has an `Option` for every
+A `Group` is the blocks of one layer, or the neurons or heads that coupled layers share. It has an `Option` for every
 block shape: the removal order with the distortion along it, and what a block costs to run.
 """
 
@@ -50,7 +50,7 @@ class Group:
         """Block masks of all its layers for one of the layer that decides."""
         if self.coupling is None:
             return {layer: mask}
-        return {layer: mask, self.coupling.producer: self.coupling.producer_mask(mask)}
+        return {layer: mask} | dict.fromkeys(self.coupling.producers, self.coupling.producer_mask(mask))
 
 
 def make_group(
@@ -82,20 +82,22 @@ def _costs(
     """By layer, what each block costs; a producer's blocks are whole rows."""
     made = {name: layer_cost(layers[name], flops.tokens[name], block, power)}
     if coupling:
-        rows = layers[coupling.producer]
-        made[coupling.producer] = layer_cost(rows, flops.tokens[coupling.producer], (coupling.width, rows.in_features), power)
+        for producer in coupling.producers:
+            rows = layers[producer]
+            made[producer] = layer_cost(rows, flops.tokens[producer], (coupling.width, rows.in_features), power)
     return made
 
 
 def _together(coupling: Coupling, costs: dict[str, LayerCost], flops: ModelFlops) -> LayerCost:
-    """What a unit of neurons, or a head, costs in both layers and between them [1, units]."""
-    consumer, producer = costs[coupling.consumer], costs[coupling.producer]
+    """What a unit of neurons, or a head, costs in all its layers and between them [1, units]."""
+    consumer, producers = costs[coupling.consumer], [costs[name] for name in coupling.producers]
 
     def of(name: str) -> Tensor:
-        rows: Tensor = getattr(producer, name).reshape(coupling.repeats, -1).sum(dim=0)
         columns: Tensor = getattr(consumer, name)
-        return columns + rows
+        for producer in producers:
+            columns = columns + getattr(producer, name).reshape(coupling.repeats, -1).sum(dim=0)
+        return columns
 
     between = flops.attention.get(coupling.module, 0) / consumer.weights.shape[1]
-    fixed = consumer.fixed_energy_pj + producer.fixed_energy_pj
+    fixed = consumer.fixed_energy_pj + sum(producer.fixed_energy_pj for producer in producers)
     return LayerCost(consumer.shape, of("weights"), of("flops") + between, of("energy_pj"), fixed)

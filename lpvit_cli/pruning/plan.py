@@ -242,7 +242,7 @@ def build_plan(
     """
     shared = [pattern for pattern in settings.patterns if pattern != "balanced"]
     couplings = find_couplings(model, layers, shared, settings.blocks[0][1])
-    producers = {one.producer for one in couplings.values()}
+    producers = {name for one in couplings.values() for name in one.producers}
     flops = count_flops(model, layers, example)
     if profile is not None:
         _require_same_layers(profile, layers)

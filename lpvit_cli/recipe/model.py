@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
+from lpvit_cli.recipe.code import allow_code
 from lpvit_cli.recipe.section import Section, beside_the_recipe
 
+TRANSFORMERS, MODULE = "transformers:", "module:"  # how names of these families begin
 TaskKind = Literal["auto", "classification", "features"]
 FeaturesKind = Literal["pooled", "tokens"]
 Channels = Annotated[tuple[float, ...], Field(min_length=1)]
@@ -17,21 +19,35 @@ Channels = Annotated[tuple[float, ...], Field(min_length=1)]
 class Preprocess(Section):
     """What differs from the model's own preprocessing (timm's pretrained_cfg). Pixels are in 0..1 before mean and std."""
 
+    input_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None  # channels, height, width; module: models need it
     mean: Channels | None = None  # of each channel, or one for all
     std: Channels | None = None  # of each channel, or one for all
     crop_pct: float | None = Field(default=None, gt=0, le=1)  # the share of the resized image that the centre crop keeps
+    crop_mode: Literal["center", "squash", "border"] | None = None  # how an image becomes a square: cut, squeezed or padded
     interpolation: Literal["bicubic", "bilinear", "nearest"] | None = None  # of resizing
 
 
 class ModelSection(Section):
-    """The dense model: a timm name (or `hf-hub:owner/name`), its constructor arguments, and where its weights come from."""
+    """The dense model: a timm name (or `hf-hub:owner/name`), a Hugging Face one (`transformers:owner/name`), or your own
+    (`module:package.module:function`, whose code runs); its arguments, and where its weights come from. See models.md."""
 
-    name: str  # as `timm.create_model` takes it
-    pretrained: bool = False  # with the weights that timm downloads
-    weights: Path | None = None  # a safetensors file, named as in timm
-    kwargs: dict[str, Any] = Field(default_factory=dict)  # of the constructor: num_classes, img_size ...
+    name: str  # NAME, hf-hub:OWNER/NAME, transformers:OWNER/NAME, transformers:FOLDER or module:PACKAGE.MODULE:FUNCTION
+    pretrained: bool = False  # with the weights of the hub or the folder
+    weights: Path | None = None  # a safetensors file, its tensors named as in the family's own checkpoints
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict
+    )  # of the constructor (num_classes, img_size ...); transformers: its config
     output: str | int | None = None  # which one, of a model that gives several: its name or position
     preprocess: Preprocess = Field(default_factory=Preprocess)  # default: the model's own
+
+    @field_validator("name")
+    @classmethod
+    def _of_the_recipe(cls, name: str, info: ValidationInfo) -> str:
+        if name.startswith(TRANSFORMERS):
+            return TRANSFORMERS + _folder_or_id(name.removeprefix(TRANSFORMERS), info)
+        if name.startswith(MODULE) and info.context:
+            allow_code(name.removeprefix(MODULE), info.context["folder"])
+        return name
 
     @field_validator("weights")
     @classmethod
@@ -43,3 +59,11 @@ class ModelSection(Section):
         if self.pretrained and self.weights:
             raise ValueError("give either pretrained: true or weights: FILE, not both")
         return self
+
+
+def _folder_or_id(given: str, info: ValidationInfo) -> str:
+    """A folder is absolute, whatever it was; a relative one counts from the recipe's folder. Anything else is as it was."""
+    path = Path(given).expanduser()
+    folder = path if path.is_absolute() or not info.context else info.context["folder"] / path
+    written_as_path = given.startswith(("/", "./", "../", "~"))
+    return str(folder.resolve()) if written_as_path or (folder / "config.json").is_file() else given

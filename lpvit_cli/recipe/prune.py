@@ -26,6 +26,9 @@ from lpvit_cli.recipe.source import is_profile_name
 from lpvit_cli.registry import BUDGETS, METHODS
 
 Block = tuple[PositiveInt, PositiveInt]
+BLOCKS = ("blocks.*", "*.blocks.*", "model.layers.*", "model.*.layers.*", "model.*.layer.*")  # of timm, and of transformers
+TINY = ("*.cpb_mlp.*", "*.meta_mlp.*", "*.rel_pos.*", "*.pos_proj", "*.proj_l", "*.proj_w")  # of blocks: biases of positions,
+# which see no image, and mixtures of heads
 
 
 class Budget(BaseModel):
@@ -101,14 +104,26 @@ class Power(Section):
     batch_size: PositiveInt = 1  # images that share one read of the weights
 
 
+def is_tiny(name: str) -> bool:
+    """Whether a layer is of a kind that has a handful of inputs in every model: no block fits into it."""
+    return any(fnmatch(name, glob) for glob in TINY)
+
+
 class Layers(Section):
     """Which nn.Linear modules may be pruned, by glob over their names in the model."""
 
-    include: tuple[str, ...] = ("blocks.*", "*.blocks.*")  # a layer needs one of these
+    include: tuple[str, ...] | None = None  # a layer needs one of these; None: the layers of the model's blocks
     exclude: tuple[str, ...] = ()  # and none of these
 
+    @property
+    def included_globs(self) -> tuple[str, ...]:
+        return BLOCKS if self.include is None else self.include
+
+    def included(self, name: str) -> bool:
+        return any(fnmatch(name, glob) for glob in self.included_globs) and (self.include is not None or not is_tiny(name))
+
     def match(self, name: str) -> bool:
-        return any(fnmatch(name, glob) for glob in self.include) and not any(fnmatch(name, glob) for glob in self.exclude)
+        return self.included(name) and not any(fnmatch(name, glob) for glob in self.exclude)
 
 
 class PruneSection(Section):

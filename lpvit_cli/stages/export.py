@@ -16,12 +16,12 @@ from lpvit_cli.export.source import DENSE_FOLDER, Publication, Source
 from lpvit_cli.machine import cpu_name, installed
 from lpvit_cli.models.build import build_model
 from lpvit_cli.models.folder import load_model, read_config, untrained
+from lpvit_cli.models.trim import order_neurons, trim
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.registry import FORMATS
 from lpvit_cli.report.schema import ExportReport
-from lpvit_cli.sparse import order_neurons, trim
 from lpvit_cli.stages import BENCH, EXPORT, made_by
 from lpvit_cli.tasks.evaluation import validation_of
 

@@ -35,6 +35,17 @@ def test_weights_are_loaded(tmp_path: Path) -> None:
     assert relative(outputs(model), outputs(origin) + torch.arange(5.0) - origin.head.bias) < 1e-5
 
 
+def test_a_model_without_a_head_needs_none_in_the_file(tmp_path: Path) -> None:
+    headless = weights(tmp_path).model_copy(update={"kwargs": {**KWARGS, "num_classes": 0}})
+    model, origin = build_model(headless), tiny()
+    assert (model.num_classes, model.gives) == (0, "pooled")
+    origin.reset_classifier(0)
+    assert relative(outputs(model), outputs(origin)) < 1e-6
+    weights(tmp_path, lambda tensors: tensors.update({"heads.weight": torch.ones(1)}))
+    with pytest.raises(EnvironmentFault, match="has foreign tensors: heads.weight$"):
+        build_model(headless)
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lpvit_cli.errors import UsageError
 from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.models.narrow import narrow
 from lpvit_cli.pruning.coupling import Coupling, find_couplings
 from lpvit_cli.recipe.prune import Layers
-from lpvit_cli.sparse import narrow
 
 
 def pairs(model: nn.Module, patterns: Iterable[str], width: int = 8, **layers: Any) -> dict[str, Coupling]:
@@ -27,7 +27,7 @@ def pairs(model: nn.Module, patterns: Iterable[str], width: int = 8, **layers: A
 def test_neurons_are_those_between_the_two_layers_of_an_mlp() -> None:
     found = pairs(random_model("vit"), ["neurons"], width=16)
     assert found == {
-        f"blocks.{n}.mlp.fc2": Coupling(f"blocks.{n}.mlp", f"blocks.{n}.mlp.fc1", f"blocks.{n}.mlp.fc2", 16, 1, 32)
+        f"blocks.{n}.mlp.fc2": Coupling(f"blocks.{n}.mlp", (f"blocks.{n}.mlp.fc1",), f"blocks.{n}.mlp.fc2", 16, 1, 32, False)
         for n in (0, 1)
     }
     assert found["blocks.0.mlp.fc2"].block == (32, 16)
@@ -41,7 +41,7 @@ def test_heads_are_those_of_the_attention_whatever_the_width(which: str, blocks:
     for block in blocks:
         name = f"{block}.attn"
         out = 64 if block.startswith("layers.1") else 32
-        assert found[f"{name}.proj"] == Coupling(name, f"{name}.qkv", f"{name}.proj", 8, 3, out)
+        assert found[f"{name}.proj"] == Coupling(name, (f"{name}.qkv",), f"{name}.proj", 8, 3, out, True)
 
 
 def test_both_patterns_together() -> None:
@@ -53,14 +53,14 @@ def test_both_patterns_together() -> None:
 
 def test_a_head_is_in_three_places_of_the_rows_that_make_it() -> None:
     """Rows of qkv: all heads of q, then of k, then of v."""
-    pair = Coupling("attn", "attn.qkv", "attn.proj", width=8, repeats=3, consumer_out=32)
+    pair = Coupling("attn", ("attn.qkv",), "attn.proj", width=8, repeats=3, consumer_out=32, heads=True)
     mask = torch.tensor([[True, False, False, True]])
     assert pair.producer_mask(mask).tolist() == [[True], [False], [False], [True]] * 3
     assert pair.kept(mask).tolist() == [0, 3]
 
 
 def test_a_group_of_neurons_is_kept_neuron_by_neuron() -> None:
-    pair = Coupling("mlp", "mlp.fc1", "mlp.fc2", width=3, repeats=1, consumer_out=32)
+    pair = Coupling("mlp", ("mlp.fc1",), "mlp.fc2", width=3, repeats=1, consumer_out=32, heads=False)
     mask = torch.tensor([[False, True, False, True]])
     assert pair.producer_mask(mask).tolist() == [[False], [True], [False], [True]]
     assert pair.kept(mask).tolist() == [3, 4, 5, 9, 10, 11]
@@ -70,14 +70,14 @@ def test_a_group_of_neurons_is_kept_neuron_by_neuron() -> None:
 def test_the_rows_that_a_mask_keeps_are_those_that_narrow_keeps(which: str) -> None:
     model = random_model(which)
     for pair in pairs(model, ["neurons", "heads"]).values():
-        producer: Any = model.get_submodule(pair.producer)
+        producer: Any = model.get_submodule(pair.producers[0])
         consumer: Any = model.get_submodule(pair.consumer)
         mask = torch.arange(consumer.in_features // pair.width)[None] % 3 == 1
         rows = pair.producer_mask(mask)[:, 0].repeat_interleave(pair.width)
         columns = mask[0].repeat_interleave(pair.width)
         expected: list[Tensor] = [producer.weight[rows], producer.bias[rows], consumer.weight[:, columns]]
         narrow(model.get_submodule(pair.module), pair.kept(mask))
-        after: Any = [model.get_submodule(name) for name in (pair.producer, pair.consumer)]
+        after: Any = [model.get_submodule(name) for name in (pair.producers[0], pair.consumer)]
         for got, want in zip([after[0].weight, after[0].bias, after[1].weight], expected, strict=True):
             assert torch.equal(got, want)
 

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lpvit_cli.models.folder import load_model, save_model
 from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.models.narrow import narrow
 from lpvit_cli.recipe.prune import Layers
 from lpvit_cli.recovery.lora import adapt
-from lpvit_cli.sparse import densify, fuse, narrow, sparse_layers, sparsify
+from lpvit_cli.sparse import densify, fuse, sparse_layers, sparsify
 from lpvit_cli.sparse.fused import FusedBlock, FusedMlp
 
 BLOCK = (8, 16)

@@ -9,8 +9,9 @@ from helpers import MODELS, masked, random_model
 from lpvit_cli.commands.tune import tune_any
 from lpvit_cli.models.folder import load_model, save_model
 from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.models.trim import trim
 from lpvit_cli.recipe.prune import Layers
-from lpvit_cli.sparse import sparse_layers, sparsify, trim
+from lpvit_cli.sparse import sparse_layers, sparsify
 
 BLOCK = (8, 16)
 

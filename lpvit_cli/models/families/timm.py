@@ -3,42 +3,80 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping
 from typing import Any, cast
 
 import timm
 import torch
 from timm.models import PretrainedCfg, load_model_config_from_hf
-from torch import nn
+from torch import Tensor, nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.tensors import _load_strictly, read_tensors
-from lpvit_cli.recipe.model import ModelSection
+from lpvit_cli.recipe.model import FeaturesKind, ModelSection, TaskKind
 
+PREFIX = ""
+DEPTHS: tuple[dict[str, Any], ...] = (  # of small copies: as many stages as an architecture has, of one block each
+    {"depth": 2},
+    {"depths": (1, 1, 1, 1)},
+    {"depths": (1, 1, 1)},
+    {"depths": (1, 1)},
+    {"stages": (1, 1, 1, 1)},
+    {},
+)
 HUB = "hf-hub:"  # owner/name, and @revision where one is meant
 
 
-def build(section: ModelSection) -> VisionModel:
+def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> VisionModel:
     """The dense timm model of a recipe, in eval mode on the CPU; its preprocessing is in `model.pretrained_cfg`.
 
     Raises UsageError (unknown model or argument), EnvironmentFault (weights not to be had, unreadable, foreign).
     """
-    model = create(section.name, section.kwargs, section.pretrained or section.name.startswith(HUB))
-    preprocess = {k: v for k, v in section.preprocess.model_dump().items() if v is not None}
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": _input_size(model, resolve(section)[1]), **preprocess}
-    channels = model.pretrained_cfg["input_size"][0]
-    for key in ("mean", "std"):
-        if key in preprocess and len(preprocess[key]) not in (1, channels):
-            raise UsageError(
-                f"model.preprocess.{key}: has {len(preprocess[key])} values, the model takes {channels} channels",
-                "give one for each channel, or one for all",
-            )
-        if values := model.pretrained_cfg.get(key):
-            model.pretrained_cfg[key] = of_channels(values, channels)
+    model = _made(section.name, section.kwargs, section.pretrained or section.name.startswith(HUB))
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": _input_size(model, resolve(section)[1])}
     if section.weights:
-        _load_strictly(model, read_tensors(section.weights), section.weights)
+        _load_strictly(model, _without_a_head(model, read_tensors(section.weights)), section.weights)
+    _give(model, features if task == "features" or model.num_classes == 0 else "logits")
     return model.eval()
+
+
+def create(config: Mapping[str, Any]) -> VisionModel:
+    """The architecture of a config.json, with random weights. Folders of lpvit 0.2 do not say what they give: logits."""
+    model = _made(config["architecture"], config["kwargs"], pretrained=False)
+    _give(model, config.get("gives", "logits"))
+    return model
+
+
+def without_head(model: Any) -> VisionModel:
+    _give(model, "pooled")
+    return cast(VisionModel, model)
+
+
+def _without_a_head(model: VisionModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without those of a classifier, where the model has none."""
+    named = model.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ([named] if isinstance(named, str) else named))
+    expected = model.state_dict().keys()
+    return {n: t for n, t in tensors.items() if model.num_classes or n in expected or not n.startswith(heads)}
+
+
+def _give(model: Any, output: str) -> None:
+    """Make the model, in place, give its `logits`, or without a head its `pooled` embedding or all `tokens`.
+
+    Raises UsageError where the architecture cannot give its tokens.
+    """
+    if output == "pooled" and model.num_classes:
+        model.reset_classifier(0)
+    if output == "tokens":
+        try:
+            model.reset_classifier(0, "")
+        except (TypeError, AssertionError, AttributeError) as error:
+            raise UsageError(
+                f"features: tokens: {type(model).__name__} cannot give all its tokens", "use --set features=pooled"
+            ) from error
+    model.gives = output
 
 
 def resolve(section: ModelSection) -> tuple[str, dict[str, Any]]:
@@ -52,7 +90,7 @@ def resolve(section: ModelSection) -> tuple[str, dict[str, Any]]:
     try:
         hubs, architecture, arguments = load_model_config_from_hf(section.name.removeprefix(HUB))
         config = PretrainedCfg(**hubs)
-    except Exception as error:  # as in _create
+    except Exception as error:  # as in _made
         raise _not_to_be_had(section.name, error) from error
     channels, *size = config.input_size
     implied: dict[str, Any] = {"num_classes": config.num_classes}  # by what is no argument, as timm takes it
@@ -69,27 +107,29 @@ def shrink(section: ModelSection) -> tuple[str, dict[str, Any]]:
         name, given = section.name.split("/")[-1], section.kwargs
         if not _exists(name):
             raise
-    candidates: list[dict[str, Any]] = [
-        {"img_size": 64, "depth": 2},
-        {"img_size": 64, "depths": (1, 1, 1, 1)},
-        {"img_size": 64},
-        {},
-    ]
     size = given.get("img_size") or 65
-    if (size if isinstance(size, int) else max(size)) <= 64:
-        candidates = [{"depth": 2}, *candidates[2:]]
-    for candidate in candidates:
-        kwargs = {**given, **candidate}
-        try:
-            with torch.device("meta"):
-                timm.create_model(name, **kwargs)
-        except (TypeError, AssertionError, ValueError, RuntimeError, IndexError):
-            continue
-        return name, kwargs
+    sizes = [{}] if (size if isinstance(size, int) else max(size)) <= 64 else [{"img_size": 64}, {"img_size": 128}, {}]
+    for smaller in sizes:
+        for depth in DEPTHS:
+            kwargs = {**given, **smaller, **depth}
+            if _runs(name, kwargs):
+                return name, kwargs
     return name, given  # let building it explain what is wrong
 
 
-def create(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
+def _runs(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether timm builds it, and an image goes through, on the meta device."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = cast(VisionModel, timm.create_model(name, **kwargs)).eval()
+            model(torch.zeros(1, *_input_size(model, kwargs)))
+    except Exception:  # timm raises many kinds, of arguments that an architecture does not take
+        return False
+    return True
+
+
+def _made(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
     hub = name.startswith(HUB)
     if not hub and not _exists(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
@@ -105,6 +145,9 @@ def create(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
         raise UsageError(
             f"model.kwargs: timm cannot build {name!r} with {kwargs} ({_reason(error)})", "correct model.kwargs"
         ) from error
+    parts: list[Any] = [part for part in model.modules() if hasattr(part, "qkv_bias_separate")]
+    for part in parts:  # of BEiT, EVA-02 and Swin v2: call qkv as a module, and add its bias afterwards
+        part.qkv_bias_separate = True
     if not any(isinstance(module, nn.Linear) for module in model.modules()):
         raise UsageError(f"model.name: {name!r} has no linear layers to prune", "choose a vision transformer")
     return model
@@ -133,8 +176,3 @@ def _input_size(model: VisionModel, kwargs: dict[str, Any]) -> tuple[int, int, i
     size = kwargs.get("img_size") or (height, width)
     height, width = (size, size) if isinstance(size, int) else size
     return kwargs.get("in_chans", channels), height, width
-
-
-def of_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """A mean or deviation for each channel: as it is given, or the average for all where it is of another number of them."""
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lpvit_cli.errors import EnvironmentFault
 from lpvit_cli.models.folder import load_model, save_model
-from lpvit_cli.sparse import densify, narrow, sparsify, width
+from lpvit_cli.models.narrow import narrow, width
+from lpvit_cli.sparse import densify, sparsify
 
 
 def images() -> Tensor:

@@ -12,13 +12,11 @@ from collections import Counter
 from typing import Any, TypeVar
 
 import torch
-from timm.layers import Mlp
-from timm.models.swin_transformer import WindowAttention
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from lpvit_cli.models.coupled import Coupled, coupled
+from lpvit_cli.models.narrow import dense_weight, narrow
 from lpvit_cli.sparse.layers import BlockSparseLinear
-from lpvit_cli.sparse.narrow import dense_weight, is_plain, narrow
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,18 +24,16 @@ Model = TypeVar("Model", bound=nn.Module)
 def trim(model: Model) -> Model:
     """A copy, smaller where that changes no output and cuts no kept block. For inference: a constant has no gradient.
 
-    Looked at are timm's Mlp, Attention and WindowAttention without a norm or a gate in between, whose layers are theirs alone.
+    Looked at are the MLPs and attentions that `coupled` knows, without a norm or a gate in between, whose layers are theirs
+    alone.
     """
     model = copy.deepcopy(model)
     uses = Counter(part for _, part in model.named_modules(remove_duplicate=False))
     with torch.no_grad():
         for module in model.modules():
-            if not is_plain(module) or any(uses[part] > 1 for part in module.children() if _is_linear(part)):
-                continue
-            if isinstance(module, Mlp):
-                _trim_neurons(module)
-            elif isinstance(module, Attention | WindowAttention):
-                _trim_heads(module)
+            found = coupled(module)
+            if found and found.plain and all(uses[layer] == 1 for layer in _layers(module, found)):
+                _trim(module, found)
     return model
 
 
@@ -47,38 +43,37 @@ def order_neurons(model: nn.Module) -> None:
     Exact: rows of fc1 and columns of fc2 move together.
     """
     for mlp in model.modules():
-        if isinstance(mlp, Mlp) and isinstance(mlp.norm, nn.Identity) and isinstance(mlp.fc1, BlockSparseLinear):
-            height, hidden = _block(mlp.fc1)[0], mlp.fc1.out_features
-            if hidden % height == 0 and height % _block(mlp.fc2)[1] == 0:
-                order = mlp.fc1.row_ptr.diff().argsort(stable=True)
-                narrow(mlp, (order[:, None] * height + torch.arange(height, device=order.device)).flatten())
+        found = coupled(mlp)
+        if found is None or found.heads or not found.plain or len(found.producers) > 1:
+            continue
+        producer, consumer = _layers(mlp, found)
+        height = _block(producer)[0]
+        if isinstance(producer, BlockSparseLinear) and found.units % height == 0 and height % _block(consumer)[1] == 0:
+            order = producer.row_ptr.diff().argsort(stable=True)
+            narrow(mlp, (order[:, None] * height + torch.arange(height, device=order.device)).flatten())
 
 
-def _trim_neurons(mlp: Mlp) -> None:
-    fc1: Any = mlp.fc1
-    fc2: Any = mlp.fc2
-    if not _any_sparse(fc1, fc2):
+def _trim(module: nn.Module, found: Coupled) -> None:
+    *producers, consumer = _layers(module, found)
+    if not any(isinstance(layer, BlockSparseLinear) for layer in (*producers, consumer)):
         return
-    group = math.lcm(_block(fc1)[0], _block(fc2)[1])
-    if fc1.out_features % group:
+    group = math.lcm(found.width, *(_block(layer)[0] for layer in producers), _block(consumer)[1])
+    if found.features % group:
         return
-    constants = mlp.act(_bias(fc1).clone())  # of hidden neurons with empty rows
-    if len(keep := _worth_keeping(dense_weight(fc1), constants, fc2, group)) < fc1.out_features:
-        narrow(mlp, keep)
+    last = producers[-1]  # qkv, or v: its last rows make the values
+    values, constants = dense_weight(last)[-found.features :], _bias(last)[-found.features :]
+    if found.activation is not None:  # of hidden neurons with empty rows
+        constants = found.activation(constants.clone())
+    elif not found.heads:  # the product with a gate: only zero is a constant
+        values, constants = torch.ones_like(values), torch.zeros_like(constants)
+    keep = _worth_keeping(values, constants, consumer, group)  # of heads: the weights of attention add up to one
+    if len(keep) < found.features:
+        narrow(module, keep[:: found.width] // found.width)
 
 
-def _trim_heads(attention: Attention | WindowAttention) -> None:
-    qkv, proj = attention.qkv, attention.proj
-    head, features = proj.in_features // attention.num_heads, proj.in_features
-    if not _any_sparse(qkv, proj) or qkv.out_features != 3 * features:
-        return
-    group = math.lcm(head, _block(qkv)[0], _block(proj)[1])
-    if features % group:
-        return
-    values, constants = dense_weight(qkv)[-features:], _bias(qkv)[-features:]  # the weights of attention add up to one
-    keep = _worth_keeping(values, constants, proj, group)
-    if len(keep) < features:
-        narrow(attention, keep[::head] // head)
+def _layers(module: nn.Module, found: Coupled) -> list[Any]:
+    """The producers, then the consumer."""
+    return [getattr(module, name) for name in (*found.producers, found.consumer)]
 
 
 def _worth_keeping(producer: Tensor, constants: Tensor, consumer: Any, group: int) -> Tensor:
@@ -99,15 +94,6 @@ def _worth_keeping(producer: Tensor, constants: Tensor, consumer: Any, group: in
         bias = consumer.bias + weight[:, added] @ constants[added].to(weight.dtype)
         consumer.bias = nn.Parameter(bias, consumer.bias.requires_grad)  # of its own: the old one may be another layer's too
     return (~gone).nonzero()[:, 0]
-
-
-def _any_sparse(*layers: nn.Module) -> bool:
-    """Of linear layers only: an Mlp may hold convolutions."""
-    return all(_is_linear(layer) for layer in layers) and any(isinstance(layer, BlockSparseLinear) for layer in layers)
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear | BlockSparseLinear)
 
 
 def _block(layer: nn.Module) -> tuple[int, int]:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lpvit_cli.models.folder import load_model, save_model
 from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.models.trim import trim
 from lpvit_cli.recipe.prune import Layers
-from lpvit_cli.sparse import fuse, sparse_layers, sparsify, trim
+from lpvit_cli.sparse import fuse, sparse_layers, sparsify
 
 BLOCK = (8, 16)  # the heads have 8 features: they go in pairs
 
