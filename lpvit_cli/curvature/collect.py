@@ -44,7 +44,7 @@ def collect(
         sums = LayerStatistics(
             torch.zeros(columns, columns, device=device), torch.zeros(rows, rows, device=device), torch.empty(0), 0, 0
         )
-        handles += [observe_inputs(layer, sums), observe_outputs(layer, sums.G)]
+        handles += [observe_inputs(layer, sums), observe_outputs(layer, sums.G[None])]
         statistics[name] = sums
     images = 0
     try:

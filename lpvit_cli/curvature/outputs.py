@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from lpvit_cli.tasks.base import Loss
 
 
 def observe_outputs(layer: nn.Module, into: Tensor) -> RemovableHandle:
-    """Add d^T d to `into` [out, out] in every backward pass; d [tokens, out] the gradient of the output."""
+    """Add d^T d to `into` in every backward pass; d [tokens, out] the gradient of the output. `into` [rows, R, R]: only the
+    blocks of R outputs on the diagonal; R = out is all of it."""
+    rows, height, _ = into.shape
 
     def add(d: Tensor) -> None:
-        d = d.float().flatten(0, -2)
-        into.addmm_(d.T, d)
+        d = F.pad(d.float().flatten(0, -2), (0, rows * height - d.shape[-1])).unflatten(1, (rows, height)).transpose(0, 1)
+        into.baddbmm_(d.mT, d)
 
     def observe(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         output.register_hook(add)
@@ -25,18 +28,20 @@ def observe_outputs(layer: nn.Module, into: Tensor) -> RemovableHandle:
 
 
 def output_moments(
-    model: nn.Module, layers: Iterable[str], batches: Iterable[tuple[Tensor, Tensor]], loss: Loss, device: torch.device
+    model: nn.Module, heights: Mapping[str, int], batches: Iterable[tuple[Tensor, Tensor]], loss: Loss, device: torch.device
 ) -> dict[str, Tensor]:
-    """Sum over tokens of d^T d [out, out] of each named layer, as calibration sums it, of a model that is no longer dense.
+    """Sum over tokens of d^T d [out, out] of each named layer, as calibration sums it, of a model that is no longer dense; zero
+    but for the blocks of so many outputs on the diagonal, which is what costs of block rows of that height are made of.
 
     Weights get no gradient: a backward pass costs as much as the forward pass.
     """
     model.eval().requires_grad_(False).to(device)
-    sums, handles = {}, []
-    for name in layers:
+    sums, handles, outputs = {}, [], {}
+    for name, height in heights.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        sums[name] = torch.zeros(layer.out_features, layer.out_features, device=device)
+        outputs[name] = layer.out_features
+        sums[name] = torch.zeros(-(-layer.out_features // height), height, height, device=device)
         handles.append(observe_outputs(layer, sums[name]))
     try:
         for images, labels in batches:
@@ -44,4 +49,4 @@ def output_moments(
     finally:
         for handle in handles:
             handle.remove()
-    return sums
+    return {name: torch.block_diag(*blocks)[: outputs[name], : outputs[name]] for name, blocks in sums.items()}

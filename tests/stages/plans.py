@@ -45,7 +45,7 @@ def plan_of(which: str, *overrides: str, profile: DeviceProfile | None = None) -
         images,
         example=images[0][0][:1],
         task=Classification(),
-        gradient=recipe.calibrate.gradient,
+        gradient="empirical",
         seed=recipe.seed,
         device=CPU,
         progress=quiet,

@@ -76,10 +76,11 @@ def weigh_anew(
     rounds, device = plan.settings.reweigh, plan.device
     reference = plan.task.outputs(plan.model, plan.calibration, device)
     plan.model.cpu()
+    heights = {name: math.lcm(*(option.block[0] for option in group.options)) for name, group in plan.groups.items()}
     model, nearest, best = plan.model, math.inf, (allocation, weights)
     for done in range(rounds + 1):
         if done:
-            moments = output_moments(model, plan.groups, plan.calibration, plan.new_loss(), device)
+            moments = output_moments(model, heights, plan.calibration, plan.new_loss(), device)
             weights = {
                 name: plan.statistics[name].loss_weights + moment.cpu() / plan.statistics[name].images
                 for name, moment in moments.items()
