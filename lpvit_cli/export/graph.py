@@ -83,10 +83,10 @@ class Cast(nn.Module):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__()
-        self.model, self.dtype = model.to(dtype), dtype
+        self.inside_a_cast, self.dtype = model.to(dtype), dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.model(images.to(self.dtype))
+        logits: Tensor = self.inside_a_cast(images.to(self.dtype))
         return logits.float()
 
 

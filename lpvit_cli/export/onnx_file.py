@@ -87,7 +87,12 @@ def sparse_graph(
     example: Tensor | None = None,
 ) -> ir.Model:
     """The graph of a model whose `layers` are written in the forms chosen; the rest as in `dense_graph`."""
-    graph = dense_graph(densify(model), opset, precision, example)
+    dense = densify(model)
+    for number, name in enumerate(layers, start=1):
+        weight: Any = dense.get_submodule(name).weight
+        if not weight.any():  # two such layers on one input would become one; what stands here is written anew
+            weight.data[0, 0] = number
+    graph = dense_graph(dense, opset, precision, example)
     rewrite(graph, layers, {name: choice.form for name, choice in choices.items()})
     return graph
 

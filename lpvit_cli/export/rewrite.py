@@ -13,7 +13,7 @@ from lpvit_cli.errors import CheckFailed
 from lpvit_cli.export.forms import FORMS, MICROSOFT, Builder
 from lpvit_cli.export.layer import ExportLayer
 
-INSIDE = "model"  # what a module that wraps the model calls it
+INSIDE = "inside_a_cast"  # what a module that wraps the model calls it; no module of a model has this name
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter writes which module a node came from
 
 
