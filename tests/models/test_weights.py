@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from helpers import relative
 from safetensors.torch import save_file
@@ -146,3 +147,18 @@ def test_the_hint_for_pickles_converts_them(
     converted = read_tensors(tmp_path / "x.converted.safetensors")
     assert converted.keys() == tensors.keys()
     assert all(torch.equal(converted[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("vit_tiny_patch16_224", 1), ("vit_small_patch14_reg4_dinov2", 0)])
+def test_positions_of_another_image_size_are_resampled_as_timm_does(tmp_path: Path, name: str, prefix: int) -> None:
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    kwargs = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 3}
+    large = timm.create_model(name, img_size=64, **kwargs)
+    torch.nn.init.normal_(large.pos_embed)
+    save_file(large.state_dict(), tmp_path / "large.safetensors")
+    small = timm.create_model(name, img_size=32, **kwargs)
+    expected = checkpoint_filter_fn(large.state_dict(), small)["pos_embed"]
+    built = build_model(ModelSection(name=name, kwargs={"img_size": 32, **kwargs}, weights=tmp_path / "large.safetensors"))
+    assert torch.equal(built.pos_embed, expected)
+    assert built.pos_embed.shape[1] == 16 + prefix

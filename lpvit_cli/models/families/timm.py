@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import Tensor, nn
 
@@ -37,7 +39,8 @@ def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> Visi
     model = _made(section.name, section.kwargs, section.pretrained or section.name.startswith(HUB))
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": _input_size(model, resolve(section)[1])}
     if section.weights:
-        _load_strictly(model, _without_a_head(model, read_tensors(section.weights)), section.weights)
+        tensors = _with_positions(model, _without_a_head(model, read_tensors(section.weights)))
+        _load_strictly(model, tensors, section.weights)
     _give(model, features if task == "features" or model.num_classes == 0 else "logits")
     return model.eval()
 
@@ -60,6 +63,18 @@ def _without_a_head(model: VisionModel, tensors: dict[str, Tensor]) -> dict[str,
     heads = tuple(f"{head}." for head in ([named] if isinstance(named, str) else named))
     expected = model.state_dict().keys()
     return {n: t for n, t in tensors.items() if model.num_classes or n in expected or not n.startswith(heads)}
+
+
+def _with_positions(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the position embeddings [1, n, d] of a square grid resampled to the model's, as timm does on loading."""
+    theirs, ours = (held.get("pos_embed", torch.empty(0)) for held in (tensors, model.state_dict()))
+    if theirs.ndim != 3 or ours.ndim != 3 or theirs.shape == ours.shape or theirs.shape[2] != ours.shape[2]:
+        return tensors
+    prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 0)
+    grid: Any = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    if grid is None or math.isqrt(theirs.shape[1] - prefix) ** 2 != theirs.shape[1] - prefix:
+        return tensors
+    return {**tensors, "pos_embed": resample_abs_pos_embed(theirs, list(grid), num_prefix_tokens=prefix)}
 
 
 def _give(model: Any, output: str) -> None:
