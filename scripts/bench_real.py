@@ -3,8 +3,8 @@
     python scripts/real_vit.py OUT
     python scripts/bench_real.py OUT --output benchmarks/results/real_dinov2.json
 
-Each row is one `lpvit prune`: nothing is trained. Cosine and relative error are those of the embeddings of the validation
-photos to the dense model's; no picture is in both splits. Seconds and peak memory are of the whole command, evaluation too.
+A method is one `lpvit prune --sweep 0.3,0.5,0.7`: nothing is trained. Cosine and relative error are those of the embeddings
+of the validation photos to the dense model's; no picture is in both splits. Seconds and peak memory are of the whole command.
 """
 
 from __future__ import annotations
@@ -45,52 +45,51 @@ def main() -> None:
     out = args.out.resolve()
     common = [f"model.weights={out / 'dinov2_vits14.safetensors'}", "model.pretrained=false", f"data.root={out / 'photos'}"]
     common += ["data.workers=0", f"calibrate.images={IMAGES}"]
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        calibrated = command("calibrate", Path(folder), common)
+        calibrated = command(["calibrate"], Path(folder), common)
         calibrated.pop("report")
         print(f"calibrate on {IMAGES} photos: {calibrated['seconds']:.0f} s, {calibrated['peak_gib']:.2f} GiB", flush=True)
-        rows = []
         for method in args.methods:
-            for sparsity in SPARSITIES:
-                changes = [*METHODS[method], f"prune.budget.sparsity={sparsity}"]
-                rows.append({"method": method, "sparsity": sparsity} | pruned(Path(folder), [*common, *changes]))
-                print(told(rows[-1]), flush=True)
+            rows += pruned(method, Path(folder), common)
     publish("bench_real", ("torch", "timm"), args.output, images=IMAGES, calibrate=calibrated, rows=rows)
 
 
-def pruned(folder: Path, changes: list[str]) -> dict[str, Any]:
-    """Cosine, relative error, FLOPs and what the command took; why, where it was refused."""
-    ran = command("prune", folder, changes)
-    report = ran.pop("report")
+def pruned(method: str, folder: Path, common: list[str]) -> list[dict[str, Any]]:
+    """A row for each sparsity; where the method was refused, one that says why."""
+    ran = command(["prune", "--sweep", ",".join(map(str, SPARSITIES))], folder, [*common, *METHODS[method]])
+    report, cost = ran.pop("report"), f"{ran['seconds']:.0f} s for all, {ran['peak_gib']:.2f} GiB"
     if ran["error"]:
-        return ran
-    quality = {key: report["quality"][key] for key in ("images", "cosine", "cosine_p5", "relative_error")}
-    return quality | {"flops": report["flops"] / report["flops_dense"]} | ran
+        print(f"{method}: {ran['error']} ({cost})", flush=True)
+        return [{"method": method} | ran]
+    print(f"{method}: {cost}", flush=True)
+    rows = []
+    for point in report["points"]:
+        made, quality = point["report"], point["report"]["quality"]
+        flops = made["flops"] / made["flops_dense"]
+        rows.append({"method": method, "sparsity": point["budget"], "flops": flops} | quality | ran)
+        print(
+            f"    {point['budget']:.0%}  cosine {quality['cosine']:.3f} (worst 5 % {quality['cosine_p5']:.3f})  "
+            f"error {quality['relative_error']:.3f}  FLOPs {flops:.2f}",
+            flush=True,
+        )
+    return rows
 
 
-def command(name: str, folder: Path, changes: list[str]) -> dict[str, Any]:
-    """Run `lpvit NAME dinov2_small_50` and take its time and the most memory it had."""
+def command(words: list[str], folder: Path, changes: list[str]) -> dict[str, Any]:
+    """Run a command on dinov2_small_50 and take its seconds and the most memory it had."""
     sets = [word for change in changes for word in ("--set", change)]
-    words = [sys.executable, "-m", "lpvit_cli", name, "dinov2_small_50", "--output", str(folder / "run"), "--json", *sets]
+    name, *options = words
+    line = [sys.executable, "-m", "lpvit_cli", name, "dinov2_small_50", *options, "-o", str(folder / "run"), "--json", *sets]
     started = time.monotonic()
     with tempfile.TemporaryFile() as printed:
-        process = subprocess.Popen(words, stdout=printed, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(line, stdout=printed, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.monotonic() - started
         printed.seek(0)
         content = json.loads(printed.read())
     error = content["error"]["message"] if os.waitstatus_to_exitcode(status) else None
     return {"seconds": seconds, "peak_gib": usage.ru_maxrss / 2**20, "error": error, "report": content}
-
-
-def told(row: dict[str, Any]) -> str:
-    what = f"{row['method']:24} {row['sparsity']:.0%}  "
-    if row["error"]:
-        return f"{what}{row['error']}"
-    return (
-        f"{what}cosine {row['cosine']:.3f} (worst 5 % {row['cosine_p5']:.3f})  error {row['relative_error']:.3f}  "
-        f"FLOPs {row['flops']:.2f}  {row['seconds']:.0f} s  {row['peak_gib']:.2f} GiB"
-    )
 
 
 if __name__ == "__main__":

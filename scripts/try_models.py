@@ -1,34 +1,38 @@
-"""Every architecture through every step, small: build, calibrate and prune, load again, export to ONNX and compare.
+"""Every architecture through every command, small: calibrate, prune, recover, export, and predict or embed from the file.
 
-    python scripts/try_models.py [PART OF A NAME ...]
+    python scripts/try_models.py [PART OF A NAME ...] [--output docs/architectures.md]
 
-Prints one line for each model. A step that fails prints its error; the exit code is the number of models that fail.
+Prints one line for each model, and the error of a command that fails. The exit code is 1 where one fails in another way than
+by a known error: those say why the architecture cannot be pruned.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import io
+import json
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
 
-import lpvit_cli as lpvit
+from lpvit_cli.cli import app
 from lpvit_cli.errors import LpvitError
-from lpvit_cli.models.build import build_model, shrink
-from lpvit_cli.models.folder import load_model, model_config, save_model
+from lpvit_cli.machine import installed
+from lpvit_cli.models.build import build_model
 from lpvit_cli.models.layers import prunable_layers
-from lpvit_cli.models.trim import trim
 from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.recipe.prune import Layers
-from lpvit_cli.sparse import sparse_layers
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 WINDOWS = {"img_size": 64, "window_size": 4, "embed_dim": 32, "depths": (1, 2), "num_heads": (2, 4)}
@@ -96,6 +100,7 @@ TIMM: dict[str, dict[str, Any]] = {
     "mixer_s32_224": {"img_size": 64},
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32)},
 }
+BACKBONES = ("vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "vit_base_patch16_siglip_224", "samvit_base_patch16")
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "ViTForImageClassification": HF_MLP,
     "ViTModel": HF_MLP,
@@ -114,102 +119,140 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "SwinForImageClassification": HF_SWIN,
     "SwinModel": HF_SWIN,
 }
-STEPS = ("build", "prune", "load", "export", "smoke")
-Result = dict[str, str]
+STEPS = ("calibrate", "prune", "recover", "export", "predict")
+WORKS = "works"
+BLOCKS = (32, 8, 4, 1)  # the largest of these that fits all layers is the block's side
 
 
 def sections() -> dict[str, ModelSection]:
     made = {name: ModelSection(name=name, kwargs={**kwargs, "num_classes": 5}) for name, kwargs in TIMM.items()}
+    for name in BACKBONES:
+        made[f"{name}, no head"] = ModelSection(name=name, kwargs={**TIMM[name], "num_classes": 0})
     for name, kwargs in TRANSFORMERS.items():
         head = {"num_labels": 5} if "ForImage" in name else {}
         made[name] = ModelSection(name=f"transformers:{name}", kwargs={**kwargs, **head})
     return made
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def attempt(section: ModelSection, folder: Path) -> Result:
-    """What each step says; of the first that fails, its error."""
-    result: Result = {}
-    state: dict[str, Any] = {}
-
-    def build() -> str:
-        torch.manual_seed(0)
-        model = build_model(section)
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.1)
-        state.update(
-            model=model, layers=prunable_layers(model, Layers()), x=torch.randn(4, *model.pretrained_cfg["input_size"])
-        )
-        return f"{len(state['layers'])} layers of {len([m for m in model.modules() if isinstance(m, nn.Linear)])}"
-
-    def prune() -> str:
-        model = state["model"]
-        task = "classification" if model.num_classes else "features"
-        block = (8, 8) if all(min(layer.weight.shape) >= 8 for layer in state["layers"].values()) else (1, 1)
-        pruned = lpvit.prune(
-            model, state["x"], sparsity=0.4, block=block, layers=list(state["layers"]), task=task, method="wanda"
-        )
-        state["pruned"] = pruned
-        return f"{len(sparse_layers(pruned))} sparse"
-
-    def load() -> str:
-        save_model(folder, state["pruned"], model_config(section, state["model"]))
-        loaded = load_model(folder)
-        with torch.no_grad():
-            state["loaded"], state["expected"] = loaded, state["pruned"](state["x"])
-            difference = max(relative(one(state["x"]), state["expected"]) for one in (loaded, trim(loaded)))
-        if not difference < 1e-4:
-            raise AssertionError(f"the model that was loaded differs by {difference:.1e}")
-        return f"{difference:.0e}"
-
-    def export() -> str:
-        return f"{lpvit.export_onnx(state['pruned'], state['x'][:3], folder / 'model.onnx', form='rows').relative_error:.0e}"
-
-    def smoke() -> str:
-        name, kwargs = shrink(section)
-        began = time.perf_counter()
-        model = build_model(ModelSection(name=name, kwargs=kwargs))
-        with torch.no_grad():
-            model(torch.randn(2, *model.pretrained_cfg["input_size"]))
-        return f"{model.pretrained_cfg['input_size'][1]} px, {time.perf_counter() - began:.1f} s"
-
-    steps: dict[str, Callable[[], str]] = dict(zip(STEPS, (build, prune, load, export, smoke), strict=True))
-    for name, step in steps.items():
-        try:
-            result[name] = step()
-        except LpvitError as error:
-            result["error"] = f"{name}: {error.message} | {error.hint}"
-            return result
-        except Exception as error:  # a fault of lpvit: shown as one
-            result["error"] = f"{name}: BUG: {type(error).__name__}: {str(error).strip()[:300]}"
-            if os.environ.get("TRACE"):
-                raise
-            return result
+def attempt(section: ModelSection, folder: Path) -> dict[str, str]:
+    """What each command came to: WORKS, or the message of its error; nothing comes after an error."""
+    recipe, photo, run = folder / "recipe.yaml", folder / "photo.png", folder / "run"
+    try:
+        model = write_recipe(section, recipe)
+    except LpvitError as error:
+        return {"calibrate": error.message}
+    pixels = np.random.RandomState(0).randint(0, 256, (80, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(photo)
+    file = run / "export" / "model.onnx"
+    last = ["predict", file, photo] if model.num_classes else ["embed", file, photo, "--output", folder / "embedding.npy"]
+    commands = {
+        "calibrate": ["calibrate", recipe, "--output", run],
+        "prune": ["prune", recipe, "--output", run],
+        "recover": ["finetune-lora-ga", recipe, "--output", run],
+        "export": ["export", recipe, "--output", run],
+        "predict": last,
+    }
+    result: dict[str, str] = {}
+    for step, words in commands.items():
+        result[step] = outcome([str(word) for word in words])
+        if result[step] != WORKS:
+            break
     return result
+
+
+def write_recipe(section: ModelSection, path: Path) -> Any:
+    """A recipe with random weights, large enough that every layer matters; returns the model."""
+    torch.manual_seed(0)
+    model = build_model(section)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path.with_name("w.safetensors"))
+    smallest = min(min(layer.weight.shape) for layer in prunable_layers(model, Layers()).values())
+    side = next(side for side in BLOCKS if side <= smallest)
+    content = {
+        "name": "small",
+        "model": {"name": section.name, "kwargs": json.loads(json.dumps(section.kwargs)), "weights": "w.safetensors"},
+        "data": {"dataset": "synthetic", "batch_size": 8, "workers": 0, "val_images": 8},
+        "calibrate": {"images": 16, "batch_size": 8},
+        "prune": {"block": [side, side], "budget": {"sparsity": 0.4}, "reweigh": 0},
+        "finetune": {"epochs": 1, "rank": 1, "lr": 1e-5, "init_batches": 1, "warmup_epochs": 0},
+        "export": {"form": "rows", "max_drop": 100},
+    }
+    path.write_text(yaml.safe_dump(content))
+    return model
+
+
+def outcome(words: list[str]) -> str:
+    """WORKS, or the error that the command prints."""
+    printed, told = io.StringIO(), io.StringIO()
+    code: Any = 0
+    with redirect_stdout(printed), redirect_stderr(told):
+        try:
+            app([*words, "--json"])
+        except SystemExit as exit:
+            code = exit.code
+    if not code:
+        return WORKS
+    try:
+        return str(json.loads(printed.getvalue())["error"]["message"])
+    except (ValueError, KeyError):
+        return f"BUG: {told.getvalue().strip().splitlines()[-1:]}"
+
+
+def table(results: dict[str, dict[str, str]]) -> str:
+    """The matrix as a page: a number where a command fails, its message below."""
+    notes: dict[str, int] = {}
+
+    def cell(text: str | None) -> str:
+        if text is None or text == WORKS:
+            return text or ""
+        return f"[{notes.setdefault(text, len(notes) + 1)}](#why-not)"
+
+    rows = [f"| {name} | {' | '.join(cell(result.get(step)) for step in STEPS)} |" for name, result in results.items()]
+    versions = ", ".join(f"{package} {installed(package)}" for package in ("timm", "transformers", "torch", "onnxruntime"))
+    why = [f"{number}. {text}" for text, number in notes.items()]
+    return "\n".join(
+        [
+            "# Architectures",
+            "",
+            "Each was made small, with random weights, and taken through the real commands on generated images: `calibrate`,",
+            "`prune` (the default method, 40 % of the weights), `finetune-lora-ga`, `export` (ONNX, compared with the model),",
+            "and `predict`, or `embed` for a model without a head, from the exported file. Made by `scripts/try_models.py`",
+            f"with {versions}.",
+            "",
+            f"| architecture | {' | '.join(STEPS)} |",
+            f"|---|{'---|' * len(STEPS)}",
+            *rows,
+            "",
+            "## Why not",
+            "",
+            *(why or ["Every command worked."]),
+            "",
+        ]
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="only models whose names hold one of these")
-    parts = parser.parse_args().parts
+    parser.add_argument("--output", type=Path, help="write the matrix as a page of the documents")
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
-    chosen = {name: one for name, one in sections().items() if not parts or any(part in name for part in parts)}
-    failed = 0
-    print(f"{'model':42}" + "".join(f"{step:16}" for step in STEPS))
-    for name, section in chosen.items():
+    results: dict[str, dict[str, str]] = {}
+    for name, section in sections().items():
+        if args.parts and not any(part in name for part in args.parts):
+            continue
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            result = attempt(section, Path(folder))
-        cells = "".join(f"{result.get(step, '-'):16}" for step in STEPS)
-        print(f"{name:42}{cells}{time.perf_counter() - began:5.1f} s", flush=True)
-        if error := result.get("error"):
-            failed += 1
-            print(f"    {error}", flush=True)
-    print(f"{len(chosen) - failed} of {len(chosen)} models work")
-    return failed
+            results[name] = attempt(section, Path(folder))
+        last = list(results[name].values())[-1]
+        done = sum(text == WORKS for text in results[name].values())
+        print(f"{name:44}{done} of {len(STEPS)}  {time.perf_counter() - began:5.1f} s", flush=True)
+        if last != WORKS:
+            print(f"    {last}", flush=True)
+    if args.output:
+        args.output.write_text(table(results), encoding="utf-8")
+    return int(any("BUG" in text for result in results.values() for text in result.values()))
 
 
 if __name__ == "__main__":

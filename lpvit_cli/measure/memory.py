@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,13 +24,19 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device)) - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would hide what the call needs
+        release_memory()  # what was freed but kept would hide what the call needs
         (PROCESS / "clear_refs").write_text(RESET_PEAK)
         resident = _status_bytes("VmRSS")
         call()
         return max(0, _status_bytes("VmHWM") - resident)
     except (OSError, AttributeError, TypeError):  # no /proc, not allowed, or another C library
         return None
+
+
+def release_memory() -> None:
+    """Give memory that was freed back to the system: threads that hand tensors to each other leave holes, which add up."""
+    with suppress(AttributeError):  # another C library than glibc has no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status_bytes(field: str) -> int:

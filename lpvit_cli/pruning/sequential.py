@@ -18,6 +18,7 @@ from threading import Thread, current_thread
 import torch
 from torch import Tensor, nn
 
+from lpvit_cli.measure.memory import release_memory
 from lpvit_cli.pruning.block_obs import compensated, removal_order
 from lpvit_cli.pruning.blocks import Block, grid
 from lpvit_cli.pruning.removal import Removal
@@ -86,6 +87,7 @@ def prune_sequentially(
             masks[name] = removal.mask(count)
             layer.weight.data = compensated(weight, hessian, masks[name], target.block, cross)
             on_layer(name)
+            release_memory()
     return masks
 
 

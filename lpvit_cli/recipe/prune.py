@@ -131,7 +131,7 @@ class PruneSection(Section):
     ViT) a block costs the same power in every layer, and beta changes nothing."""
 
     method: Annotated[str, AfterValidator(METHODS.require)] = "obs"  # which blocks go first
-    reweigh: int = Field(default=2, ge=0)  # with obs: how often layers are weighed anew by gradients of the pruned model
+    reweigh: int = Field(default=1, ge=0)  # with obs: how often layers are weighed anew by gradients of the pruned model
     sequential: bool = True  # with obs: each layer on the inputs of the already pruned ones
     fisher_images: PositiveInt = 128  # with mfac and fisher: calibration images, each with a gradient of its own
     block: Block | Annotated[tuple[Block, ...], Field(min_length=1)] = (64, 32)  # output x input features; of several, a layer

@@ -216,3 +216,37 @@ def test_settings_that_need_classes(place: Path, ran: Result, change: str, told:
     result = run_cli(command, place / "recipe.yaml", "-o", place / "run", "--set", change)
     assert result.code == 2, result.err
     assert told in result.err
+
+
+CLASSIFIER = ("model.weights=null", "task=classification", KWARGS.replace("num_classes: 0", "num_classes: 5"))
+
+
+def classify(place: Path, command: str, *changes: str) -> Result:
+    sets = (f"model.kwargs={CLASSIFIER[2]}", *CLASSIFIER[:2], "name=classifier", *changes)
+    options = [word for change in sets for word in ("--set", change)]
+    return run_cli(command, place / "recipe.yaml", "-o", place / "classifier", *options, "--json")
+
+
+def test_a_classifier_without_labels_keeps_the_classes_of_the_dense_model(place: Path) -> None:
+    refused = classify(place, "calibrate", "calibrate.gradient=empirical")
+    assert refused.code == 2
+    assert "empirical needs labels" in json.loads(refused.out)["error"]["message"]
+    reports = {}
+    for command in ("calibrate", "prune", "finetune-lora-ga"):
+        result = classify(place, command)
+        assert result.code == 0, result.err
+        reports[command] = json.loads(result.out)
+    pruned, recovered = reports["prune"], reports["finetune-lora-ga"]
+    assert (pruned["quality"]["top1"], pruned["accuracy"], recovered["accuracy"]) == (None, None, None)
+    assert pruned["quality_dense"]["agreement"] == 100
+    assert 0 <= pruned["quality"]["agreement"] <= 100
+    assert pruned["quality"]["kl"] > 0
+    assert [epoch["top1"] for epoch in recovered["history"]] == [None]
+    refused = classify(place, "finetune-lora-ga", "finetune.label_smoothing=0.1")
+    assert refused.code == 2
+    assert "these images have no labels" in json.loads(refused.out)["error"]["message"]
+    alone = run_cli("evaluate", place / "classifier" / "pruned")
+    assert alone.code == 2
+    assert "pass --reference MODEL" in alone.err
+    beside = run_cli("evaluate", place / "classifier" / "pruned", "--reference", place / "classifier" / "pruned", "--json")
+    assert json.loads(beside.out)["quality"]["agreement"] == 100

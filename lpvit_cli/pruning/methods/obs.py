@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lpvit_cli.curvature import LayerStatistics, output_moments
+from lpvit_cli.measure.memory import release_memory
 from lpvit_cli.progress import Progress
 from lpvit_cli.pruning.block_obs import compensated, removal_order
 from lpvit_cli.pruning.blocks import Block
@@ -88,6 +89,7 @@ def weigh_anew(
             allocation = plan.allocation(budget, _reweighed(plan, weights))
         model, _ = _each_alone(plan, allocation, progress)
         progress("reweighing", done, rounds, f"round {done} of {rounds}")
+        release_memory()
         distance = plan.task.divergence(plan.task.outputs(model, plan.calibration, device), reference)
         if distance < nearest:  # NaN is not
             nearest, best = distance, (allocation, weights)
