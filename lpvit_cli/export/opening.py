@@ -8,7 +8,8 @@ from typing import Any
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.export.formats.base import Format
-from lpvit_cli.models.build import build_model
+from lpvit_cli.models.build import build_model, family_of
+from lpvit_cli.models.families.timm import HUB
 from lpvit_cli.models.folder import load_model, read_config
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.recipe.model import ModelSection
@@ -29,7 +30,8 @@ def readers() -> dict[str, Format]:
 
 
 def open_model(name: str) -> tuple[VisionModel, dict[str, Any]]:
-    """A model folder, a run folder (its latest model), a file that export wrote, or a timm name; with its data section."""
+    """A model folder, a run folder (its latest model), a file that export wrote, or a name as in a recipe, with pretrained
+    weights; and its data section."""
     path, endings = Path(name), readers()
     if not (path / "config.json").is_file():  # what export wrote, if it is that
         path = next((file for suffix in endings for file in sorted(path.glob(f"model*{suffix}"))), path)
@@ -45,8 +47,9 @@ def open_model(name: str) -> tuple[VisionModel, dict[str, Any]]:
         if not (path / "config.json").is_file():
             path = next((path / folder for folder in LATEST if (path / folder / "config.json").is_file()), path)
         return load_model(path), read_config(path).get("data", {})
-    if path.suffix in endings or (len(path.parts) > 1 and not name.startswith("hf-hub:")):
+    prefixed = name.startswith(HUB) or family_of(name) != "timm"
+    if path.suffix in endings or (len(path.parts) > 1 and not prefixed):
         raise UsageError(
             f"{name}: no such model folder or file", "runs/NAME/pruned, runs/NAME/export/model.onnx, or a timm name"
         )
-    return build_model(ModelSection(name=name, pretrained=True)), {}
+    return build_model(ModelSection(name=name, pretrained=family_of(name) != "module")), {}

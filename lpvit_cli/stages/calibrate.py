@@ -29,14 +29,13 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Calib
     task = task_of(model)
     gradient = gradient_for(task, recipe.calibrate, images)
     loss = task.loss(gradient, recipe.seed + distributed.rank())
-    total = images.share
     statistics = collect(
         model,
         layers,
         images,
         loss,
         run.device,
-        lambda done: progress("calibrating", done, total, f"{done}/{total} images"),
+        lambda done: progress("calibrating", done, images.share, f"{done}/{images.share} images"),
     )
     save_statistics(work / STATISTICS, statistics)
     return CalibrateReport(

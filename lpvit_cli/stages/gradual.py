@@ -50,7 +50,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Gradu
         GradualStep(
             budget=value,
             folder="." if step is made[-1] else f"{value:g}",
-            pruned=pruned.model_copy(update=dense),
+            pruned=pruned.model_copy(update={**dense, "quality": recovered.quality_pruned}),
             recovered=recovered.model_copy(update=dense),
         )
         for value, step, (pruned, recovered) in zip(recipe.schedule, made, reports, strict=True)

@@ -53,11 +53,10 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Sweep
         )
         for value, report in reports.items()
     ]
-    first = points[0].report
     busy = ["other processes used the machine while the speed was measured: it is doubtful"] if timing.busy else []
     result = SweepReport(
-        device=first.device,
-        notes=first.notes + busy,
+        device=points[0].report.device,
+        notes=points[0].report.notes + busy,
         kind=kind,
         batch_size=recipe.target.batch_size,
         latency_ms_dense=timing.subjects[DENSE].median_ms,
