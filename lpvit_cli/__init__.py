@@ -6,7 +6,7 @@ The names below load on first use, so that `lpvit --help` does not pay for torch
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["Recipe", "__version__", "export_onnx", "load_model", "prune", "recover", "sparse_layers"]
 
 if TYPE_CHECKING:

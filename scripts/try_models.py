@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import multiprocessing
 import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -134,8 +136,16 @@ def sections() -> dict[str, ModelSection]:
     return made
 
 
-def attempt(section: ModelSection, folder: Path) -> dict[str, str]:
-    """What each command came to: WORKS, or the message of its error; nothing comes after an error."""
+def attempt(section: ModelSection) -> tuple[dict[str, str], float]:
+    """What each command came to, and how many seconds they took."""
+    warnings.simplefilter("ignore")
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        return outcomes(section, Path(folder)), time.perf_counter() - began
+
+
+def outcomes(section: ModelSection, folder: Path) -> dict[str, str]:
+    """By command WORKS, or the message of its error; nothing comes after an error."""
     recipe, photo, run = folder / "recipe.yaml", folder / "photo.png", folder / "run"
     try:
         model = write_recipe(section, recipe)
@@ -237,19 +247,15 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", help="only models whose names hold one of these")
     parser.add_argument("--output", type=Path, help="write the matrix as a page of the documents")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
+    chosen = {name: one for name, one in sections().items() if not args.parts or any(part in name for part in args.parts)}
     results: dict[str, dict[str, str]] = {}
-    for name, section in sections().items():
-        if args.parts and not any(part in name for part in args.parts):
-            continue
-        began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            results[name] = attempt(section, Path(folder))
-        last = list(results[name].values())[-1]
-        done = sum(text == WORKS for text in results[name].values())
-        print(f"{name:44}{done} of {len(STEPS)}  {time.perf_counter() - began:5.1f} s", flush=True)
-        if last != WORKS:
-            print(f"    {last}", flush=True)
+    fresh = multiprocessing.get_context("spawn")  # each with one thread of its own: the models are small
+    with ProcessPoolExecutor(mp_context=fresh, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for name, (result, seconds) in zip(chosen, pool.map(attempt, chosen.values()), strict=True):
+            results[name], last = result, list(result.values())[-1]
+            print(f"{name:44}{sum(text == WORKS for text in result.values())} of {len(STEPS)}  {seconds:5.1f} s", flush=True)
+            if last != WORKS:
+                print(f"    {last}", flush=True)
     if args.output:
         args.output.write_text(table(results), encoding="utf-8")
     return int(any("BUG" in text for result in results.values() for text in result.values()))

@@ -27,7 +27,9 @@ app = typer.Typer(
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
 ModelArgument = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A model folder, a run folder, a timm name, or an exported file (.onnx, .pt2, .xml)."),
+    typer.Argument(
+        metavar="MODEL", help="A model folder, a run folder, an exported file (.onnx, .pt2, .xml), or a name as in a recipe."
+    ),
 ]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key; repeatable.")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]

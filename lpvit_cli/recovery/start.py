@@ -80,8 +80,7 @@ def choose_trained(model: nn.Module, settings: FinetuneSection) -> None:
     """Let adapters (or, with `full`, kept blocks) require a gradient, and what the recipe trains besides; nothing else."""
     model.requires_grad_(False)
     parameters = dict(model.named_parameters())
-    head: Any = model.get_classifier() if "head" in settings.also_train else None  # type: ignore[operator]
-    heads = {id(p) for p in head.parameters()} if head is not None else set()
+    heads = {id(p) for p in _head(model).parameters()} if "head" in settings.also_train else set()
     values = {id(layer.values) for layer in sparse_layers(model).values()} if settings.method == "full" else set()
     for name, parameter in parameters.items():
         owner, _, leaf = name.rpartition(".")
@@ -90,3 +89,11 @@ def choose_trained(model: nn.Module, settings: FinetuneSection) -> None:
         kind = "biases" if bias else "norms"
         chosen = leaf in ("lora_a", "lora_b") or id(parameter) in heads | values
         parameter.requires_grad_(chosen or (parameter.ndim == 1 and kind in settings.also_train))
+
+
+def _head(model: Any) -> nn.Module:
+    """The classifier, as timm's models tell it. Raises UsageError where there is none."""
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if not isinstance(head, nn.Module) or not list(head.parameters()):
+        raise UsageError("finetune.also_train: head: this model has no head that lpvit knows", "leave it out: [norms, biases]")
+    return head

@@ -209,6 +209,7 @@ def test_classes_bring_neighbours_and_tokens_their_own_embeddings(place: Path, r
         ("task=classification", "task: classification needs a model with a head"),
         ("finetune.target_top1=90", "finetune.target_top1"),
         ("finetune.distill=null", "recovery needs a teacher"),
+        ("finetune.also_train=[head]", "this model has no head"),
     ],
 )
 def test_settings_that_need_classes(place: Path, ran: Result, change: str, told: str) -> None:

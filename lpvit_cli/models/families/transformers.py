@@ -64,6 +64,10 @@ class TransformersModel(Wrapper):
         tokens = pick(result, "last_hidden_state")
         return tokens if self.gives == "tokens" else tokens[:, 0]
 
+    def get_classifier(self) -> Any:
+        """The head of a classifier; None where there is none."""
+        return getattr(self.model, "classifier", None)
+
 
 def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> VisionModel:
     """The model of a recipe; without `pretrained` and `weights` its weights are random.
