@@ -123,7 +123,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
 }
 STEPS = ("calibrate", "prune", "recover", "export", "predict")
 WORKS = "works"
-BLOCKS = (32, 8, 4, 1)  # the largest of these that fits all layers is the block's side
+BLOCKS = (128, 64, 32, 8, 4, 1)  # the largest of these that fits all layers is the block's side
 
 
 def sections() -> dict[str, ModelSection]:
