@@ -27,9 +27,9 @@ def document(template: str, **values: Any) -> str:
 
 
 def output_name(model: nn.Module) -> str:
-    """What an exported file calls its output: logits, embedding, or embeddings of all tokens."""
+    """What an exported file calls its output: logits or features."""
     gives = getattr(model, "gives", "logits" if getattr(model, "num_classes", 1) else "pooled")
-    return {"pooled": "embedding", "tokens": "embeddings"}.get(gives, "logits")
+    return "logits" if gives == "logits" else "features"
 
 
 def output_size(model: VisionModel) -> tuple[int, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from lpvit_cli.errors import UsageError
 from lpvit_cli.models.families import module, timm, transformers
 from lpvit_cli.models.protocol import Family, VisionModel
@@ -20,7 +22,9 @@ def build_model(section: ModelSection, task: TaskKind = "auto", features: Featur
     Raises UsageError (unknown model or argument, no head to classify by), EnvironmentFault (weights not to be had, unreadable,
     foreign; a package is missing).
     """
-    model = FAMILIES[family_of(section.name)].build(section, task, features)
+    with torch.random.fork_rng(devices=[]):  # weights that nobody gave are the same in every stage
+        torch.manual_seed(0)
+        model = FAMILIES[family_of(section.name)].build(section, task, features)
     if task == "classification" and model.num_classes == 0:
         raise UsageError(
             f"task: classification needs a model with a head, and {section.name!r} has none",

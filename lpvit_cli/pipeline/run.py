@@ -29,6 +29,7 @@ from lpvit_cli.pipeline.record import Record, differences, values_of
 from lpvit_cli.pipeline.stage import Stage
 from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
+from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.recipe.section import Reads, recording
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, folder: Path, stages: Sequence[Stage], asked: str = ""):
         self.recipe, self.folder, self.stages, self.asked = recipe, folder, stages, asked or recipe.name
+        self.origin: ModelSection | None = None  # the model that others are compared with, where it is not the recipe's
         self._reads = Reads()  # of the stage that is at work
         self._content_of = cache(content_id)  # a folder of a million images is walked once
 

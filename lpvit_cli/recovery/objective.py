@@ -84,7 +84,10 @@ def objective_of(
     }
     why = "this task has no use for labels" if labelled else "these images have no labels"
     if unfit := next((key for key, value in needing.items() if value), None):
-        raise UsageError(f"{unfit}: means labels of classes, and {why}", f"leave it out: --set {unfit}=null")
+        raise UsageError(
+            f"{unfit}: means labels of classes, and {why}",
+            f"leave it out: --set {unfit}={'null' if unfit == 'finetune.target_top1' else 0}",
+        )
     if teacher is None or distill is None:
         raise UsageError(
             f"finetune.distill: {why}: recovery needs a teacher", "--set finetune.distill={}, or --set finetune=null"

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 
 from lpvit_cli import distributed
 from lpvit_cli.data.batches import batches
-from lpvit_cli.data.readers import Reader, is_labelled, open_images, require_same_classes
+from lpvit_cli.data.readers import Reader, open_images, require_same_classes
 from lpvit_cli.data.transforms import transform_for
 from lpvit_cli.devices import autocast, describe_device, pick_dtype
 from lpvit_cli.errors import UsageError
@@ -49,13 +49,10 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
     masks = block_masks(model)
     ranks_of(model, settings)  # what is wrong with them is told before images are read
     source = _training_images(recipe, model)
-    dense = build_model(recipe.model, recipe.task, recipe.features)
+    dense = build_model(run.origin or recipe.model, recipe.task, recipe.features)
     teacher = teacher_of(settings.distill, dense, model, device)
-    by_labels = model.num_classes > 0 and is_labelled(source)
-    beside = dense if by_labels or teacher is None or teacher.model is dense else teacher  # what it is to come near to
-    validation = validation_of(recipe.data, recipe.calibrate, model, beside, device, dtype, progress)
-    before = pruned.quality if beside is dense else validation.quality(model, "evaluating the pruned model")
-    if by_labels:
+    validation = validation_of(recipe.data, recipe.calibrate, model, dense, device, dtype, progress)
+    if model.num_classes:
         require_same_classes(source, validation.images.source)
     augment = transform_for(model, settings.augment)
     shuffled = {"shuffle": True, "seed": recipe.seed, "batch_size": recipe.data.batch_size}
@@ -68,7 +65,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
         batches(model, source, recipe.data, **shuffled),
         objective,
         lambda: validation.quality(model, "validating", neighbours=False),
-        before,
+        pruned.quality,
         seed=recipe.seed,
         device=device,
         progress=progress,
@@ -96,7 +93,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
         optimizer_bytes=trainer.optimizer_bytes,
         processes=distributed.world(),
         quality_dense=pruned.quality_dense,
-        quality_pruned=before,
+        quality_pruned=pruned.quality,
         quality=recovered,
         best_epoch=trainer.best_epoch,
         history=trainer.history,

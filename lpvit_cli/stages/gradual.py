@@ -42,6 +42,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Gradu
         before = made[-1].folder / FINETUNE.folder if made else None
         model = as_dense(before, kept / f"{number}.safetensors") if before else recipe.model
         made.append(run_of(step_recipe(recipe, model, value, profile_path(run)), folder))
+        made[-1].origin = recipe.model
         _execute(made[-1], partial(_step_progress, progress, f"[{number}/{len(recipe.schedule)}, {value:g}]"))
 
     reports = [(step.report(PRUNE), step.report(FINETUNE)) for step in made]
@@ -50,7 +51,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Gradu
         GradualStep(
             budget=value,
             folder="." if step is made[-1] else f"{value:g}",
-            pruned=pruned.model_copy(update={**dense, "quality": recovered.quality_pruned}),
+            pruned=pruned.model_copy(update=dense),
             recovered=recovered.model_copy(update=dense),
         )
         for value, step, (pruned, recovered) in zip(recipe.schedule, made, reports, strict=True)

@@ -115,8 +115,9 @@ def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Pruner:
         progress=progress,
         profile=profile,
     )
+    dense = build_model(run.origin, recipe.task, recipe.features) if run.origin else model
     validation = validation_of(
-        recipe.data, recipe.calibrate, model, model, run.device, pick_dtype(recipe.dtype, run.device), progress
+        recipe.data, recipe.calibrate, model, dense, run.device, pick_dtype(recipe.dtype, run.device), progress
     )
     if model.num_classes and (names := class_names(validation.images.source)):
         model.pretrained_cfg["label_names"] = names

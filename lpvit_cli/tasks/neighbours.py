@@ -14,14 +14,13 @@ def knn_top1(queries: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: T
     """Percent of `queries` [n, d] with labels [n] that get their class by the vote of the k nearest in `gallery` [m, d] with
     labels [m], for each k of KS; a draw goes to the classes whose votes are nearer. A gallery smaller than k votes as a whole.
     """
-    gallery, votes = F.normalize(gallery.float(), dim=1), F.one_hot(gallery_labels).float()
+    gallery, classes = F.normalize(gallery.float(), dim=1), int(gallery_labels.max()) + 1
     hits = dict.fromkeys(KS, 0)
     for some, truth in zip(F.normalize(queries.float(), dim=1).split(QUERIES), labels.split(QUERIES), strict=True):
         near = (some @ gallery.T).topk(min(max(KS), len(gallery)), dim=1)
         for k in KS:
-            nearness, voters = near.values[:, :k], votes[near.indices[:, :k]]  # [n, k], [n, k, classes]
-            among_even = nearness / (2 * k + 1)  # adds up to less than half a vote
-            total = (voters * (1 + among_even)[:, :, None]).sum(dim=1)
+            among_even = near.values[:, :k] / (2 * k + 1)  # adds up to less than half a vote
+            total = torch.zeros(len(some), classes).scatter_add_(1, gallery_labels[near.indices[:, :k]], 1 + among_even)
             hits[k] += int((total.argmax(dim=1) == truth).sum())
     return {k: 100 * count / max(1, len(queries)) for k, count in hits.items()}
 

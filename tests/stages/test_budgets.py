@@ -105,7 +105,7 @@ def test_the_search_finds_the_edge_with_few_evaluations(edge: float, found: floa
 @pytest.mark.usefixtures("budgets_for_models")
 def test_a_drop_that_no_pruned_model_keeps_is_refused() -> None:
     plan = Cliff(0.5)
-    with pytest.raises(UsageError, match="no pruned model keeps a top-1 of 95.00 %"):
+    with pytest.raises(UsageError, match="no pruned model keeps 95.00 points"):
         search(plan, 95.0, plan.judge, lambda *_: None)  # type: ignore[arg-type]
 
 

@@ -110,7 +110,7 @@ def test_the_file_gives_the_embeddings_of_the_model(place: Path, ran: Result) ->
 
     file = place / "run" / "export" / "model.onnx"
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    assert [output.name for output in session.get_outputs()] == ["embedding"]
+    assert [output.name for output in session.get_outputs()] == ["features"]
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         expected = load_model(place / "run" / "finetuned")(x)

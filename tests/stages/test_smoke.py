@@ -1,4 +1,4 @@
-"""The ImageNet recipes take the whole path, with a small random model and generated images."""
+"""The shipped recipes take the whole path, with a small random model and generated images."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from lpvit_cli.stages import STAGES
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "sequential", "width"),
-    [("deit_base_70", "true", "{embed_dim: 384, num_heads: 6}"), ("swin_tiny_77", "false", "{embed_dim: 48}")],
-    ids=["deit_base_70", "swin_tiny_77"],
+    [
+        ("deit_base_70", "true", "{embed_dim: 384, num_heads: 6}"),
+        ("swin_tiny_77", "false", "{embed_dim: 48}"),
+        ("dinov2_small_50", "true", "{embed_dim: 128, num_heads: 2}"),
+    ],
+    ids=["deit_base_70", "swin_tiny_77", "dinov2_small_50"],
 )
 def test_smoke(tmp_path: Path, recipe: str, sequential: str, width: str) -> None:
     options = ["--set", f"prune.sequential={sequential}", "--set", f"model.kwargs={width}"]
@@ -24,7 +28,10 @@ def test_smoke(tmp_path: Path, recipe: str, sequential: str, width: str) -> None
     reports = json.loads(result.out)
     assert list(reports) == [stage.command for stage in STAGES]
     pruned = reports["prune"]
-    if recipe == "deit_base_70":
+    if recipe == "dinov2_small_50":
+        assert pruned["linear_kept_fraction"] == pytest.approx(0.5, abs=0.03)
+        assert reports["export"]["quality_model"] == reports["finetune-lora-ga"]["quality"]
+    elif recipe == "deit_base_70":
         assert pruned["linear_kept_fraction"] == pytest.approx(0.3, abs=0.002)
     else:
         assert pruned["flops"] / pruned["flops_dense"] == pytest.approx(0.77, abs=0.002)

@@ -46,7 +46,7 @@ def search(plan: Plan, least: float, judge: Judge, progress: Progress) -> Budget
         low, high = (low, middle) if quality >= least else (middle + 1, high)
     if high * SEARCH_STEP >= 1:
         raise UsageError(
-            f"prune.budget: no pruned model keeps {least:.2f} points without recovery",
+            f"prune.budget: no pruned model keeps {least:.2f} points (of 100) without recovery",
             "allow a larger max_drop, or give a flops budget and let finetune-lora-ga recover",
         )
     return flops(high)
