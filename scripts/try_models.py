@@ -99,7 +99,6 @@ TIMM: dict[str, dict[str, Any]] = {
     "davit_tiny": {"depths": (1, 1, 1, 1), "embed_dims": (32, 32, 64, 64), "num_heads": (1, 2, 4, 4)},
     "mobilevit_xxs": {},
     "pit_ti_224": {"img_size": 64},
-    "mixer_s32_224": {"img_size": 64},
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32)},
 }
 BACKBONES = ("vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "vit_base_patch16_siglip_224", "samvit_base_patch16")
