@@ -29,7 +29,8 @@ def problem(tmp_path: Path, text: str, *overrides: str) -> tuple[str, str]:
 
 def test_the_promised_recipes_ship() -> None:
     names = {path.stem for path in shipped_recipes()}
-    assert names == {"digits_vit", "deit_small_50", "deit_base_50", "deit_base_70", "swin_tiny_77"}
+    classifiers = {"digits_vit", "deit_small_50", "deit_base_50", "deit_base_70", "swin_tiny_77", "vit_base_hf_50"}
+    assert names == classifiers | {"dinov2_small_50", "dinov2_base_50", "dinov3_base_50", "siglip2_base_50"}
 
 
 @pytest.mark.parametrize("path", shipped_recipes(), ids=lambda p: p.stem)

@@ -77,8 +77,8 @@ def model_card(
 def _qualities(published: Publication, precision: str, onnx: ExportedFile | None) -> dict[str, list[str]]:
     """By row of the card's table, a text for each figure of the dense model's quality."""
     dense = published.pruned.quality_dense
-    rows = {"dense": dense, "pruned, one-shot": published.pruned.quality}
-    rows |= {"recovered": published.finetuned.quality} if published.finetuned else {}
+    recovered = published.finetuned.quality if published.finetuned else None
+    rows = {"dense": dense, "pruned, one-shot": published.pruned.quality, "recovered": recovered}
     rows |= {f"ONNX file, {precision}": onnx.quality} if onnx else {}
     known = {
         name: {figure.name: figure.text for figure in quality.figures} if quality else {} for name, quality in rows.items()

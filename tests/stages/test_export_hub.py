@@ -162,7 +162,7 @@ def card_of(exported: Exported, bench: BenchReport | None) -> str:
     recipe = Recipe.load(exported.folder / "recipe.yaml")
     pruned = run_of(recipe, exported.folder).report(PRUNE)
     return model_card(
-        Publication(recipe, pruned, None, bench), "float32", None, "a CPU", [], ["Look."], (3, 32, 32), {"lpvit": "0"}
+        Publication(recipe, pruned, None, bench), "float32", None, "a CPU", [], ["Look."], (3, 32, 32), "logits", {"lpvit": "0"}
     )
 
 

@@ -163,7 +163,7 @@ def test_layers_without_bias_are_measured_without(tmp_path: Path, made_up: dict[
 def test_pretrained_weights_are_not_asked_for(tmp_path: Path, made_up: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     build = stage.build_model
-    monkeypatch.setattr(stage, "build_model", lambda section: asked.append(section) or build(section))
+    monkeypatch.setattr(stage, "build_model", lambda section, *task: asked.append(section) or build(section, *task))
     profiled(tmp_path, "model.weights=null", "model.pretrained=true")
     assert [(section.pretrained, section.weights) for section in asked] == [(False, None)]
 
