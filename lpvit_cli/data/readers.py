@@ -42,7 +42,7 @@ def open_images(data: DataSection, split: str, model: VisionModel) -> Reader | I
         channels, *size = model.pretrained_cfg["input_size"]
         reader = SyntheticReader(64 if split == data.train_split else 32, model.num_classes, (size[0], size[1]), channels)
     elif data.dataset in ("folder", "tar"):
-        reader = distributed.on_main(lambda: _read_files(data, split, model.pretrained_cfg.get("label_names")))
+        reader = distributed.on_main(lambda: _read_files(data, split, _known_classes(model)))
     elif prefix == "hfds" and name:
         reader = open_hub(data, split, model.num_classes)
     elif prefix == "wds" and name:
@@ -55,6 +55,12 @@ def open_images(data: DataSection, split: str, model: VisionModel) -> Reader | I
         reader.labelled = False
     _require_as_many_classes(reader, data, split, model.num_classes)
     return reader
+
+
+def _known_classes(model: VisionModel) -> Sequence[str] | None:
+    """The names of a classifier's classes, if it has any: transformers' LABEL_0, LABEL_1 ... are none."""
+    names = model.pretrained_cfg.get("label_names") if model.num_classes else None
+    return names if names and any(name != f"LABEL_{label}" for label, name in enumerate(names)) else None
 
 
 def is_labelled(source: object) -> bool:
@@ -153,7 +159,7 @@ def _classify(reader: FileReader, data: DataSection, known: Sequence[str] | None
     folders = reader.folders()
     order = order_of(set(folders), given, where, known)
     if order is not None:
-        reader.classify(order)
+        reader.classify(*order)
         return
     beside = [path for path, folder in zip(reader.paths, folders, strict=True) if not folder]
     if 0 < len(beside) < len(folders):
