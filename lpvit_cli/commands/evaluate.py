@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lpvit_cli.data.batches import Batches, batches
-from lpvit_cli.data.files import ALL, split_folders
+from lpvit_cli.data.files import ALL, FolderReader, split_folders
 from lpvit_cli.data.readers import is_labelled, open_images, require_known_classes, require_same_classes
 from lpvit_cli.devices import describe_device, pick_device, pick_dtype
 from lpvit_cli.errors import UsageError
@@ -44,6 +44,8 @@ def evaluate(
     """
     model, remembered = open_model(model_name)
     place = where_images_are(remembered, dataset, root, split)
+    if split is None and train and _is_place(train, place["root"]) and not split_folders(train):
+        place["val_split"] = "validation"  # a share of them; the gallery takes the rest
     if place["dataset"] is None:
         raise UsageError(f"{model_name}: which images?", "pass --dataset folder --root /path/to/imagenet")
     data = DataSection.model_validate(place | {"val_images": limit, "batch_size": batch_size, "workers": WORKERS})
@@ -89,12 +91,25 @@ def _gallery(model: VisionModel, data: DataSection, train: Path | None, images: 
     if model.num_classes:
         raise UsageError("--train is for k-NN among embeddings, and this model tells classes apart", "leave --train out")
     there = data.model_copy(update={"dataset": "folder", "root": train.expanduser().resolve(), "val_images": None})
-    source = open_images(there, there.train_split if split_folders(train) else ALL, model)
+    apart = split_folders(train) or (_is_place(train, data.root) and data.val_split != ALL)
+    source = open_images(there, there.train_split if apart else ALL, model)
     if not is_labelled(source):
         raise UsageError(f"--train {train}: has no classes", "give a folder with one folder for each class")
     if images.labelled:
         require_same_classes(source, images.source)
+    if twice := sorted(_files(source) & _files(images.source)):
+        raise UsageError(
+            f"--train {train}: holds images that are evaluated ({len(twice)}, first: {twice[0]}), which would find themselves",
+            "give other images, or the same folder for --root and --train without --split: lpvit then divides it",
+        )
     return batches(model, source, there)
+
+
+def _files(source: object) -> set[str]:
+    """The files of a folder's images, links followed."""
+    if not isinstance(source, FolderReader):
+        return set()
+    return {os.path.realpath(source.root / path) for path in source.paths}
 
 
 def _require_a_measure(model: VisionModel, images: Batches, other: VisionModel | None, gallery: Batches | None) -> None:
@@ -125,5 +140,5 @@ def where_images_are(remembered: dict[str, Any], dataset: str | None, root: Path
     return {"dataset": dataset, "root": place, "val_split": split or remembered.get("split", "validation"), **how}
 
 
-def _is_place(root: Path, remembered: str | None) -> bool:
+def _is_place(root: Path, remembered: Path | str | None) -> bool:
     return bool(remembered) and root.expanduser().resolve() == Path(str(remembered)).resolve()

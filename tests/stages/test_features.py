@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from lpvit_cli import load_model
 from lpvit_cli.data.transforms import transform_for
 from lpvit_cli.models.build import build_model
+from lpvit_cli.models.folder import model_config, save_model
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.tasks.neighbours import knn_top1
 
@@ -187,6 +188,20 @@ def test_evaluate_beside_another_model_and_among_neighbours(place: Path, ran: Re
     assert {k: quality[f"knn{k}"] for k in (1, 5, 20)} == pytest.approx(knn_top1(queries, labels, gallery, theirs))
     assert quality["images"] == 6
     assert 0.5 < quality["cosine"] <= 1
+
+
+def test_images_are_never_their_own_neighbours(place: Path, tmp_path: Path) -> None:
+    """One folder for both is divided; images that lie in both are refused."""
+    model = build_model(Recipe.load(place / "recipe.yaml").model)
+    save_model(tmp_path / "m", model, model_config(Recipe.load(place / "recipe.yaml").model, model))
+    same = place / "sorted" / "train"
+    result = run_cli("evaluate", tmp_path / "m", "--root", same, "--train", same, "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["quality"]["images"] == 2, "a fifth of 12"
+    for options in (("--root", same, "--train", same, "--split", "all"), ("--root", same, "--train", place / "sorted")):
+        result = run_cli("evaluate", tmp_path / "m", *options)
+        assert result.code == 2, result.out
+        assert "holds images that are evaluated (12, first:" in result.err.replace("\n", " ")
 
 
 def test_classes_bring_neighbours_and_tokens_their_own_embeddings(place: Path, ran: Result) -> None:
