@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lpvit_cli import distributed
 from lpvit_cli.data.pixels import UNREADABLE, ModelImage, read_picture
 from lpvit_cli.data.readers import Reader, is_labelled
-from lpvit_cli.data.transforms import channels_of, transform_for
+from lpvit_cli.data.transforms import channels_of, transform_for, turns
 from lpvit_cli.errors import EnvironmentFault, ForeignImage, LpvitError
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.randomness import seeded
@@ -260,7 +260,7 @@ def batches(model: VisionModel, source: Reader | IterableDataset, data: DataSect
     """Batches of `source` as `model` wants them, with the recipe's batch size, workers and patience."""
     options.setdefault("transform", transform_for(model))
     options.setdefault("batch_size", data.peek("batch_size"))  # what is evaluated does not depend on it
-    options |= {"workers": data.peek("workers"), "max_corrupt": data.max_corrupt, "exif": data.exif}
+    options |= {"workers": data.peek("workers"), "max_corrupt": data.max_corrupt, "exif": data.exif or turns(model)}
     return Batches(source, num_classes=model.num_classes, channels=channels_of(model), **options)
 
 

@@ -206,11 +206,13 @@ def test_images_are_never_their_own_neighbours(place: Path, tmp_path: Path) -> N
 
 def test_classes_bring_neighbours_and_tokens_their_own_embeddings(place: Path, ran: Result) -> None:
     options = ("--set", "features=tokens", "--set", "data.root=" + str(place / "sorted"), "--set", "prune.budget.max_drop=20")
+    options += ("--set", "data.exif=true")
     for command in ("calibrate", "prune"):
         result = run_cli(command, place / "recipe.yaml", "-o", place / "tokens", *options, "--json")
         assert result.code == 0, result.err
     pruned = json.loads(result.out)
     assert pruned["quality"]["cosine"] >= 0.8
+    assert load_model(place / "tokens" / "pruned").pretrained_cfg["exif"] is True
     assert pruned["quality_dense"]["knn1"] is not None
     assert load_model(place / "tokens" / "pruned")(torch.zeros(1, 3, 32, 32)).shape == (1, 17, 32)
     other = run_cli("evaluate", place / "tokens" / "pruned", "--reference", place / "run" / "pruned")
