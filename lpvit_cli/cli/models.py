@@ -20,7 +20,8 @@ def evaluate(
     split: Annotated[str | None, typer.Option("--split", help="Which split (default: the one it was validated on).")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Evaluate on this many images only.")] = None,
     reference: Annotated[
-        str | None, typer.Option("--reference", metavar="MODEL", help="Compare with this model, for example the dense one.")
+        str | None,
+        typer.Option("--reference", metavar="MODEL", help="Compare with this model; dense: the one it was pruned from."),
     ] = None,
     train: Annotated[
         Path | None,

@@ -17,7 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lpvit_cli import load_model
+from lpvit_cli.commands.reference import dense_parent, reference_of
 from lpvit_cli.data.transforms import transform_for
+from lpvit_cli.errors import UsageError
 from lpvit_cli.models.build import build_model
 from lpvit_cli.models.folder import model_config, save_model
 from lpvit_cli.recipe import Recipe
@@ -188,6 +190,35 @@ def test_evaluate_beside_another_model_and_among_neighbours(place: Path, ran: Re
     assert {k: quality[f"knn{k}"] for k in (1, 5, 20)} == pytest.approx(knn_top1(queries, labels, gallery, theirs))
     assert quality["images"] == 6
     assert 0.5 < quality["cosine"] <= 1
+
+
+def test_the_reference_may_be_the_dense_model_or_want_other_pixels(place: Path, ran: Result, tmp_path: Path) -> None:
+    told = report(place, "finetuned")["quality"]
+    for source in ("run/finetuned", "run"):
+        result = run_cli("evaluate", place / source, "--reference", "dense", "--json")
+        assert result.code == 0, result.err
+        assert json.loads(result.out)["quality"]["cosine"] == pytest.approx(told["cosine"], abs=1e-5)
+    assert "cosine to dense 0." in run_cli("evaluate", place / "run" / "pruned", "--reference", "dense").out
+    section = Recipe.load(place / "recipe.yaml", ["model.preprocess.mean=[0.1]"]).model
+    save_model(tmp_path / "m", model := build_model(section), model_config(section, model))
+    beside = run_cli("evaluate", place / "run" / "pruned", "--reference", tmp_path / "m").out
+    assert f"cosine to {tmp_path / 'm'} 0." in " ".join(beside.split())
+    x = torch.rand(2, 3, 32, 32)
+    pruned = load_model(place / "run" / "pruned")
+    means = torch.tensor(pruned.pretrained_cfg["mean"])[:, None, None]
+    with torch.no_grad():
+        seen = reference_of(pruned, "", str(tmp_path / "m"))((x - means) / 0.5)
+        assert torch.allclose(seen, model((x - 0.1) / 0.5), atol=1e-4)
+
+
+@pytest.mark.parametrize(("parent", "told"), [("/not/there", "was made of /not/there, which is not there"), (None, "not say")])
+def test_a_folder_that_has_forgotten_the_dense_model(place: Path, tmp_path: Path, parent: str | None, told: str) -> None:
+    section = Recipe.load(place / "recipe.yaml").model
+    save_model(tmp_path / "m", model := build_model(section), model_config(section, model, parent=parent))
+    with pytest.raises(UsageError, match=told):
+        dense_parent(str(tmp_path / "m"))
+    with pytest.raises(UsageError, match="is no model folder"):
+        dense_parent(str(tmp_path / "model.onnx"))
 
 
 def test_images_are_never_their_own_neighbours(place: Path, tmp_path: Path) -> None:
