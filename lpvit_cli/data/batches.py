@@ -123,6 +123,7 @@ class Batches:
     channels: int = 3  # as the model takes them
     exif: bool = False  # turn images as their orientation tag says
     skipped: list[str] = field(default_factory=list)
+    more_notes: list[str] = field(default_factory=list)  # beside those of the source
     _loader: DataLoader | None = field(default=None, init=False, repr=False, compare=False)
     _asked: list[list[tuple[int, int]]] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -145,7 +146,7 @@ class Batches:
 
     def notes(self, skipped: list[str] | None = None) -> list[str]:
         """What a user should know of these images, in sentences; `skipped`: of all processes."""
-        notes = list(getattr(self.source, "notes", ()))
+        notes = [*getattr(self.source, "notes", ()), *self.more_notes]
         skipped = self.skipped if skipped is None else skipped
         if self.images and self.available and self.images < self.available:
             chosen = "the first" if isinstance(self.source, IterableDataset) else "a fixed random choice"

@@ -23,6 +23,7 @@ from lpvit_cli.errors import UsageError
 from lpvit_cli.models.build import build_model
 from lpvit_cli.models.folder import model_config, save_model
 from lpvit_cli.recipe import Recipe
+from lpvit_cli.tasks.evaluation import validation_of
 from lpvit_cli.tasks.neighbours import knn_top1
 
 KWARGS = "{img_size: 32, patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2, num_classes: 0}"
@@ -249,6 +250,18 @@ def test_classes_bring_neighbours_and_tokens_their_own_embeddings(place: Path, r
     other = run_cli("evaluate", place / "tokens" / "pruned", "--reference", place / "run" / "pruned")
     assert other.code == 2
     assert "cannot be compared: tokens" in other.err
+
+
+def test_splits_of_different_classes_bring_no_neighbours(place: Path, tmp_path: Path) -> None:
+    for split, names in (("train", ("a", "b")), ("val", ("c", "d"))):
+        for at, name in enumerate(names):
+            photo(tmp_path / split / name / "0.png", at)
+    recipe = Recipe.load(place / "recipe.yaml", [f"data.root={tmp_path}"])
+    model = build_model(recipe.model)
+    cpu = (torch.device("cpu"), torch.float32, lambda *told: None)
+    validation = validation_of(recipe.data, recipe.calibrate, model, model, *cpu)
+    assert validation.gallery is None
+    assert any("no k-NN: the splits have different classes" in note for note in validation.images.notes())
 
 
 @pytest.mark.parametrize(
