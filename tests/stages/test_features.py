@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,23 @@ def test_embed(place: Path, ran: Result, tmp_path: Path, source: str, ending: st
         expected = [model(transform_for(model)(Image.open(name).convert("RGB"))[None])[0].numpy() for name in names]
     assert np.allclose(found, expected, atol=1e-4)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_embed_writes_names_as_the_disk_has_them_and_says_what_it_left_out(place: Path, tmp_path: Path) -> None:
+    section = Recipe.load(place / "recipe.yaml").model
+    save_model(tmp_path / "m", model := build_model(section), model_config(section, model))
+    folder = tmp_path / "images"
+    photo(folder / "1.png", 1)
+    shutil.copy(folder / "1.png", os.fsencode(folder) + b"/\xff.png")
+    (folder / "notes.txt").write_text("no image")
+    for ending in (".npy", ".safetensors"):
+        result = run_cli("embed", tmp_path / "m", folder, "--output", tmp_path / f"odd{ending}")
+        assert result.code == 0, result.err
+        assert "1 file is no image and was left out" in " ".join(result.out.split())
+    assert (tmp_path / "odd.npy.txt").read_bytes().splitlines()[1] == os.fsencode(folder) + b"/\xff.png"
+    (tmp_path / "full.npy.txt").mkdir()
+    run_cli("embed", tmp_path / "m", folder, "--output", tmp_path / "full.npy")
+    assert not [path.name for path in tmp_path.iterdir() if "partial" in path.name or path.name == "full.npy"]
 
 
 @pytest.mark.parametrize(
