@@ -27,6 +27,9 @@ def evaluate(
         Path | None,
         typer.Option("--train", metavar="FOLDER", help="Of embeddings: k-NN among these images, one folder for each class."),
     ] = None,
+    labels: Annotated[
+        str | None, typer.Option("--labels", metavar="none", help="none: folders and labels are no classes of the model.")
+    ] = None,
     batch_size: BatchSize = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -45,6 +48,7 @@ def evaluate(
         dtype or "auto",
         reference,
         train,
+        labels,
         console.progress,
     )
     _print(console, report, model)

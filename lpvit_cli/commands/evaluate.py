@@ -37,17 +37,23 @@ def evaluate(
     dtype_name: str,
     reference: str | None,
     train: Path | None,
+    labels: str | None,
     progress: Progress,
 ) -> EvaluateReport:
     """The quality of MODEL; images default to those its model folder or file remembers.
 
     `reference`: another model that it is compared with, or "dense", the one that it was made of; `train`: a folder with one
-    folder for each class, among whose images embeddings look for their neighbours.
+    folder for each class, among whose images embeddings look for their neighbours; `labels`: "none" where folders and labels
+    are no classes.
     """
     model, remembered = open_model(model_name)
     place = where_images_are(remembered, dataset, root, split)
     if split is None and train and _is_place(train, place["root"]) and not split_folders(train):
         place["val_split"] = "validation"  # a share of them; the gallery takes the rest
+    if labels is not None:
+        if labels not in ("auto", "none"):
+            raise UsageError(f"--labels {labels}: unknown", "use none where folders are no classes, else auto")
+        place["labels"] = labels
     if place["dataset"] is None:
         raise UsageError(f"{model_name}: which images?", "pass --dataset folder --root /path/to/imagenet")
     data = DataSection.model_validate(place | {"val_images": limit, "batch_size": batch_size, "workers": WORKERS})

@@ -66,7 +66,8 @@ def _refuse(folders: Sequence[str], known: Sequence[str]) -> None:
     unused = next((name for name in known if name not in folders), known[0])
     raise UsageError(
         f"data: the folder {strange!r} has no name of the model's classes, which knows {unused!r} for example",
-        "give data.class_map, the folders in the order of the model's labels; if these are no classes: data.labels=none",
+        "give data.class_map, the folders in the order of the model's labels;"
+        " if these are no classes: --set data.labels=none, or evaluate --labels none",
     )
 
 

@@ -108,7 +108,7 @@ def _require_as_many_classes(reader: Any, data: DataSection, split: str, num_cla
     raise UsageError(
         f"data: the {split} split has {len(names)} classes, the model tells {num_classes} apart",
         f"use the data set the model was trained on, or --set model.kwargs.num_classes={len(names)} with weights to match;"
-        " if these are no classes: --set data.labels=none",
+        " if these are no classes: --set data.labels=none, or evaluate --labels none",
     )
 
 

@@ -329,8 +329,12 @@ def test_a_classifier_without_labels_keeps_the_classes_of_the_dense_model(place:
     alone = run_cli("evaluate", place / "classifier" / "pruned")
     assert alone.code == 2
     assert "pass --reference MODEL" in alone.err
-    beside = run_cli("evaluate", place / "classifier" / "pruned", "--reference", place / "classifier" / "pruned", "--json")
-    assert json.loads(beside.out)["quality"]["agreement"] == 100
+    beside = ("evaluate", place / "classifier" / "pruned", "--reference", place / "classifier" / "pruned")
+    assert json.loads(run_cli(*beside, "--json").out)["quality"]["agreement"] == 100
+    others = (*beside, "--root", place / "sorted" / "val")
+    assert "--labels none" in " ".join(run_cli(*others).err.split()), "two folders, five classes"
+    assert json.loads(run_cli(*others, "--labels", "none", "--json").out)["quality"]["agreement"] == 100
+    assert "--labels no: unknown" in run_cli(*others, "--labels", "no").err
 
 
 def test_gradual_comes_near_to_the_model_that_it_began_with(place: Path) -> None:
