@@ -131,6 +131,15 @@ def test_other_channels_stop_the_command_and_name_the_file(tmp_path: Path, worke
         read_image(tmp_path / "0.npy")
 
 
+def test_inks_are_no_channels(tmp_path: Path) -> None:
+    Image.new("CMYK", (4, 4)).save(tmp_path / "0.jpg")
+    Image.new("CMYK", (4, 4)).save(tmp_path / "0.tif")
+    with pytest.raises(UsageError, match=r"0\.jpg: is in CMYK"):
+        read_image(tmp_path / "0.jpg", channels=4)
+    assert read_image(tmp_path / "0.tif", channels=4).shape == (4, 4, 4)  # type: ignore[union-attr]
+    assert read_image(tmp_path / "0.jpg").mode == "RGB"  # type: ignore[union-attr]
+
+
 def test_damaged_arrays_are_unreadable(tmp_path: Path) -> None:
     np.save(tmp_path / "0.npy", RAMP)
     np.save(tmp_path / "2.npy", np.array([{}], dtype=object), allow_pickle=True)
