@@ -20,11 +20,15 @@ def evaluate(
     split: Annotated[str | None, typer.Option("--split", help="Which split (default: the one it was validated on).")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Evaluate on this many images only.")] = None,
     reference: Annotated[
-        str | None, typer.Option("--reference", metavar="MODEL", help="Compare with this model, for example the dense one.")
+        str | None,
+        typer.Option("--reference", metavar="MODEL", help="Compare with this model; dense: the one it was pruned from."),
     ] = None,
     train: Annotated[
         Path | None,
         typer.Option("--train", metavar="FOLDER", help="Of embeddings: k-NN among these images, one folder for each class."),
+    ] = None,
+    labels: Annotated[
+        str | None, typer.Option("--labels", metavar="none", help="none: folders and labels are no classes of the model.")
     ] = None,
     batch_size: BatchSize = None,
     device: Device = None,
@@ -44,6 +48,7 @@ def evaluate(
         dtype or "auto",
         reference,
         train,
+        labels,
         console.progress,
     )
     _print(console, report, model)

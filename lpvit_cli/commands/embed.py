@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from lpvit_cli.data.readers import ALL, open_images
 from lpvit_cli.devices import autocast, describe_device, pick_device, pick_dtype
 from lpvit_cli.errors import UsageError, require
 from lpvit_cli.export.opening import open_model
-from lpvit_cli.files import writing
+from lpvit_cli.files import whole, writing
 from lpvit_cli.models.build import without_head
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.progress import Progress
@@ -64,10 +65,12 @@ class ListedImages:
 
     def __init__(self, places: list[Path], data: DataSection, model: VisionModel):
         self.files: list[Path] = []
+        self.notes: list[str] = []
         for place in places:
             if place.is_dir():
                 found = open_images(data.model_copy(update={"root": place}), ALL, model)
                 self.files += [place / found.filename(i) for i in range(len(found))]  # type: ignore[union-attr,arg-type]
+                self.notes += [f"{place}: {note}" for note in getattr(found, "notes", ())]
             elif place.is_file():
                 self.files.append(place)
             else:
@@ -122,11 +125,10 @@ def _writer(output: Path) -> Callable[[Path, Tensor, list[str]], Path | None]:
 def _npy(path: Path, embeddings: Tensor, names: list[str]) -> Path:
     """The array alone; the names, one a line, beside it."""
     beside = path.with_name(f"{path.name}.txt")
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        np.save(file, embeddings.numpy())
-    beside.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    partial.replace(path)
+    with whole(path) as partial, whole(beside) as listed:
+        with partial.open("wb") as file:
+            np.save(file, embeddings.numpy())
+        listed.write_text("".join(f"{name}\n" for name in names), encoding="utf-8", errors="surrogateescape")  # as on the disk
     return beside
 
 
@@ -134,9 +136,8 @@ def _safetensors(path: Path, embeddings: Tensor, names: list[str]) -> None:
     """`embeddings`, and the names as a JSON list under `files` in the metadata."""
     from lpvit_cli.models.tensors import write_tensors
 
-    partial = path.with_name(f".{path.name}.partial")
-    write_tensors(partial, {"embeddings": embeddings.contiguous()}, {"files": json.dumps(names)})
-    partial.replace(path)
+    with whole(path) as partial:
+        write_tensors(partial, {"embeddings": embeddings.contiguous()}, {"files": json.dumps(names)})
 
 
 def _parquet(path: Path, embeddings: Tensor, names: list[str]) -> None:
@@ -146,6 +147,6 @@ def _parquet(path: Path, embeddings: Tensor, names: list[str]) -> None:
 
     flat = embeddings.flatten(1)
     lists = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat.numpy().ravel()), flat.shape[1])
-    partial = path.with_name(f".{path.name}.partial")
-    parquet.write_table(pyarrow.table({"file": names, "embedding": lists}), partial)
-    partial.replace(path)
+    readable = [os.fsencode(name).decode(errors="replace") for name in names]
+    with whole(path) as partial:
+        parquet.write_table(pyarrow.table({"file": readable, "embedding": lists}), partial)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lpvit_cli.data.transforms import channels_of, read_image, transform_for
+from lpvit_cli.data.transforms import channels_of, read_image, transform_for, turns
 from lpvit_cli.devices import describe_device, pick_device
 from lpvit_cli.errors import UsageError
 from lpvit_cli.export.opening import open_model
@@ -27,7 +27,7 @@ def predict(model_name: str, images: list[Path], top: int, device_name: str) -> 
     names = model.pretrained_cfg.get("label_names") or imagenet_names(model.num_classes)
     predictions = []
     for path in images:
-        image = transform(read_image(path, channels_of(model)))[None].to(device)
+        image = transform(read_image(path, channels_of(model), turns(model)))[None].to(device)
         with torch.inference_mode():
             best = model(image)[0].float().softmax(dim=0).topk(min(top, model.num_classes))
         classes = best.indices.tolist()

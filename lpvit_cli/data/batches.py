@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lpvit_cli import distributed
 from lpvit_cli.data.pixels import UNREADABLE, ModelImage, read_picture
 from lpvit_cli.data.readers import Reader, is_labelled
-from lpvit_cli.data.transforms import channels_of, transform_for
+from lpvit_cli.data.transforms import channels_of, transform_for, turns
 from lpvit_cli.errors import EnvironmentFault, ForeignImage, LpvitError
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.randomness import seeded
@@ -123,6 +123,7 @@ class Batches:
     channels: int = 3  # as the model takes them
     exif: bool = False  # turn images as their orientation tag says
     skipped: list[str] = field(default_factory=list)
+    more_notes: list[str] = field(default_factory=list)  # beside those of the source
     _loader: DataLoader | None = field(default=None, init=False, repr=False, compare=False)
     _asked: list[list[tuple[int, int]]] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -145,7 +146,7 @@ class Batches:
 
     def notes(self, skipped: list[str] | None = None) -> list[str]:
         """What a user should know of these images, in sentences; `skipped`: of all processes."""
-        notes = list(getattr(self.source, "notes", ()))
+        notes = [*getattr(self.source, "notes", ()), *self.more_notes]
         skipped = self.skipped if skipped is None else skipped
         if self.images and self.available and self.images < self.available:
             chosen = "the first" if isinstance(self.source, IterableDataset) else "a fixed random choice"
@@ -260,7 +261,7 @@ def batches(model: VisionModel, source: Reader | IterableDataset, data: DataSect
     """Batches of `source` as `model` wants them, with the recipe's batch size, workers and patience."""
     options.setdefault("transform", transform_for(model))
     options.setdefault("batch_size", data.peek("batch_size"))  # what is evaluated does not depend on it
-    options |= {"workers": data.peek("workers"), "max_corrupt": data.max_corrupt, "exif": data.exif}
+    options |= {"workers": data.peek("workers"), "max_corrupt": data.max_corrupt, "exif": data.exif or turns(model)}
     return Batches(source, num_classes=model.num_classes, channels=channels_of(model), **options)
 
 

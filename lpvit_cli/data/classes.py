@@ -17,11 +17,14 @@ def natural(name: str) -> tuple[list[Any], str]:
     return [int(part) if at % 2 else part for at, part in enumerate(parts)], name
 
 
-def order_of(folders: set[str], given: Sequence[str] | None, where: str, known: Sequence[str] | None) -> list[str] | None:
-    """The names of classes in label order: as the user gives them in `where`; as the model knows them, if it knows all; else in
-    natural order. None: these folders are no classes, since images lie beside them ("") or there is only one.
+def order_of(
+    folders: set[str], given: Sequence[str] | None, where: str, known: Sequence[str] | None
+) -> tuple[list[str], dict[str, int]] | None:
+    """The names of classes in label order, and the label of every folder: as the user gives them in `where`; as the model knows
+    them, in upper or lower case; else in natural order. None: these folders are no classes, since images lie beside them ("")
+    or there is only one.
 
-    Raises UsageError where a folder is not among the names that the user gives.
+    Raises UsageError where a folder is not among the names that the user gives, or that the model knows.
     """
     if "" in folders:
         return None
@@ -31,10 +34,41 @@ def order_of(folders: set[str], given: Sequence[str] | None, where: str, known: 
                 f"data.class_map: {where} has no class {missing[0]!r}, which is a folder of images",
                 "add it, or remove the folder",
             )
-        return list(given)
-    if known and folders <= set(known):
-        return list(known)
-    return sorted(folders, key=natural) if len(folders) > 1 else None
+        return _labelled(given)
+    if known and (labels := _as_known(folders, known)):
+        return list(known), labels
+    if len(folders) < 2:
+        return None
+    ordered = sorted(folders, key=natural)
+    if known and not _are_synsets(ordered):
+        _refuse(ordered, known)
+    return _labelled(ordered)
+
+
+def _labelled(names: Sequence[str]) -> tuple[list[str], dict[str, int]]:
+    return list(names), {name: label for label, name in enumerate(names)}
+
+
+def _as_known(folders: set[str], known: Sequence[str]) -> dict[str, int] | None:
+    """The labels of folders that all have names of the model's, but for their case where that leaves no choice; else None."""
+    exact = {name: label for label, name in enumerate(known)}
+    if folders <= set(exact):
+        return exact
+    folded = {name.casefold(): label for label, name in enumerate(known)}
+    wanted = {folder.casefold() for folder in folders}
+    if len(folded) < len(known) or len(wanted) < len(folders) or not wanted <= set(folded):
+        return None
+    return {folder: folded[folder.casefold()] for folder in folders}
+
+
+def _refuse(folders: Sequence[str], known: Sequence[str]) -> None:
+    strange = next((name for name in folders if name not in known), folders[0])
+    unused = next((name for name in known if name not in folders), known[0])
+    raise UsageError(
+        f"data: the folder {strange!r} has no name of the model's classes, which knows {unused!r} for example",
+        "give data.class_map, the folders in the order of the model's labels;"
+        " if these are no classes: --set data.labels=none, or evaluate --labels none",
+    )
 
 
 def read_class_map(given: Path | tuple[str, ...]) -> tuple[list[str], str]:
@@ -78,9 +112,14 @@ def _of_lines(text: str) -> list[str]:
 
 def in_words(ordered: Sequence[str]) -> tuple[str, ...]:
     """The names themselves; ImageNet's thousand synset ids are put into words."""
-    if len(ordered) == 1000 and all(name.startswith("n") and name[1:].isdigit() for name in ordered):
+    if _are_synsets(ordered):
         from timm.data import ImageNetInfo
 
         info = ImageNetInfo()
         return tuple(info.label_name_to_description(name) for name in ordered)
     return tuple(str(name) for name in ordered)
+
+
+def _are_synsets(names: Sequence[str]) -> bool:
+    """Whether these are ImageNet's thousand: models have words for them, in the natural order of the ids."""
+    return len(names) == 1000 and all(name.startswith("n") and name[1:].isdigit() for name in names)

@@ -67,10 +67,10 @@ class FileReader(ABC):
     def folders(self) -> list[str]:
         """Of every image, the folder that may be its class; "": it lies in none."""
 
-    def classify(self, order: list[str]) -> None:
-        """Label the images by their folders, which are positions in `order`."""
-        self.class_to_idx = {name: label for label, name in enumerate(order)}
-        self.labels = [self.class_to_idx[folder] for folder in self.folders()]
+    def classify(self, names: list[str], label_of: dict[str, int]) -> None:
+        """Label the images by their folders; the labels are positions in `names`."""
+        self.class_to_idx = {name: label for label, name in enumerate(names)}
+        self.labels = [label_of[folder] for folder in self.folders()]
         self.labelled = True
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:

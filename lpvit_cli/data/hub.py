@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +115,22 @@ def open_shards(data: DataSection, split: str) -> Shards:
 def _load(datasets: Any, name: str, split: str, cache: str | None) -> Any:
     """One split of a data set from the hub, a local folder, or a folder of save_to_disk."""
     saved = any((Path(name) / file).is_file() for file in SAVED)
-    if split not in SPLIT_NAMES and not saved:
-        return datasets.load_dataset(name, split=split, cache_dir=cache)  # may be a slice: train[:80%]
-    found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, cache_dir=cache)
-    if not isinstance(found, Mapping):
-        return found
-    place = next((one for one in SPLIT_NAMES.get(split, (split,)) if one in found), None)
+    if saved:
+        found = datasets.load_from_disk(name)
+        return found[_place(name, split, found)] if isinstance(found, Mapping) else found
+    if split in SPLIT_NAMES:
+        split = _place(name, split, datasets.get_dataset_split_names(name, cache_dir=cache))
+    return datasets.load_dataset(name, split=split, cache_dir=cache)  # which may be a slice: train[:80%]
+
+
+def _place(name: str, split: str, present: Collection[str]) -> str:
+    """The split by any of its names."""
+    place = next((one for one in SPLIT_NAMES.get(split, (split,)) if one in present), None)
     if place is None:
         raise UsageError(
-            f"data: hfds/{name} has no split {split!r}", f"set data.train_split and val_split: it has {_listed(found)}"
+            f"data: hfds/{name} has no split {split!r}", f"set data.train_split and val_split: it has {_listed(present)}"
         )
-    return found[place]
+    return place
 
 
 def _image_column(features: Mapping[str, Any]) -> str:

@@ -81,6 +81,10 @@ def _bands(image: Image.Image, channels: int) -> Array:
             image.seek(frame)
             planes.append(_values(image))
         return np.stack(planes, axis=-1)
+    if image.mode == "CMYK" and image.format != "TIFF":  # inks, not four channels of a sensor
+        raise ForeignImage(
+            f"is in CMYK, the colours of print; the model takes {channels} channels", "give images as .npy or TIFF"
+        )
     if len(image.getbands()) != channels:
         raise _foreign(max(frames if image.format == "TIFF" else 1, len(image.getbands())), channels)
     return _values(image).reshape(image.height, image.width, channels)

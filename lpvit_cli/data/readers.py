@@ -42,7 +42,7 @@ def open_images(data: DataSection, split: str, model: VisionModel) -> Reader | I
         channels, *size = model.pretrained_cfg["input_size"]
         reader = SyntheticReader(64 if split == data.train_split else 32, model.num_classes, (size[0], size[1]), channels)
     elif data.dataset in ("folder", "tar"):
-        reader = distributed.on_main(lambda: _read_files(data, split, model.pretrained_cfg.get("label_names")))
+        reader = distributed.on_main(lambda: _read_files(data, split, model))
     elif prefix == "hfds" and name:
         reader = open_hub(data, split, model.num_classes)
     elif prefix == "wds" and name:
@@ -55,6 +55,12 @@ def open_images(data: DataSection, split: str, model: VisionModel) -> Reader | I
         reader.labelled = False
     _require_as_many_classes(reader, data, split, model.num_classes)
     return reader
+
+
+def _known_classes(model: VisionModel) -> Sequence[str] | None:
+    """The names of a classifier's classes, if it has any: transformers' LABEL_0, LABEL_1 ... are none."""
+    names = model.pretrained_cfg.get("label_names") if model.num_classes else None
+    return names if names and any(name != f"LABEL_{label}" for label, name in enumerate(names)) else None
 
 
 def is_labelled(source: object) -> bool:
@@ -102,28 +108,30 @@ def _require_as_many_classes(reader: Any, data: DataSection, split: str, num_cla
     raise UsageError(
         f"data: the {split} split has {len(names)} classes, the model tells {num_classes} apart",
         f"use the data set the model was trained on, or --set model.kwargs.num_classes={len(names)} with weights to match;"
-        " if these are no classes: --set data.labels=none",
+        " if these are no classes: --set data.labels=none, or evaluate --labels none",
     )
 
 
 # files
 
 
-def _read_files(data: DataSection, split: str, known: Sequence[str] | None) -> FileReader:
+def _read_files(data: DataSection, split: str, model: VisionModel) -> FileReader:
     """The images of a split with their labels. To list a million takes minutes on a network disk: one process does it."""
     if data.root is None:
         raise UsageError(f"data.root: dataset {data.dataset!r} needs a place", "pass --set data.root=/path/to/images")
+    if not data.root.is_dir():
+        raise UsageError(f"{data.root}: no such folder", "check data.root")
     if data.dataset == "tar":
         reader: FileReader = TarReader(_place(data.root, split, ".tar"))
-        _classify(reader, data, known)
+        _classify(reader, data, model)
         return reader
     splits = split_folders(data.root)
-    if split != ALL and (splits or split not in SPLIT_NAMES or not data.root.is_dir()):
+    if split != ALL and (splits or split not in SPLIT_NAMES):
         reader = FolderReader(_place(data.root, split, ""))
-        _classify(reader, data, known)
+        _classify(reader, data, model)
         return reader
     reader = FolderReader(data.root, with_splits=bool(splits))
-    _classify(reader, data, known)
+    _classify(reader, data, model)
     if split != ALL:
         _hold_out(reader, split)
     return reader
@@ -139,24 +147,24 @@ def _place(root: Path, split: str, ending: str) -> Path:
         wanted = " or ".join(name + ending for name in names)
         others = "" if ending else "; a folder without any splits, as --set data.root=FOLDER/train, is split by lpvit"
         raise UsageError(
-            f"{root}: {'has no' if root.is_dir() else 'does not exist, so has no'} {wanted}",
+            f"{root}: has no {wanted}",
             f"set data.root to the folder that holds the splits, or data.train_split/val_split{others}",
         )
     return place
 
 
-def _classify(reader: FileReader, data: DataSection, known: Sequence[str] | None) -> None:
+def _classify(reader: FileReader, data: DataSection, model: VisionModel) -> None:
     """Label the images by their folders, where these are classes."""
     if data.labels == "none":
         return
     given, where = read_class_map(data.class_map) if data.class_map is not None else (None, "")
     folders = reader.folders()
-    order = order_of(set(folders), given, where, known)
+    order = order_of(set(folders), given, where, _known_classes(model))
     if order is not None:
-        reader.classify(order)
+        reader.classify(*order)
         return
     beside = [path for path, folder in zip(reader.paths, folders, strict=True) if not folder]
-    if 0 < len(beside) < len(folders):
+    if model.num_classes and 0 < len(beside) < len(folders):
         lie = "1 image lies" if len(beside) == 1 else f"{len(beside)} images lie"
         reader.notes.append(f"{lie} beside the folders of classes (first: {beside[0]}): no image has a label")
 

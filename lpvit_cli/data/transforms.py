@@ -19,6 +19,11 @@ def channels_of(model: VisionModel) -> int:
     return channels
 
 
+def turns(model: VisionModel) -> bool:
+    """Whether the model is for photographs that are turned as their EXIF orientation says."""
+    return bool(model.pretrained_cfg.get("exif"))
+
+
 def transform_for(model: nn.Module, augment: Augment | None = None) -> Any:
     """The model's own preprocessing, or timm's augmentation: what `read_picture` gives -> [channels, H, W] float32, normalised.
 
@@ -46,10 +51,10 @@ def transform_for(model: nn.Module, augment: Augment | None = None) -> Any:
     )
 
 
-def read_image(path: Path, channels: int = 3) -> ModelImage:
+def read_image(path: Path, channels: int = 3, exif: bool = False) -> ModelImage:
     """An image file for a model of that many channels. Raises UsageError or EnvironmentFault, naming the file."""
     try:
-        return read_picture(path.open("rb"), channels)
+        return read_picture(path.open("rb"), channels, exif)
     except FileNotFoundError as error:
         raise UsageError(f"{path}: no such image", "check the path") from error
     except ForeignImage as error:

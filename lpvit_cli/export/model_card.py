@@ -30,7 +30,7 @@ def public_recipe(recipe: Any) -> tuple[str, list[str]]:
         section: Any = content
         for name in sections:
             section = section and section[name]  # a section may be left out
-        if section and (path := section[key]):
+        if section and (path := section[key]) and isinstance(path, str):  # a class map may be a list
             section[key] = Path(path).name
             names.append(f"`{'.'.join([*sections, key])}` is `{Path(path).name}`")
     return yaml.safe_dump(content, sort_keys=False), names

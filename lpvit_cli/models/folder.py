@@ -24,7 +24,7 @@ from lpvit_cli.recipe.model import ModelSection, Preprocess
 from lpvit_cli.sparse import BlockSparseLinear, densify, sparse_layers
 
 FORMAT = "lpvit-model"
-PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names")
+PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "exif", "label_names")
 
 
 def model_config(section: ModelSection, model: VisionModel, **more: Any) -> dict[str, Any]:

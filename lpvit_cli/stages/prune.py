@@ -119,8 +119,8 @@ def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Pruner:
     validation = validation_of(
         recipe.data, recipe.calibrate, model, dense, run.device, pick_dtype(recipe.dtype, run.device), progress
     )
-    if model.num_classes and (names := class_names(validation.images.source)):
-        model.pretrained_cfg["label_names"] = names
+    known = {"label_names": model.num_classes and class_names(validation.images.source), "exif": recipe.data.exif}
+    model.pretrained_cfg |= {key: value for key, value in known.items() if value}
     return Pruner(recipe, plan, model, validation, progress)
 
 

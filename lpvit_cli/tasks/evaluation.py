@@ -111,7 +111,11 @@ def validation_of(
     images, task = validation_batches(data, model), task_of(model)
     gallery = gallery_batches(data, calibrate, model) if task.needs_dense and images.labelled else None
     if gallery is not None:
-        require_same_classes(gallery.source, images.source)
+        try:
+            require_same_classes(gallery.source, images.source)
+        except UsageError as error:  # embeddings need no classes
+            gallery = None
+            images.more_notes.append(f"no k-NN: {error.message.removeprefix('data: ')}")
     return Validation(images, device, dtype, progress, task, dense, gallery)
 
 

@@ -9,7 +9,7 @@ import pytest
 from made_images import Eye, both_kinds, files, write_split
 from timm.utils.misc import natural_key
 
-from lpvit_cli.data.classes import natural, read_class_map
+from lpvit_cli.data.classes import natural, order_of, read_class_map
 from lpvit_cli.data.readers import class_names, open_images, require_known_classes
 from lpvit_cli.errors import UsageError
 from lpvit_cli.recipe import Recipe
@@ -101,8 +101,31 @@ def test_images_follow_the_order_that_the_model_knows(tmp_path: Path) -> None:
         assert [reader[i][1] for i in range(len(reader))] == labels
         require_known_classes(model, reader)
     stranger = Eye(2, label_names=["ant", "fly"])
-    with pytest.raises(UsageError, match="other classes than the model .*bee, fly"):
-        require_known_classes(stranger, open_images(files(tmp_path), "train", stranger))
+    with pytest.raises(UsageError, match="the folder 'bee' .* knows 'fly'") as caught:
+        open_images(files(tmp_path), "train", stranger)
+    assert "data.class_map" in caught.value.hint
+
+
+@both_kinds
+def test_names_in_another_case_are_the_models_if_that_leaves_no_choice(tmp_path: Path, kind: str) -> None:
+    write_split(tmp_path, "train", {"wasp": 1, "ant": 1, "bee": 1}, kind)
+    model = Eye(3, label_names=["Wasp", "ant", "Bee"])
+    reader: Any = open_images(files(tmp_path, kind), "train", model)
+    assert {reader.filename(i).split("/")[0]: reader[i][1] for i in range(3)} == {"wasp": 0, "ant": 1, "bee": 2}
+    require_known_classes(model, reader)
+    with pytest.raises(UsageError, match="the folder 'ant' "):
+        open_images(files(tmp_path, kind), "train", Eye(4, label_names=["Wasp", "Ant", "ANT", "Bee"]))
+
+
+def test_models_that_know_no_names_of_folders_take_the_natural_order(tmp_path: Path) -> None:
+    folders = [f"n{i:08}" for i in range(1000)]
+    assert order_of(set(folders), None, "", [f"word {i}" for i in range(1000)]) == (
+        folders,
+        dict(zip(folders, range(1000), strict=True)),
+    )
+    write_split(tmp_path, "train", {"ant": 1, "bee": 1})
+    for model in (Eye(2, label_names=["LABEL_0", "LABEL_1"]), Eye(0, label_names=["x", "y"])):
+        assert class_names(open_images(files(tmp_path), "train", model)) == ("ant", "bee")
 
 
 def test_a_recipe_gives_the_map_beside_it_or_in_place(tmp_path: Path) -> None:

@@ -215,6 +215,7 @@ def test_images_that_have_no_labels(tmp_path: Path, paths: list[str], note: str 
     assert class_names(reader) is None
     assert set(found(reader).values()) == {-1}
     assert reader.notes == ([note] if note else [])
+    assert opened(tmp_path, "all", num_classes=0).notes == [], "a model without classes misses none"
 
 
 def test_images_at_the_top_of_a_tar_file_have_no_labels(tmp_path: Path) -> None:

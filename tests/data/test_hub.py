@@ -59,11 +59,13 @@ class Rows:
 def library(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     fake = SimpleNamespace(Image=image_type, found=None, asked=[])
 
-    def load(*args: Any, **options: Any) -> Any:
-        fake.asked.append((*args, options))
-        return fake.found
+    def load(*args: Any, split: str, **options: Any) -> Any:
+        fake.asked.append((*args, {"split": split, **options}))
+        return fake.found.get(split) if isinstance(fake.found, dict) else fake.found
 
-    fake.load_dataset = fake.load_from_disk = load
+    fake.load_dataset = load
+    fake.load_from_disk = lambda name: fake.found
+    fake.get_dataset_split_names = lambda name, cache_dir: list(fake.found)
     monkeypatch.setitem(sys.modules, "datasets", fake)
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: object())
     return fake
@@ -99,7 +101,7 @@ def test_columns_are_known_by_their_types(
     ((images, labels),) = source
     assert labels.tolist() == ([0, 1] if label else [-1, -1])
     assert images.shape == (2, 3, 16, 16)
-    assert library.asked == [("owner/x", {"cache_dir": None})]
+    assert library.asked == [("owner/x", {"split": "train", "cache_dir": None})], "no other split is fetched"
 
 
 def test_columns_may_be_named(library: SimpleNamespace) -> None:
@@ -123,6 +125,7 @@ def test_splits_go_by_their_usual_names_or_by_slices(library: SimpleNamespace) -
     features = {"image": image_type(), "label": AB}
     library.found = {"train": Rows(features), "test": Rows(features)}
     assert open_images(files(None, "hfds/x"), "validation", Eye(2)).dataset is library.found["test"]  # type: ignore[union-attr]
+    assert [options["split"] for _, options in library.asked] == ["test"], "train is not fetched"
     del library.found["test"]
     with pytest.raises(UsageError, match="no split 'validation'") as caught:
         open_images(files(None, "hfds/x"), "validation", Eye(2))
@@ -130,6 +133,14 @@ def test_splits_go_by_their_usual_names_or_by_slices(library: SimpleNamespace) -
     library.found = Rows(features)
     open_images(files(Path("cache"), "hfds/x"), "train[:50%]", Eye(2))
     assert library.asked[-1] == ("x", {"split": "train[:50%]", "cache_dir": str(Path("cache").resolve())})
+
+
+def test_data_sets_saved_to_disk(library: SimpleNamespace, tmp_path: Path) -> None:
+    rows = Rows({"image": image_type(), "label": AB})
+    (tmp_path / "dataset_dict.json").touch()
+    for library.found in ({"train": Rows({}), "test": rows}, rows):
+        reader: Any = open_images(files(None, f"hfds/{tmp_path}"), "validation", Eye(2))
+        assert reader.dataset is rows
 
 
 def test_what_a_reader_raises_later_is_no_bug_of_lpvit(library: SimpleNamespace) -> None:

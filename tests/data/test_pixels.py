@@ -15,7 +15,7 @@ from PIL import Image
 from lpvit_cli.data.batches import batches
 from lpvit_cli.data.pixels import as_model_image, read_picture
 from lpvit_cli.data.readers import open_images
-from lpvit_cli.data.transforms import read_image, transform_for
+from lpvit_cli.data.transforms import read_image, transform_for, turns
 from lpvit_cli.errors import ForeignImage, UsageError
 from lpvit_cli.models.build import build_model
 from lpvit_cli.recipe.finetune import Augment
@@ -131,6 +131,15 @@ def test_other_channels_stop_the_command_and_name_the_file(tmp_path: Path, worke
         read_image(tmp_path / "0.npy")
 
 
+def test_inks_are_no_channels(tmp_path: Path) -> None:
+    Image.new("CMYK", (4, 4)).save(tmp_path / "0.jpg")
+    Image.new("CMYK", (4, 4)).save(tmp_path / "0.tif")
+    with pytest.raises(UsageError, match=r"0\.jpg: is in CMYK"):
+        read_image(tmp_path / "0.jpg", channels=4)
+    assert read_image(tmp_path / "0.tif", channels=4).shape == (4, 4, 4)  # type: ignore[union-attr]
+    assert read_image(tmp_path / "0.jpg").mode == "RGB"  # type: ignore[union-attr]
+
+
 def test_damaged_arrays_are_unreadable(tmp_path: Path) -> None:
     np.save(tmp_path / "0.npy", RAMP)
     np.save(tmp_path / "2.npy", np.array([{}], dtype=object), allow_pickle=True)
@@ -141,16 +150,19 @@ def test_damaged_arrays_are_unreadable(tmp_path: Path) -> None:
     assert source.skipped == ["1.npy", "2.npy"]
 
 
-@pytest.mark.parametrize("exif", [False, True])
-def test_photographs_are_turned_only_if_asked(tmp_path: Path, exif: bool) -> None:
+@pytest.mark.parametrize(("exif", "known"), [(False, False), (True, False), (False, True)])
+def test_photographs_are_turned_only_if_asked(tmp_path: Path, exif: bool, known: bool) -> None:
+    """By the data, or by the model, which remembers what it was pruned with."""
     turned = Image.Exif()
     turned[0x0112] = 6  # the camera was held upright
     Image.fromarray(np.repeat(RAMP, 64, axis=0)).convert("RGB").save(tmp_path / "0.png", exif=turned)
     section = files(tmp_path, exif=exif)
-    model = Eye(2, input_size=(3, 256, 256), crop_mode="squash")
+    model = Eye(2, input_size=(3, 256, 256), crop_mode="squash", exif=known)
     ((images, _),) = batches(model, open_images(section, "all", model), section)
-    darkest = images[0, 0].mean(dim=0 if exif else 1)
+    darkest = images[0, 0].mean(dim=0 if exif or known else 1)
     assert float(darkest.std()) < 0.01, "the ramp goes along the other axis"
+    alone = np.asarray(read_image(tmp_path / "0.png", exif=turns(model)))
+    assert (alone[:, 0, 0].std() > 1) == known
 
 
 @pytest.mark.parametrize(("channels", "augment"), [(1, Augment()), (1, None), (5, Augment(rand_augment=None)), (5, None)])

@@ -79,13 +79,14 @@ def test_a_folder_keeps_the_preprocessing(tmp_path: Path) -> None:
     changed = {"mean": (0.1, 0.2, 0.3), "crop_pct": 0.7, "interpolation": "bilinear"}
     section = ModelSection(name=VIT, kwargs={**KWARGS, "img_size": (32, 48)}, preprocess=changed)  # type: ignore[arg-type]
     model = build_model(section)
-    model.pretrained_cfg["label_names"] = list("abcde")
+    model.pretrained_cfg |= {"label_names": list("abcde"), "exif": True}
     save_model(tmp_path, model, model_config(section, model))
     loaded = load_model(tmp_path)
     picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (70, 90, 3), dtype=np.uint8))
     assert torch.equal(transform_for(loaded)(picture), transform_for(model)(picture))
     assert transform_for(loaded)(picture).shape == (3, 32, 48)
     assert loaded.pretrained_cfg["label_names"] == list("abcde")
+    assert loaded.pretrained_cfg["exif"] is True
 
 
 def test_a_folder_holds_the_kept_blocks_only(tmp_path: Path) -> None:

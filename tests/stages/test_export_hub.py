@@ -140,6 +140,13 @@ def test_paths_become_names() -> None:
     assert public_config(config) == {"num_classes": 5, "data": {"dataset": "folder"}}
 
 
+def test_a_list_of_classes_is_no_path() -> None:
+    recipe = Recipe.load("digits_vit", ["data.class_map=[ant, bee]"])
+    text, names = public_recipe(recipe)
+    assert yaml.safe_load(text)["data"]["class_map"] == ["ant", "bee"]
+    assert "`data.class_map`" not in " ".join(names)
+
+
 def test_onnx_weights_beside_the_file_come_along(tmp_path: Path) -> None:
     weight = onnx.numpy_helper.from_array(np.arange(3000, dtype=np.float32), "w")
     values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [3000]) for name in ("images", "logits")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lpvit_cli import load_model
+from lpvit_cli.commands.reference import dense_parent, reference_of
 from lpvit_cli.data.transforms import transform_for
+from lpvit_cli.errors import UsageError
 from lpvit_cli.models.build import build_model
+from lpvit_cli.models.folder import model_config, save_model
 from lpvit_cli.recipe import Recipe
+from lpvit_cli.tasks.evaluation import validation_of
 from lpvit_cli.tasks.neighbours import knn_top1
 
 KWARGS = "{img_size: 32, patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2, num_classes: 0}"
@@ -147,6 +153,23 @@ def test_embed(place: Path, ran: Result, tmp_path: Path, source: str, ending: st
     assert not list(tmp_path.glob(".*"))
 
 
+def test_embed_writes_names_as_the_disk_has_them_and_says_what_it_left_out(place: Path, tmp_path: Path) -> None:
+    section = Recipe.load(place / "recipe.yaml").model
+    save_model(tmp_path / "m", model := build_model(section), model_config(section, model))
+    folder = tmp_path / "images"
+    photo(folder / "1.png", 1)
+    shutil.copy(folder / "1.png", os.fsencode(folder) + b"/\xff.png")
+    (folder / "notes.txt").write_text("no image")
+    for ending in (".npy", ".safetensors"):
+        result = run_cli("embed", tmp_path / "m", folder, "--output", tmp_path / f"odd{ending}")
+        assert result.code == 0, result.err
+        assert "1 file is no image and was left out" in " ".join(result.out.split())
+    assert (tmp_path / "odd.npy.txt").read_bytes().splitlines()[1] == os.fsencode(folder) + b"/\xff.png"
+    (tmp_path / "full.npy.txt").mkdir()
+    run_cli("embed", tmp_path / "m", folder, "--output", tmp_path / "full.npy")
+    assert not [path.name for path in tmp_path.iterdir() if "partial" in path.name or path.name == "full.npy"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
@@ -189,18 +212,75 @@ def test_evaluate_beside_another_model_and_among_neighbours(place: Path, ran: Re
     assert 0.5 < quality["cosine"] <= 1
 
 
+def test_the_reference_may_be_the_dense_model_or_want_other_pixels(place: Path, ran: Result, tmp_path: Path) -> None:
+    told = report(place, "finetuned")["quality"]
+    for source in ("run/finetuned", "run"):
+        result = run_cli("evaluate", place / source, "--reference", "dense", "--json")
+        assert result.code == 0, result.err
+        assert json.loads(result.out)["quality"]["cosine"] == pytest.approx(told["cosine"], abs=1e-5)
+    assert "cosine to dense 0." in run_cli("evaluate", place / "run" / "pruned", "--reference", "dense").out
+    section = Recipe.load(place / "recipe.yaml", ["model.preprocess.mean=[0.1]"]).model
+    save_model(tmp_path / "m", model := build_model(section), model_config(section, model))
+    beside = run_cli("evaluate", place / "run" / "pruned", "--reference", tmp_path / "m").out
+    assert f"cosine to {tmp_path / 'm'} 0." in " ".join(beside.split())
+    x = torch.rand(2, 3, 32, 32)
+    pruned = load_model(place / "run" / "pruned")
+    means = torch.tensor(pruned.pretrained_cfg["mean"])[:, None, None]
+    with torch.no_grad():
+        seen = reference_of(pruned, "", str(tmp_path / "m"))((x - means) / 0.5)
+        assert torch.allclose(seen, model((x - 0.1) / 0.5), atol=1e-4)
+
+
+@pytest.mark.parametrize(("parent", "told"), [("/not/there", "was made of /not/there, which is not there"), (None, "not say")])
+def test_a_folder_that_has_forgotten_the_dense_model(place: Path, tmp_path: Path, parent: str | None, told: str) -> None:
+    section = Recipe.load(place / "recipe.yaml").model
+    save_model(tmp_path / "m", model := build_model(section), model_config(section, model, parent=parent))
+    with pytest.raises(UsageError, match=told):
+        dense_parent(str(tmp_path / "m"))
+    with pytest.raises(UsageError, match="is no model folder"):
+        dense_parent(str(tmp_path / "model.onnx"))
+
+
+def test_images_are_never_their_own_neighbours(place: Path, tmp_path: Path) -> None:
+    """One folder for both is divided; images that lie in both are refused."""
+    model = build_model(Recipe.load(place / "recipe.yaml").model)
+    save_model(tmp_path / "m", model, model_config(Recipe.load(place / "recipe.yaml").model, model))
+    same = place / "sorted" / "train"
+    result = run_cli("evaluate", tmp_path / "m", "--root", same, "--train", same, "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["quality"]["images"] == 2, "a fifth of 12"
+    for options in (("--root", same, "--train", same, "--split", "all"), ("--root", same, "--train", place / "sorted")):
+        result = run_cli("evaluate", tmp_path / "m", *options)
+        assert result.code == 2, result.out
+        assert "holds images that are evaluated (12, first:" in result.err.replace("\n", " ")
+
+
 def test_classes_bring_neighbours_and_tokens_their_own_embeddings(place: Path, ran: Result) -> None:
     options = ("--set", "features=tokens", "--set", "data.root=" + str(place / "sorted"), "--set", "prune.budget.max_drop=20")
+    options += ("--set", "data.exif=true")
     for command in ("calibrate", "prune"):
         result = run_cli(command, place / "recipe.yaml", "-o", place / "tokens", *options, "--json")
         assert result.code == 0, result.err
     pruned = json.loads(result.out)
     assert pruned["quality"]["cosine"] >= 0.8
+    assert load_model(place / "tokens" / "pruned").pretrained_cfg["exif"] is True
     assert pruned["quality_dense"]["knn1"] is not None
     assert load_model(place / "tokens" / "pruned")(torch.zeros(1, 3, 32, 32)).shape == (1, 17, 32)
     other = run_cli("evaluate", place / "tokens" / "pruned", "--reference", place / "run" / "pruned")
     assert other.code == 2
     assert "cannot be compared: tokens" in other.err
+
+
+def test_splits_of_different_classes_bring_no_neighbours(place: Path, tmp_path: Path) -> None:
+    for split, names in (("train", ("a", "b")), ("val", ("c", "d"))):
+        for at, name in enumerate(names):
+            photo(tmp_path / split / name / "0.png", at)
+    recipe = Recipe.load(place / "recipe.yaml", [f"data.root={tmp_path}"])
+    model = build_model(recipe.model)
+    cpu = (torch.device("cpu"), torch.float32, lambda *told: None)
+    validation = validation_of(recipe.data, recipe.calibrate, model, model, *cpu)
+    assert validation.gallery is None
+    assert any("no k-NN: the splits have different classes" in note for note in validation.images.notes())
 
 
 @pytest.mark.parametrize(
@@ -249,8 +329,12 @@ def test_a_classifier_without_labels_keeps_the_classes_of_the_dense_model(place:
     alone = run_cli("evaluate", place / "classifier" / "pruned")
     assert alone.code == 2
     assert "pass --reference MODEL" in alone.err
-    beside = run_cli("evaluate", place / "classifier" / "pruned", "--reference", place / "classifier" / "pruned", "--json")
-    assert json.loads(beside.out)["quality"]["agreement"] == 100
+    beside = ("evaluate", place / "classifier" / "pruned", "--reference", place / "classifier" / "pruned")
+    assert json.loads(run_cli(*beside, "--json").out)["quality"]["agreement"] == 100
+    others = (*beside, "--root", place / "sorted" / "val")
+    assert "--labels none" in " ".join(run_cli(*others).err.split()), "two folders, five classes"
+    assert json.loads(run_cli(*others, "--labels", "none", "--json").out)["quality"]["agreement"] == 100
+    assert "--labels no: unknown" in run_cli(*others, "--labels", "no").err
 
 
 def test_gradual_comes_near_to_the_model_that_it_began_with(place: Path) -> None:

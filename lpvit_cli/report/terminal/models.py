@@ -38,13 +38,16 @@ def export(report: ExportReport, folder: Path) -> list[Any]:
 
 
 def evaluate(report: EvaluateReport, folder: Path) -> list[Any]:
+    def named(figure: str) -> str:
+        """As in runs, which compare with the dense model only."""
+        return f"{figure.removesuffix('dense')}{report.reference}" if figure.endswith(" dense") else figure
+
     result = report.quality
-    beside = f", beside {report.reference}" if report.reference else ""
     skipped = f", {report.skipped_images} unreadable images skipped" if report.skipped_images else ""
     fewer = report.available is not None and result.images + report.skipped_images < report.available
     where = f"{result.images}{f' of {report.available}' if fewer else ''} images of {report.dataset}"
-    figures = ", ".join(f"{figure.name} {figure.text}" for figure in result.figures)
-    return [f"{report.model}: {figures} on {where}{beside}{skipped}"]
+    figures = ", ".join(f"{named(figure.name)} {figure.text}" for figure in result.figures)
+    return [f"{report.model}: {figures} on {where}{skipped}"]
 
 
 def embed(report: EmbedReport, folder: Path) -> list[Any]:
