@@ -31,6 +31,19 @@ DEPTHS: tuple[dict[str, Any], ...] = (  # of small copies: as many stages as an 
 HUB = "hf-hub:"  # owner/name, and @revision where one is meant
 
 
+class Tokens(nn.Module):
+    """A map of features [n, C, H, W] or [n, H, W, C] as tokens [n, H * W, C]; tokens stay as they are. In place of a head."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.features = features
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4:
+            return x
+        return x.flatten(1, 2) if x.shape[-1] == self.features else x.flatten(2).transpose(1, 2)
+
+
 def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> VisionModel:
     """The dense timm model of a recipe, in eval mode on the CPU; its preprocessing is in `model.pretrained_cfg`.
 
@@ -87,10 +100,15 @@ def _give(model: Any, output: str) -> None:
     if output == "tokens":
         try:
             model.reset_classifier(0, "")
+            last = model.get_classifier()  # what it applied to the embedding of an image, nothing now
         except (TypeError, AssertionError, AttributeError) as error:
             raise UsageError(
                 f"features: tokens: {type(model).__name__} cannot give all its tokens", "use --set features=pooled"
             ) from error
+        for head in last if isinstance(last, tuple) else (last,):
+            name = next((name for name, module in model.named_modules() if module is head), None)
+            if name:
+                model.set_submodule(name, Tokens(model.num_features))
     model.gives = output
 
 
