@@ -7,6 +7,7 @@ from typing import Any
 
 from lpvit_cli.errors import UsageError
 from lpvit_cli.models.families import module, timm, transformers
+from lpvit_cli.models.families.wrapper import give_once, require_shape
 from lpvit_cli.models.protocol import Family, VisionModel
 from lpvit_cli.recipe.model import FeaturesKind, ModelSection, TaskKind
 
@@ -17,7 +18,8 @@ def build_model(section: ModelSection, task: TaskKind = "auto", features: Featur
     """The dense model of a recipe for its task, in eval mode on the CPU; its preprocessing is in `model.pretrained_cfg`.
 
     With task `auto` a model with a head gives logits, one without gives embeddings; `features` takes a head away.
-    Raises UsageError (unknown model or argument, no head to classify by), EnvironmentFault (weights not to be had, unreadable,
+    Raises UsageError (unknown model or argument, no head to classify by, images of that size or outputs of that kind do not
+    fit it: one black image goes through), EnvironmentFault (weights not to be had, unreadable,
     foreign; a package is missing).
     """
     model = FAMILIES[family_of(section.name)].build(section, task, features)
@@ -36,6 +38,7 @@ def build_model(section: ModelSection, task: TaskKind = "auto", features: Featur
                 "give one for each channel, or one for all",
             )
         model.pretrained_cfg[key] = of_channels(model.pretrained_cfg[key], channels)
+    require_shape(give_once(model, model.pretrained_cfg["input_size"]), model.gives)
     return model
 
 

@@ -124,6 +124,14 @@ def test_preprocess_replaces_what_it_names_only(overrides: dict[str, Any]) -> No
     assert model.pretrained_cfg == {**timms, **overrides}
 
 
+@pytest.mark.parametrize("size", [(3, 48, 32), (1, 32, 32)])
+def test_a_size_that_the_model_does_not_take(size: tuple[int, int, int]) -> None:
+    with pytest.raises(UsageError, match=r"an image of \[\d, \d\d, 32\] does not go through it") as caught:
+        build_model(ModelSection(name=VIT, kwargs=KWARGS, preprocess={"input_size": size}))  # type: ignore[arg-type]
+    assert "model.preprocess.input_size" in caught.value.hint
+    one_line(caught.value)
+
+
 def test_preprocess_changes_the_pixels() -> None:
     pixels = np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8)
     overrides = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 0.5, "interpolation": "nearest"}

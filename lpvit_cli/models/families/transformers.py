@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lpvit_cli.errors import EnvironmentFault, LpvitError, UsageError, require
 from lpvit_cli.models.families.image_processor import preprocessing_of
-from lpvit_cli.models.families.wrapper import Wrapper, give_once, pick, require_shape
+from lpvit_cli.models.families.wrapper import Wrapper, give_once, pick
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.tensors import _load_strictly, pickled, read_tensors
 from lpvit_cli.recipe.model import TRANSFORMERS, FeaturesKind, ModelSection, TaskKind
@@ -92,7 +92,6 @@ def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> Visi
     labels = [str(names[index]) for index in sorted(names)]
     if model.num_classes == len(labels) and any(label != f"LABEL_{index}" for index, label in enumerate(labels)):
         model.pretrained_cfg["label_names"] = labels
-    require_shape(give_once(model, model.pretrained_cfg["input_size"]), gives)
     return model
 
 

@@ -66,7 +66,8 @@ def give_once(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
             ) from error
 
 
-def require_shape(result: Tensor, gives: str) -> None:
-    """Raise UsageError unless the output has the dimensions of logits, pooled embeddings or tokens."""
+def require_shape(result: Any, gives: str) -> None:
+    """Raise UsageError unless the output is a tensor with the dimensions of logits, pooled embeddings or tokens."""
+    result = pick(result, None)
     if result.ndim != DIMENSIONS[gives]:
         raise UsageError(f"model: its output {list(result.shape)} of one image is no {gives}", WRONG_TASK)
