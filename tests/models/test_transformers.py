@@ -177,11 +177,15 @@ def test_a_class_that_is_no_vision_model(name: str) -> None:
 
 def test_pickles_are_refused_and_code_from_a_repository_too(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "ViTModel")
+    before = build_model(section(folder))(images())
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(EnvironmentFault, match="is a pickled checkpoint") as caught:
         build_model(section(folder))
-    assert caught.value.hint.startswith("convert: ")
+    line = caught.value.hint.removeprefix('convert: python -c "').removesuffix('"')
+    exec(line)
+    assert relative(build_model(section(folder))(images()), before) < 1e-6, "the same command works after the conversion"
+    (folder / "model.safetensors").unlink()
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
     (folder / "config.json").write_text(json.dumps(config))
