@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from lpvit_cli.errors import UsageError
 from lpvit_cli.models.families import module, timm, transformers
-from lpvit_cli.models.families.wrapper import give_once, require_shape
+from lpvit_cli.models.families.wrapper import Wrapper, give_once, require_shape
 from lpvit_cli.models.protocol import Family, VisionModel
 from lpvit_cli.recipe.model import FeaturesKind, ModelSection, TaskKind
 
@@ -52,9 +52,12 @@ def without_head(model: Any) -> VisionModel:
     knows how to take its head away."""
     if isinstance(model, transformers.TransformersModel):
         return transformers.without_head(model)
-    if not hasattr(model, "reset_classifier"):
+    inner = model.model if isinstance(model, Wrapper) else model
+    if not hasattr(inner, "reset_classifier") or getattr(model, "output", None) is not None:
         raise UsageError("this model gives logits, and its embeddings cannot be reached", "make it with --set task=features")
-    return timm.without_head(model)
+    inner.reset_classifier(0)
+    model.num_classes, model.gives = 0, "pooled"
+    return cast(VisionModel, model)
 
 
 def family_of(name: str) -> str:

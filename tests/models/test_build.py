@@ -68,6 +68,12 @@ def test_wrong_arguments(kwargs: dict[str, Any], reason: str) -> None:
     assert "model.kwargs" in caught.value.hint
 
 
+def test_there_is_no_output_to_choose() -> None:
+    with pytest.raises(UsageError, match="model.output: 0, but models of timm give one tensor") as caught:
+        build_model(ModelSection(name=VIT, kwargs=KWARGS, output=0))
+    one_line(caught.value)
+
+
 def test_a_model_without_linear_layers() -> None:
     with pytest.raises(UsageError, match="'test_resnet' has no linear layers") as caught:
         build_model(ModelSection(name="test_resnet", kwargs={"num_classes": 0}))

@@ -15,6 +15,7 @@ from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import Tensor, nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.models.families.checkpoint import quiet_hub
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.tensors import _load_strictly, read_tensors
 from lpvit_cli.recipe.model import FeaturesKind, ModelSection, TaskKind
@@ -47,8 +48,12 @@ class Tokens(nn.Module):
 def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> VisionModel:
     """The dense timm model of a recipe, in eval mode on the CPU; its preprocessing is in `model.pretrained_cfg`.
 
-    Raises UsageError (unknown model or argument), EnvironmentFault (weights not to be had, unreadable, foreign).
+    Raises UsageError (unknown model, argument or output), EnvironmentFault (weights not to be had, unreadable, foreign).
     """
+    if section.output is not None:
+        raise UsageError(
+            f"model.output: {section.output!r}, but models of timm give one tensor, and nothing to choose from", "leave it out"
+        )
     model = _made(section.name, section.kwargs, section.pretrained or section.name.startswith(HUB))
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": _input_size(model, resolve(section)[1])}
     if section.weights:
@@ -63,11 +68,6 @@ def create(config: Mapping[str, Any]) -> VisionModel:
     model = _made(config["architecture"], config["kwargs"], pretrained=False)
     _give(model, config.get("gives", "logits"))
     return model
-
-
-def without_head(model: Any) -> VisionModel:
-    _give(model, "pooled")
-    return cast(VisionModel, model)
 
 
 def _without_a_head(model: VisionModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -121,7 +121,8 @@ def resolve(section: ModelSection) -> tuple[str, dict[str, Any]]:
     if not section.name.startswith(HUB):
         return section.name, section.kwargs
     try:
-        hubs, architecture, arguments = load_model_config_from_hf(section.name.removeprefix(HUB))
+        with quiet_hub():
+            hubs, architecture, arguments = load_model_config_from_hf(section.name.removeprefix(HUB))
         config = PretrainedCfg(**hubs)
     except Exception as error:  # as in _made
         raise _not_to_be_had(section.name, error) from error
@@ -171,7 +172,8 @@ def _made(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
             f"did you mean {', '.join(near)}?" if near else "list them: python -c 'import timm; print(timm.list_models())'",
         )
     try:
-        model = cast(VisionModel, timm.create_model(name, pretrained=pretrained, **kwargs))
+        with quiet_hub():
+            model = cast(VisionModel, timm.create_model(name, pretrained=pretrained, **kwargs))
     except Exception as error:  # the hub client and timm raise many kinds; each means: these weights or arguments do not work
         if pretrained:
             raise _not_to_be_had(name, error) from error
