@@ -38,6 +38,13 @@ def build_model(section: ModelSection, task: TaskKind = "auto", features: Featur
                 "give one for each channel, or one for all",
             )
         model.pretrained_cfg[key] = of_channels(model.pretrained_cfg[key], channels)
+    if section.label_names is not None:
+        if len(section.label_names) != model.num_classes:
+            raise UsageError(
+                f"model.label_names: {len(section.label_names)} names, the model tells {model.num_classes} classes apart",
+                "give one name for each class",
+            )
+        model.pretrained_cfg["label_names"] = section.label_names
     require_shape(give_once(model, model.pretrained_cfg["input_size"]), model.gives)
     return model
 
@@ -52,7 +59,7 @@ def without_head(model: Any) -> VisionModel:
     knows how to take its head away."""
     if isinstance(model, transformers.TransformersModel):
         return transformers.without_head(model)
-    inner = model.model if isinstance(model, Wrapper) else model
+    inner: Any = model.model if isinstance(model, Wrapper) else model
     if not hasattr(inner, "reset_classifier") or getattr(model, "output", None) is not None:
         raise UsageError("this model gives logits, and its embeddings cannot be reached", "make it with --set task=features")
     inner.reset_classifier(0)

@@ -13,6 +13,7 @@ from lpvit_cli.recipe.section import Section, beside_the_recipe
 TRANSFORMERS, MODULE = "transformers:", "module:"  # how names of these families begin
 TaskKind = Literal["auto", "classification", "features"]
 FeaturesKind = Literal["pooled", "tokens"]
+Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos", "hamming", "box"]
 Channels = Annotated[tuple[float, ...], Field(min_length=1)]
 
 
@@ -24,7 +25,7 @@ class Preprocess(Section):
     std: Channels | None = None  # of each channel, or one for all
     crop_pct: float | None = Field(default=None, gt=0, le=1)  # the share of the resized image that the centre crop keeps
     crop_mode: Literal["center", "squash", "border"] | None = None  # how an image becomes a square: cut, squeezed or padded
-    interpolation: Literal["bicubic", "bilinear", "nearest"] | None = None  # of resizing
+    interpolation: Interpolation | None = None  # of resizing
 
 
 class ModelSection(Section):
@@ -38,6 +39,7 @@ class ModelSection(Section):
         default_factory=dict
     )  # of the constructor (num_classes, img_size ...); transformers: its config
     output: str | int | None = None  # which one, of a model that gives several: its name or position
+    label_names: tuple[str, ...] | None = None  # names of the classes in label order; null: the model's own
     preprocess: Preprocess = Field(default_factory=Preprocess)  # default: the model's own
 
     @field_validator("name")

@@ -41,15 +41,15 @@ def has_file(source: str, name: str) -> bool:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    repository, revision = repository_of(source), revision_of(source)
+    repository, revision = repository_of(source), revision_of(source).get("revision")
     if Path(repository).is_dir():
         return (Path(repository) / name).is_file()
-    cached = try_to_load_from_cache(repository, name, **revision)
+    cached = try_to_load_from_cache(repository, name, revision=revision)
     if isinstance(cached, str):
         return True
     with explained(TRANSFORMERS + source), quiet():
         try:
-            hf_hub_download(repository, name, **revision)
+            hf_hub_download(repository, name, revision=revision)
         except LocalEntryNotFoundError:
             if cached is None:
                 raise
