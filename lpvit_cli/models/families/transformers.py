@@ -24,6 +24,7 @@ from lpvit_cli.recipe.model import TRANSFORMERS, FeaturesKind, ModelSection, Tas
 PREFIX = TRANSFORMERS
 Tensors = dict[str, Tensor]
 HEAD = "ForImageClassification"
+HEADS = ("classifier", "cls_classifier", "distillation_classifier", "classifier_distill")
 NO_POOLER = "add_pooling_layer"  # the one argument of these classes that is no entry of their config
 # entries of a config that say nothing about what the model computes, or follow from the others
 FORGOTTEN = {
@@ -63,8 +64,9 @@ class TransformersModel(Wrapper):
         return tokens if self.gives == "tokens" else tokens[:, 0]
 
     def get_classifier(self) -> Any:
-        """The head of a classifier; None where there is none."""
-        return getattr(self.model, "classifier", None)
+        """The head of a classifier, the two of a distilled one; None where there is none."""
+        heads = tuple(head for name in HEADS if (head := getattr(self.model, name, None)) is not None)
+        return heads if len(heads) > 1 else next(iter(heads), None)
 
 
 def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> VisionModel:
