@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import relative
 from hf import CLASSES, VIT, checkpoint, images, theirs, transformers
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from small import one_line
 
@@ -212,6 +213,18 @@ def test_a_small_copy(architecture: str) -> None:
     assert (height, width) == ((64, 64) if "Swin" in architecture else (32, 32))
     assert model(torch.randn(2, 3, height, width)).shape[0] == 2
     assert len(prunable_layers(model, Layers())) <= 15
+
+
+def test_a_small_copy_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the network this test refuses, and of a client that does not know that it is offline."""
+    for offline in (True, False):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        name, small = shrink(section("google/vit-base-patch16-224", kwargs={"num_classes": 7}))
+        assert name == "transformers:ViTForImageClassification"
+        assert build_model(ModelSection(name=name, kwargs=small))(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+        assert offline == constants.HF_HUB_OFFLINE
+    with pytest.raises(EnvironmentFault, match="cannot get"):
+        shrink(section("/nowhere/at/all"))
 
 
 def test_a_folder_beside_the_recipe(tmp_path: Path) -> None:

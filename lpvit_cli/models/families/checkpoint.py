@@ -127,3 +127,22 @@ def quiet_hub() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def without_waiting() -> Iterator[bool]:
+    """Whether the hub answers within three seconds; where it does not, only its cache is asked inside, and nothing retried."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        if not before:
+            get_session().head(constants.ENDPOINT, timeout=3)
+    except Exception:  # of whatever kind: it does not answer
+        constants.HF_HUB_OFFLINE = True
+    try:
+        with quiet_hub():
+            yield not constants.HF_HUB_OFFLINE
+    finally:
+        constants.HF_HUB_OFFLINE = before

@@ -6,6 +6,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import timm
@@ -15,7 +16,7 @@ from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import Tensor, nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.models.families.checkpoint import quiet_hub
+from lpvit_cli.models.families.checkpoint import quiet_hub, without_waiting
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.tensors import _load_strictly, read_tensors
 from lpvit_cli.recipe.model import FeaturesKind, ModelSection, TaskKind
@@ -136,7 +137,8 @@ def resolve(section: ModelSection) -> tuple[str, dict[str, Any]]:
 def shrink(section: ModelSection) -> tuple[str, dict[str, Any]]:
     """Name and arguments of the same architecture with little depth and small images, for smoke runs."""
     try:
-        name, given = resolve(section)
+        with without_waiting() if section.name.startswith(HUB) else nullcontext():
+            name, given = resolve(section)
     except EnvironmentFault:  # a rehearsal needs no weights, and many repositories are called as their architecture is
         name, given = section.name.split("/")[-1], section.kwargs
         if not _exists(name):

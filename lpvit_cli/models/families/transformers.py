@@ -7,14 +7,25 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lpvit_cli.errors import EnvironmentFault, LpvitError, UsageError, require
-from lpvit_cli.models.families.checkpoint import explained, file_of, is_class, quiet, refuse_pickles, repository_of, revision_of
+from lpvit_cli.models.families.checkpoint import (
+    explained,
+    file_of,
+    is_class,
+    quiet,
+    refuse_pickles,
+    repository_of,
+    revision_of,
+    without_waiting,
+)
 from lpvit_cli.models.families.image_processor import preprocessing_of
 from lpvit_cli.models.families.wrapper import Wrapper, give_once, pick
 from lpvit_cli.models.protocol import VisionModel
@@ -25,6 +36,7 @@ PREFIX = TRANSFORMERS
 Tensors = dict[str, Tensor]
 HEAD = "ForImageClassification"
 HEADS = ("classifier", "cls_classifier", "distillation_classifier", "classifier_distill")
+STAND_IN, STAND_IN_TAKES = "ViTForImageClassification", ("num_labels", "num_classes", "num_channels", "image_size")
 NO_POOLER = "add_pooling_layer"  # the one argument of these classes that is no entry of their config
 # entries of a config that say nothing about what the model computes, or follow from the others
 FORGOTTEN = {
@@ -119,8 +131,16 @@ def create(config: Mapping[str, Any]) -> VisionModel:
 
 
 def shrink(section: ModelSection) -> tuple[str, dict[str, Any]]:
-    """Two layers (one for each stage), and images of few patches."""
-    architecture, kwargs = resolve(section)
+    """Two layers (one for each stage), and images of few patches; without the hub a ViT stands in for what is not known."""
+    source = section.name.removeprefix(PREFIX)
+    with nullcontext(True) if is_class(source) or Path(source).is_absolute() else without_waiting() as known:
+        try:
+            architecture, kwargs = resolve(section)
+        except EnvironmentFault:
+            if known:
+                raise
+            given = {key: value for key, value in section.kwargs.items() if key in STAND_IN_TAKES}
+            architecture, kwargs = resolve(ModelSection(name=PREFIX + STAND_IN, kwargs=given))
     small = dict(kwargs)
     if "depths" in small:
         small["depths"] = [1] * len(small["depths"])
