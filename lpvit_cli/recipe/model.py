@@ -46,7 +46,7 @@ class ModelSection(Section):
     @classmethod
     def _of_the_recipe(cls, name: str, info: ValidationInfo) -> str:
         if name.startswith(TRANSFORMERS):
-            return TRANSFORMERS + _folder_or_id(name.removeprefix(TRANSFORMERS), info)
+            return model_at(name, info.context["folder"] if info.context else Path())
         if name.startswith(MODULE) and info.context:
             allow_code(name.removeprefix(MODULE), info.context["folder"])
         return name
@@ -63,9 +63,11 @@ class ModelSection(Section):
         return self
 
 
-def _folder_or_id(given: str, info: ValidationInfo) -> str:
-    """A folder is absolute, whatever it was; a relative one counts from the recipe's folder. Anything else is as it was."""
-    path = Path(given).expanduser()
-    folder = path if path.is_absolute() or not info.context else info.context["folder"] / path
+def model_at(name: str, base: Path) -> str:
+    """`transformers:FOLDER` with the whole path; a relative one counts from `base`. Any other name is as it was."""
+    if not name.startswith(TRANSFORMERS):
+        return name
+    given = name.removeprefix(TRANSFORMERS)
+    folder = base / Path(given).expanduser()
     written_as_path = given.startswith(("/", "./", "../", "~"))
-    return str(folder.resolve()) if written_as_path or (folder / "config.json").is_file() else given
+    return TRANSFORMERS + str(folder.resolve()) if written_as_path or (folder / "config.json").is_file() else name

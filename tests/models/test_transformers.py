@@ -24,6 +24,7 @@ from lpvit_cli.models.folder import as_dense, load_model, model_config, require_
 from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.recipe.prune import Layers
+from lpvit_cli.recipe.source import apply_override
 
 
 def section(folder: Path | str, **more: Any) -> ModelSection:
@@ -233,6 +234,22 @@ def test_a_folder_beside_the_recipe(tmp_path: Path) -> None:
         made = ModelSection.model_validate({"name": f"transformers:{given}"}, context={"folder": tmp_path})
         assert made.name == f"transformers:{tmp_path}/owner/name"
     assert ModelSection(name="transformers:owner/name").name == "transformers:owner/name"
+
+
+def test_a_folder_typed_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(tmp_path / "here" / "name", "ViTModel")
+    monkeypatch.chdir(tmp_path / "here")
+    for key in ("model.name", "finetune.distill.teacher.name"):
+        for given, meant in (
+            ("./name", f"{tmp_path}/here/name"),
+            ("name", f"{tmp_path}/here/name"),
+            ("owner/name", "owner/name"),
+        ):
+            content: dict[str, Any] = {}
+            keys = apply_override(content, f"{key}=transformers:{given}")
+            for part in keys:
+                content = content[part]
+            assert content == f"transformers:{meant}"
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
