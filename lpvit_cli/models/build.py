@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from lpvit_cli.errors import UsageError
 from lpvit_cli.models.families import module, timm, transformers
+from lpvit_cli.models.families.wrapper import Wrapper, give_once, require_shape
 from lpvit_cli.models.protocol import Family, VisionModel
 from lpvit_cli.recipe.model import FeaturesKind, ModelSection, TaskKind
 
@@ -19,7 +20,8 @@ def build_model(section: ModelSection, task: TaskKind = "auto", features: Featur
     """The dense model of a recipe for its task, in eval mode on the CPU; its preprocessing is in `model.pretrained_cfg`.
 
     With task `auto` a model with a head gives logits, one without gives embeddings; `features` takes a head away.
-    Raises UsageError (unknown model or argument, no head to classify by), EnvironmentFault (weights not to be had, unreadable,
+    Raises UsageError (unknown model or argument, no head to classify by, images of that size or outputs of that kind do not
+    fit it: one black image goes through), EnvironmentFault (weights not to be had, unreadable,
     foreign; a package is missing).
     """
     with torch.random.fork_rng(devices=[]):  # weights that nobody gave are the same in every stage
@@ -40,6 +42,14 @@ def build_model(section: ModelSection, task: TaskKind = "auto", features: Featur
                 "give one for each channel, or one for all",
             )
         model.pretrained_cfg[key] = of_channels(model.pretrained_cfg[key], channels)
+    if section.label_names is not None:
+        if len(section.label_names) != model.num_classes:
+            raise UsageError(
+                f"model.label_names: {len(section.label_names)} names, the model tells {model.num_classes} classes apart",
+                "give one name for each class",
+            )
+        model.pretrained_cfg["label_names"] = section.label_names
+    require_shape(give_once(model, model.pretrained_cfg["input_size"]), model.gives)
     return model
 
 
@@ -53,9 +63,12 @@ def without_head(model: Any) -> VisionModel:
     knows how to take its head away."""
     if isinstance(model, transformers.TransformersModel):
         return transformers.without_head(model)
-    if not hasattr(model, "reset_classifier"):
+    inner: Any = model.model if isinstance(model, Wrapper) else model
+    if not hasattr(inner, "reset_classifier") or getattr(model, "output", None) is not None:
         raise UsageError("this model gives logits, and its embeddings cannot be reached", "make it with --set task=features")
-    return timm.without_head(model)
+    inner.reset_classifier(0)
+    model.num_classes, model.gives = 0, "pooled"
+    return cast(VisionModel, model)
 
 
 def family_of(name: str) -> str:

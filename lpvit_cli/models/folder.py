@@ -20,7 +20,7 @@ from lpvit_cli.models.narrow import narrow, width
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.tensors import _load_strictly, read_tensors, write_tensors
 from lpvit_cli.recipe.code import allow_code
-from lpvit_cli.recipe.model import ModelSection, Preprocess
+from lpvit_cli.recipe.model import Interpolation, ModelSection, Preprocess
 from lpvit_cli.sparse import BlockSparseLinear, densify, sparse_layers
 
 FORMAT = "lpvit-model"
@@ -120,21 +120,21 @@ def as_dense(source: Path, weights: Path) -> ModelSection:
     config = read_config(source)
     write_tensors(weights, {name: t.contiguous() for name, t in densify(load_model(source)).state_dict().items()})
     given = config["preprocessing"]
-    interpolation = given.get("interpolation")
-    known = get_args(Preprocess.model_fields["interpolation"].annotation)
+    interpolation, names = given.get("interpolation"), given.get("label_names")
     classes = {"num_classes": config["num_classes"]} if config.get("family", "timm") == "timm" else {}
     return ModelSection(
         name=name_of(config),
         kwargs={**config["kwargs"], **classes},
         weights=weights,
         output=config.get("output"),
+        label_names=tuple(names) if names and config["num_classes"] else None,
         preprocess=Preprocess(
             mean=given.get("mean"),
             std=given.get("std"),
             input_size=given.get("input_size"),
             crop_pct=given.get("crop_pct"),
             crop_mode=given.get("crop_mode"),
-            interpolation=interpolation if interpolation in str(known) else None,
+            interpolation=interpolation if interpolation in get_args(Interpolation) else None,
         ),
     )
 

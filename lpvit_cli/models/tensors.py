@@ -33,13 +33,14 @@ def is_pickled(path: Path) -> bool:
         return path.suffix in PICKLES or file.read(2).startswith((b"PK", b"\x80"))
 
 
-def pickled(path: Path) -> EnvironmentFault:
-    """The refusal of a pickled checkpoint, with the line that converts it."""
-    convert = f"torch.load('{path.name}', weights_only=True)"
+def pickled(path: Path, to: Path | None = None) -> EnvironmentFault:
+    """The refusal of a pickled checkpoint, with the line that converts it: beside itself, or `to` where it is looked for."""
+    to = to or path.with_name(f"{path.stem}.converted.safetensors")
     return EnvironmentFault(
         f"{path}: is a pickled checkpoint; loading one can run any code, so lpvit reads safetensors only",
-        f'convert: python -c "import torch, safetensors.torch as s; c = {convert}; '
-        f"s.save_file(c.get('model', c.get('state_dict', c)), '{path.stem}.converted.safetensors')\"",
+        f"convert: python -c \"import torch, safetensors.torch as s; c = torch.load('{path.absolute()}', weights_only=True); "
+        "c = c.get('model', c.get('state_dict', c)); "
+        f"s.save_file({{k: v.contiguous().clone() for k, v in c.items()}}, '{to.absolute()}', {{'format': 'pt'}})\"",
     )
 
 

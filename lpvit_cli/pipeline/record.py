@@ -11,8 +11,10 @@ from typing import Any
 from lpvit_cli.errors import EnvironmentFault
 from lpvit_cli.files import replace_text
 from lpvit_cli.recipe import Recipe
+from lpvit_cli.recipe.content import model_content
 
 FILE = "stage.json"
+MODEL_NAME = ("model.name", "teacher.name")
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,15 @@ class Record:
 
 
 def values_of(recipe: Recipe, reads: list[str], content_of: Callable[[Path], str | None]) -> dict[str, Any]:
-    """The values of recipe keys by flat name; of a path, also what identifies its content."""
+    """The values of recipe keys by flat name; of a path, and of a model's name, also what identifies its content."""
     flat = recipe.flat()
     values: dict[str, Any] = {}
     for read in reads:
         values |= {key: value for key, value in flat.items() if key == read or key.startswith(f"{read}.")}
         if isinstance(path := recipe.find(read), Path):
             values[f"{read} ({'file names' if path.is_dir() else 'content'})"] = content_of(path)
+        if read.endswith(MODEL_NAME):
+            values |= {f"{read} ({what})": value for what, value in model_content(str(recipe.find(read)), content_of).items()}
     return values
 
 

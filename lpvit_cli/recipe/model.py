@@ -13,6 +13,7 @@ from lpvit_cli.recipe.section import Section, beside_the_recipe
 TRANSFORMERS, MODULE = "transformers:", "module:"  # how names of these families begin
 TaskKind = Literal["auto", "classification", "features"]
 FeaturesKind = Literal["pooled", "tokens"]
+Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos", "hamming", "box"]
 Channels = Annotated[tuple[float, ...], Field(min_length=1)]
 
 
@@ -24,7 +25,7 @@ class Preprocess(Section):
     std: Channels | None = None  # of each channel, or one for all
     crop_pct: float | None = Field(default=None, gt=0, le=1)  # the share of the resized image that the centre crop keeps
     crop_mode: Literal["center", "squash", "border"] | None = None  # how an image becomes a square: cut, squeezed or padded
-    interpolation: Literal["bicubic", "bilinear", "nearest"] | None = None  # of resizing
+    interpolation: Interpolation | None = None  # of resizing
 
 
 class ModelSection(Section):
@@ -38,13 +39,14 @@ class ModelSection(Section):
         default_factory=dict
     )  # of the constructor (num_classes, img_size ...); transformers: its config
     output: str | int | None = None  # which one, of a model that gives several: its name or position
+    label_names: tuple[str, ...] | None = None  # names of the classes in label order; null: the model's own
     preprocess: Preprocess = Field(default_factory=Preprocess)  # default: the model's own
 
     @field_validator("name")
     @classmethod
     def _of_the_recipe(cls, name: str, info: ValidationInfo) -> str:
         if name.startswith(TRANSFORMERS):
-            return TRANSFORMERS + _folder_or_id(name.removeprefix(TRANSFORMERS), info)
+            return model_at(name, info.context["folder"] if info.context else Path())
         if name.startswith(MODULE) and info.context:
             allow_code(name.removeprefix(MODULE), info.context["folder"])
         return name
@@ -61,9 +63,11 @@ class ModelSection(Section):
         return self
 
 
-def _folder_or_id(given: str, info: ValidationInfo) -> str:
-    """A folder is absolute, whatever it was; a relative one counts from the recipe's folder. Anything else is as it was."""
-    path = Path(given).expanduser()
-    folder = path if path.is_absolute() or not info.context else info.context["folder"] / path
+def model_at(name: str, base: Path) -> str:
+    """`transformers:FOLDER` with the whole path; a relative one counts from `base`. Any other name is as it was."""
+    if not name.startswith(TRANSFORMERS):
+        return name
+    given = name.removeprefix(TRANSFORMERS)
+    folder = base / Path(given).expanduser()
     written_as_path = given.startswith(("/", "./", "../", "~"))
-    return str(folder.resolve()) if written_as_path or (folder / "config.json").is_file() else given
+    return TRANSFORMERS + str(folder.resolve()) if written_as_path or (folder / "config.json").is_file() else name

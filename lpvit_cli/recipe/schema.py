@@ -128,7 +128,7 @@ class Recipe(Section):
         """
         small: dict[str, Any] = self.model_dump()
         small["name"] += "-smoke"
-        small["model"] |= {"name": architecture, "pretrained": False, "weights": None, "kwargs": kwargs}
+        small["model"] |= {"name": architecture, "pretrained": False, "weights": None, "kwargs": kwargs, "label_names": None}
         small["data"] |= {"dataset": "synthetic", "root": None, "class_map": None}
         small["data"] |= {"batch_size": 16, "workers": 0, "val_images": 32}
         small["target"]["batch_size"] = 2

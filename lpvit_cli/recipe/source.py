@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from lpvit_cli.errors import UsageError
+from lpvit_cli.recipe.model import model_at
 
 PATHS = {  # keys whose values are paths
     ("model", "weights"),
@@ -18,6 +19,7 @@ PATHS = {  # keys whose values are paths
     ("finetune", "distill", "teacher", "weights"),
     ("bench", "baseline"),
 }
+MODELS = {("model", "name"), ("finetune", "distill", "teacher", "name")}  # keys whose values may hold a path
 RENAMED = {  # keys of lpvit 0.1
     ("bench", "threads"): "target.threads",
     ("export", "threads"): "target.threads",
@@ -74,6 +76,8 @@ def apply_override(content: dict[str, Any], override: str) -> tuple[str, ...]:
         node.clear()  # a budget is one of several kinds: naming one replaces the other
     if keys in PATHS and isinstance(value, str) and not (keys == ("prune", "profile") and is_profile_name(value)):
         value = str(Path(value).expanduser().resolve())  # typed in a shell: from the current folder
+    if keys in MODELS and isinstance(value, str):
+        value = model_at(value, Path.cwd())
     node[keys[-1]] = value
     return keys
 

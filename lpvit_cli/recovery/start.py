@@ -92,8 +92,10 @@ def choose_trained(model: nn.Module, settings: FinetuneSection) -> None:
 
 
 def _head(model: Any) -> nn.Module:
-    """The classifier, as timm's models tell it. Raises UsageError where there is none."""
+    """The classifier, as timm's models tell it; of distilled ones both. Raises UsageError where there is none."""
     head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if isinstance(head, tuple):
+        head = nn.ModuleList(head)
     if not isinstance(head, nn.Module) or not list(head.parameters()):
         raise UsageError("finetune.also_train: head: this model has no head that lpvit knows", "leave it out: [norms, biases]")
     return head

@@ -68,6 +68,12 @@ def test_wrong_arguments(kwargs: dict[str, Any], reason: str) -> None:
     assert "model.kwargs" in caught.value.hint
 
 
+def test_there_is_no_output_to_choose() -> None:
+    with pytest.raises(UsageError, match="model.output: 0, but models of timm give one tensor") as caught:
+        build_model(ModelSection(name=VIT, kwargs=KWARGS, output=0))
+    one_line(caught.value)
+
+
 def test_a_model_without_linear_layers() -> None:
     with pytest.raises(UsageError, match="'test_resnet' has no linear layers") as caught:
         build_model(ModelSection(name="test_resnet", kwargs={"num_classes": 0}))
@@ -122,6 +128,14 @@ def test_preprocess_replaces_what_it_names_only(overrides: dict[str, Any]) -> No
     timms = tiny().pretrained_cfg
     assert timms["mean"] == (0.5, 0.5, 0.5), "one model's preprocessing became another's"
     assert model.pretrained_cfg == {**timms, **overrides}
+
+
+@pytest.mark.parametrize("size", [(3, 48, 32), (1, 32, 32)])
+def test_a_size_that_the_model_does_not_take(size: tuple[int, int, int]) -> None:
+    with pytest.raises(UsageError, match=r"an image of \[\d, \d\d, 32\] does not go through it") as caught:
+        build_model(ModelSection(name=VIT, kwargs=KWARGS, preprocess={"input_size": size}))  # type: ignore[arg-type]
+    assert "model.preprocess.input_size" in caught.value.hint
+    one_line(caught.value)
 
 
 def test_preprocess_changes_the_pixels() -> None:

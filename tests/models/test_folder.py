@@ -26,7 +26,7 @@ import lpvit_cli
 from lpvit_cli.data.transforms import transform_for
 from lpvit_cli.errors import EnvironmentFault, LpvitError, UsageError
 from lpvit_cli.models.build import build_model
-from lpvit_cli.models.folder import load_model, model_config, save_model
+from lpvit_cli.models.folder import as_dense, load_model, model_config, save_model
 from lpvit_cli.models.tensors import read_tensors, write_tensors
 from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.sparse import BlockSparseLinear, densify, sparse_layers, sparsify
@@ -288,3 +288,16 @@ def test_writing_over_a_file_keeps_its_permissions(tmp_path: Path) -> None:
     assert read_tensors(path)["a"].tolist() == [0, 1, 2]
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "note": "mine"}
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "lanczos", "box", "cubic", None])
+def test_as_a_dense_model_it_keeps_its_classes_and_pixels(tmp_path: Path, interpolation: str | None) -> None:
+    model: Any = tiny()
+    names = ["d", "a", "c", "b", "e"]
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names, "interpolation": interpolation}
+    save_model(tmp_path / "m", model, model_config(TINY, model))
+    section = as_dense(tmp_path / "m", tmp_path / "w.safetensors")
+    assert section.preprocess.interpolation == (interpolation if interpolation in ("bicubic", "lanczos", "box") else None)
+    assert list(build_model(section).pretrained_cfg["label_names"]) == names
+    with pytest.raises(UsageError, match="model.label_names: 2 names, the model tells 5 classes apart"):
+        build_model(section.model_copy(update={"label_names": ("a", "b")}))

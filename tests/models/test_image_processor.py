@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from hf import checkpoint, transformers
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 from torch.nn import functional as F
 
 from lpvit_cli.data.transforms import transform_for
+from lpvit_cli.errors import EnvironmentFault
 from lpvit_cli.models.build import build_model
-from lpvit_cli.models.families.image_processor import _share
+from lpvit_cli.models.families.image_processor import _share, preprocessing_of
 from lpvit_cli.recipe.model import ModelSection
 
 SQUARE = {"height": 32, "width": 32}
@@ -81,3 +83,26 @@ def test_the_share_gives_the_size_back_that_it_was_made_of() -> None:
     for resized in range(224, 700):
         for kept in (192, 224):
             assert int(kept / _share(kept, resized)) == resized
+
+
+def test_only_a_file_that_is_not_there_means_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(repository: str, name: str, **more: Any) -> str:
+        asked.append((repository, name, more))
+        raise errors[0]
+
+    errors: list[Exception] = [EntryNotFoundError("there is none")]
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert preprocessing_of("owner/name@v2", {"image_size": 32}, False)["input_size"] == (3, 32, 32)
+    assert [one[0] for one in asked] == ["owner/name"] * 2
+    assert asked[0][2] == {"revision": "v2"}
+    errors[0] = LocalEntryNotFoundError("no connection")
+    with pytest.raises(EnvironmentFault, match="cannot get 'transformers:owner/name@v2'"):
+        preprocessing_of("owner/name@v2", {"image_size": 32}, False)
+
+
+def test_a_folder_with_an_at_in_its_path(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "mine@home", "ViTModel")
+    transformers.ViTImageProcessorPil(size=SQUARE, image_mean=[0.1, 0.2, 0.3]).save_pretrained(folder)
+    assert build_model(ModelSection(name=f"transformers:{folder}", pretrained=True)).pretrained_cfg["mean"] == (0.1, 0.2, 0.3)

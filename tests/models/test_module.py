@@ -15,7 +15,7 @@ from small import one_line
 from torch import Tensor
 
 from lpvit_cli.errors import UsageError
-from lpvit_cli.models.build import build_model, shrink
+from lpvit_cli.models.build import build_model, shrink, without_head
 from lpvit_cli.models.folder import as_dense, load_model, model_config, require_same_model, save_model
 from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.recipe import code
@@ -45,6 +45,15 @@ def named(width):
     torch.manual_seed(0)
     return Net(width, 6)
 
+class Told(Net):
+    @property
+    def num_classes(self): return 4
+
+    def reset_classifier(self, number): self.head = nn.Identity()
+    def get_classifier(self): return self.head
+
+def told(): return Told(16, 4)
+def leaves(): raise SystemExit("bye")
 def broken(): raise KeyError("no such thing")
 def text(): return "a model"
 def conv(): return nn.Conv2d(3, 4, 8)
@@ -79,9 +88,17 @@ def test_a_function_beside_the_recipe(tmp_path: Path, package: str) -> None:
     model: Any = build_model(one)
     assert model(images()).shape == (3, 5)
     assert (model.num_classes, model.gives) == (5, "logits")
-    assert list(prunable_layers(model, Layers())) == ["hidden"], "all but what gives the output"
+    assert list(prunable_layers(model, Layers())) == ["model.hidden"], "all but what gives the output"
     assert shrink(one) == (one.name, one.kwargs)
     assert model.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
+
+
+def test_the_users_object_stays_as_it_is(tmp_path: Path, package: str) -> None:
+    model: Any = build_model(section(tmp_path, package, "told"))
+    assert (model.num_classes, model.gives, model.get_classifier()) == (4, "logits", model.model.head)
+    assert not hasattr(model.model, "gives")
+    bare = without_head(model)
+    assert (bare(images()).shape, bare.num_classes, bare.gives) == ((3, 16), 0, "pooled")
 
 
 def test_the_task_says_what_it_gives(tmp_path: Path, package: str) -> None:
@@ -114,6 +131,10 @@ def test_one_of_several_outputs(tmp_path: Path, package: str, form: str, logits:
         ("absent", {}, "has no function 'absent'", "spelling"),
         ("number", {}, "has no function 'number'", "spelling"),
         ("broken", {}, "raised KeyError: 'no such thing'", "correct it"),
+        ("leaves", {}, "raised SystemExit: bye", "correct it"),
+        ("build", {"output": "logits"}, "'logits', but the model gives one tensor", "leave it out"),
+        ("build", {"output": -3, "kwargs": {"form": "tuple"}}, "no tensor called -3", "0 | 1"),
+        ("build", {"output": 2, "kwargs": {"form": "dict"}}, "no tensor called 2", "logits | tokens"),
         ("text", {}, "returns a str, no torch.nn.Module", "return the model"),
         ("conv", {}, "no linear layers to prune", "another"),
         ("named", {}, r"named\(width\): missing a required argument: 'width'", "--set model.kwargs.NAME=VALUE"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import relative
 from hf import CLASSES, VIT, checkpoint, images, theirs, transformers
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from small import one_line
 
@@ -23,6 +24,7 @@ from lpvit_cli.models.folder import as_dense, load_model, model_config, require_
 from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.recipe.prune import Layers
+from lpvit_cli.recipe.source import apply_override
 
 
 def section(folder: Path | str, **more: Any) -> ModelSection:
@@ -177,11 +179,15 @@ def test_a_class_that_is_no_vision_model(name: str) -> None:
 
 def test_pickles_are_refused_and_code_from_a_repository_too(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "ViTModel")
+    before = build_model(section(folder))(images())
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(EnvironmentFault, match="is a pickled checkpoint") as caught:
         build_model(section(folder))
-    assert caught.value.hint.startswith("convert: ")
+    line = caught.value.hint.removeprefix('convert: python -c "').removesuffix('"')
+    exec(line)
+    assert relative(build_model(section(folder))(images()), before) < 1e-6, "the same command works after the conversion"
+    (folder / "model.safetensors").unlink()
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -210,12 +216,40 @@ def test_a_small_copy(architecture: str) -> None:
     assert len(prunable_layers(model, Layers())) <= 15
 
 
+def test_a_small_copy_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the network this test refuses, and of a client that does not know that it is offline."""
+    for offline in (True, False):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        name, small = shrink(section("google/vit-base-patch16-224", kwargs={"num_classes": 7}))
+        assert name == "transformers:ViTForImageClassification"
+        assert build_model(ModelSection(name=name, kwargs=small))(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+        assert offline == constants.HF_HUB_OFFLINE
+    with pytest.raises(EnvironmentFault, match="cannot get"):
+        shrink(section("/nowhere/at/all"))
+
+
 def test_a_folder_beside_the_recipe(tmp_path: Path) -> None:
     checkpoint(tmp_path / "owner" / "name", "ViTModel")
     for given in ("owner/name", "./owner/name", str(tmp_path / "owner" / "name")):
         made = ModelSection.model_validate({"name": f"transformers:{given}"}, context={"folder": tmp_path})
         assert made.name == f"transformers:{tmp_path}/owner/name"
     assert ModelSection(name="transformers:owner/name").name == "transformers:owner/name"
+
+
+def test_a_folder_typed_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(tmp_path / "here" / "name", "ViTModel")
+    monkeypatch.chdir(tmp_path / "here")
+    for key in ("model.name", "finetune.distill.teacher.name"):
+        for given, meant in (
+            ("./name", f"{tmp_path}/here/name"),
+            ("name", f"{tmp_path}/here/name"),
+            ("owner/name", "owner/name"),
+        ):
+            content: dict[str, Any] = {}
+            keys = apply_override(content, f"{key}=transformers:{given}")
+            for part in keys:
+                content = content[part]
+            assert content == f"transformers:{meant}"
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

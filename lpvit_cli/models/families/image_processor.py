@@ -6,33 +6,39 @@ from collections.abc import Mapping
 from math import floor, nextafter
 from typing import Any
 
-RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers; timm has no box and no hamming
+from lpvit_cli.models.families.checkpoint import explained, has_file, quiet, repository_of, revision_of
+from lpvit_cli.recipe.model import TRANSFORMERS
+
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's numbers
+FILES = ("preprocessor_config.json", "processor_config.json")
 DEFAULT = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", "mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 
-def preprocessing_of(repository: str | None, config: Mapping[str, Any], resized: bool) -> dict[str, Any]:
-    """timm's keys for the preprocessor_config.json of a folder or hub repository.
+def preprocessing_of(source: str | None, config: Mapping[str, Any], resized: bool) -> dict[str, Any]:
+    """timm's keys for the preprocessor_config.json of a folder or a repository of the hub (OWNER/NAME@REVISION).
 
     Without that file: images are resized to the config's `image_size` by ViT's own processor (bilinear, mean and std 0.5).
     `resized`: images have the config's size, whatever the file says; the share that is cropped stays.
+    Raises EnvironmentFault where nobody can tell whether there is such a file, UsageError where it is of no known kind.
     """
     size = config.get("image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
     default = {**DEFAULT, "input_size": (config.get("num_channels", 3), height, width)}
-    processor = _processor(repository) if repository else None
+    processor = _processor(source) if source else None
     if processor is None:
         return default
     found = {**default, **_translated(processor)}
     return found | {"input_size": default["input_size"]} if resized else found
 
 
-def _processor(repository: str) -> Any:
+def _processor(source: str) -> Any:
+    """None where there is none."""
     from transformers import AutoImageProcessor
 
-    try:
-        return AutoImageProcessor.from_pretrained(repository.partition("@")[0], trust_remote_code=False)
-    except (OSError, ValueError):  # there is none
+    if not any(has_file(source, name) for name in FILES):
         return None
+    with explained(TRANSFORMERS + source), quiet():
+        return AutoImageProcessor.from_pretrained(repository_of(source), trust_remote_code=False, **revision_of(source))
 
 
 def _translated(processor: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> Visi
     if size is None:
         raise UsageError(
             "model.preprocess.input_size: lpvit cannot know the size of images that your own module takes",
-            "add --set 'model.preprocess.input_size=[3,224,224]'",
+            "set model.preprocess.input_size: [3, 224, 224] in a recipe, or its pretrained_cfg['input_size']",
         )
     output = pick(give_once(made.eval(), size), section.output)
     classes = _classes(made, kwargs, output, task)
@@ -52,7 +52,7 @@ def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> Visi
     require_shape(output, gives)
     if classes and output.shape[1] != classes:
         raise UsageError(f"model.kwargs.num_classes: {classes}, but the model gives {output.shape[1]} numbers", WRONG_TASK)
-    model = _as_vision_model(made, section.output, gives, classes)
+    model = Wrapper(made, section.output, gives, classes).eval()
     model.pretrained_cfg = {**told, "input_size": tuple(size)}
     if section.weights:  # named as the module does, or as a model folder of lpvit
         tensors = read_tensors(section.weights)
@@ -73,22 +73,12 @@ def create(config: Mapping[str, Any]) -> VisionModel:
             f"this model folder was made with code of yours, {path}, and opening a folder runs no code by itself",
             f"if you trust that code, set {TRUST}=1 (in Python: load_model(folder, trust_code=True))",
         )
-    return _as_vision_model(
-        _called(path, config["kwargs"]).eval(), config.get("output"), config["gives"], config["num_classes"]
-    )
+    return Wrapper(_called(path, config["kwargs"]), config.get("output"), config["gives"], config["num_classes"]).eval()
 
 
 def shrink(section: ModelSection) -> tuple[str, dict[str, Any]]:
     """As it is: only its author knows what is small."""
     return section.name, section.kwargs
-
-
-def _as_vision_model(made: Any, output: str | int | None, gives: str, classes: int) -> VisionModel:
-    """The module itself, if it gives one tensor."""
-    if output is not None:
-        return Wrapper(made, output, gives, classes).eval()
-    made.num_classes, made.gives, made.pretrained_cfg = classes, gives, {}
-    return cast(VisionModel, made)
 
 
 def _classes(made: nn.Module, kwargs: Mapping[str, Any], output: Tensor, task: TaskKind) -> int:
@@ -102,7 +92,7 @@ def _classes(made: nn.Module, kwargs: Mapping[str, Any], output: Tensor, task: T
         return output.shape[-1]
     raise UsageError(
         "task: your own module does not say whether it gives logits or embeddings",
-        "add --set task=classification or --set task=features, or give it model.kwargs.num_classes",
+        "--set task=classification or --set task=features in a recipe, or give it num_classes (0: it gives embeddings)",
     )
 
 
@@ -113,7 +103,7 @@ def _called(path: str, kwargs: Mapping[str, Any]) -> nn.Module:
         made = function(**kwargs)
     except LpvitError:
         raise
-    except Exception as error:  # any code may run here
+    except (Exception, SystemExit) as error:  # any code may run here
         raise UsageError(f"model.name: {path} raised {_reason(error)}", "correct it, or model.kwargs") from error
     if not isinstance(made, nn.Module):
         raise UsageError(f"model.name: {path} returns a {type(made).__name__}, no torch.nn.Module", "return the model")
@@ -128,7 +118,7 @@ def _imported(path: str) -> Callable[..., Any]:
         raise UsageError(f"model.name: {PREFIX}{path} names no function", f"write {PREFIX}package.module:function")
     try:
         found = getattr(importlib.import_module(where), name, None)
-    except Exception as error:  # any code may run here
+    except (Exception, SystemExit) as error:  # any code may run here
         raise UsageError(
             f"model.name: cannot import {where}: {_reason(error)}",
             "install it, put it beside the recipe, or add its folder to PYTHONPATH",
@@ -149,5 +139,5 @@ def _require_arguments(path: str, function: Callable[..., Any], kwargs: Mapping[
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no details'}"

@@ -6,6 +6,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import timm
@@ -15,6 +16,7 @@ from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import Tensor, nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.models.families.checkpoint import quiet_hub, without_waiting
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.tensors import _load_strictly, read_tensors
 from lpvit_cli.recipe.model import FeaturesKind, ModelSection, TaskKind
@@ -31,11 +33,28 @@ DEPTHS: tuple[dict[str, Any], ...] = (  # of small copies: as many stages as an 
 HUB = "hf-hub:"  # owner/name, and @revision where one is meant
 
 
+class Tokens(nn.Module):
+    """A map of features [n, C, H, W] or [n, H, W, C] as tokens [n, H * W, C]; tokens stay as they are. In place of a head."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.features = features
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4:
+            return x
+        return x.flatten(1, 2) if x.shape[-1] == self.features else x.flatten(2).transpose(1, 2)
+
+
 def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> VisionModel:
     """The dense timm model of a recipe, in eval mode on the CPU; its preprocessing is in `model.pretrained_cfg`.
 
-    Raises UsageError (unknown model or argument), EnvironmentFault (weights not to be had, unreadable, foreign).
+    Raises UsageError (unknown model, argument or output), EnvironmentFault (weights not to be had, unreadable, foreign).
     """
+    if section.output is not None:
+        raise UsageError(
+            f"model.output: {section.output!r}, but models of timm give one tensor, and nothing to choose from", "leave it out"
+        )
     model = _made(section.name, section.kwargs, section.pretrained or section.name.startswith(HUB))
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": _input_size(model, resolve(section)[1])}
     if section.weights:
@@ -50,11 +69,6 @@ def create(config: Mapping[str, Any]) -> VisionModel:
     model = _made(config["architecture"], config["kwargs"], pretrained=False)
     _give(model, config.get("gives", "logits"))
     return model
-
-
-def without_head(model: Any) -> VisionModel:
-    _give(model, "pooled")
-    return cast(VisionModel, model)
 
 
 def _without_a_head(model: VisionModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -87,10 +101,15 @@ def _give(model: Any, output: str) -> None:
     if output == "tokens":
         try:
             model.reset_classifier(0, "")
+            last = model.get_classifier()  # what it applied to the embedding of an image, nothing now
         except (TypeError, AssertionError, AttributeError) as error:
             raise UsageError(
                 f"features: tokens: {type(model).__name__} cannot give all its tokens", "use --set features=pooled"
             ) from error
+        for head in last if isinstance(last, tuple) else (last,):
+            name = next((name for name, module in model.named_modules() if module is head), None)
+            if name:
+                model.set_submodule(name, Tokens(model.num_features))
     model.gives = output
 
 
@@ -103,7 +122,8 @@ def resolve(section: ModelSection) -> tuple[str, dict[str, Any]]:
     if not section.name.startswith(HUB):
         return section.name, section.kwargs
     try:
-        hubs, architecture, arguments = load_model_config_from_hf(section.name.removeprefix(HUB))
+        with quiet_hub():
+            hubs, architecture, arguments = load_model_config_from_hf(section.name.removeprefix(HUB))
         config = PretrainedCfg(**hubs)
     except Exception as error:  # as in _made
         raise _not_to_be_had(section.name, error) from error
@@ -117,7 +137,8 @@ def resolve(section: ModelSection) -> tuple[str, dict[str, Any]]:
 def shrink(section: ModelSection) -> tuple[str, dict[str, Any]]:
     """Name and arguments of the same architecture with little depth and small images, for smoke runs."""
     try:
-        name, given = resolve(section)
+        with without_waiting() if section.name.startswith(HUB) else nullcontext():
+            name, given = resolve(section)
     except EnvironmentFault:  # a rehearsal needs no weights, and many repositories are called as their architecture is
         name, given = section.name.split("/")[-1], section.kwargs
         if not _exists(name):
@@ -153,7 +174,8 @@ def _made(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
             f"did you mean {', '.join(near)}?" if near else "list them: python -c 'import timm; print(timm.list_models())'",
         )
     try:
-        model = cast(VisionModel, timm.create_model(name, pretrained=pretrained, **kwargs))
+        with quiet_hub():
+            model = cast(VisionModel, timm.create_model(name, pretrained=pretrained, **kwargs))
     except Exception as error:  # the hub client and timm raise many kinds; each means: these weights or arguments do not work
         if pretrained:
             raise _not_to_be_had(name, error) from error

@@ -6,9 +6,8 @@ Only classes that are part of the installed package are built, and only safetens
 from __future__ import annotations
 
 import difflib
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,27 @@ import torch
 from torch import Tensor
 
 from lpvit_cli.errors import EnvironmentFault, LpvitError, UsageError, require
+from lpvit_cli.models.families.checkpoint import (
+    explained,
+    file_of,
+    is_class,
+    quiet,
+    refuse_pickles,
+    repository_of,
+    revision_of,
+    without_waiting,
+)
 from lpvit_cli.models.families.image_processor import preprocessing_of
-from lpvit_cli.models.families.wrapper import Wrapper, give_once, pick, require_shape
+from lpvit_cli.models.families.wrapper import Wrapper, give_once, pick
 from lpvit_cli.models.protocol import VisionModel
-from lpvit_cli.models.tensors import _load_strictly, pickled, read_tensors
+from lpvit_cli.models.tensors import _load_strictly, read_tensors
 from lpvit_cli.recipe.model import TRANSFORMERS, FeaturesKind, ModelSection, TaskKind
 
 PREFIX = TRANSFORMERS
 Tensors = dict[str, Tensor]
 HEAD = "ForImageClassification"
+HEADS = ("classifier", "cls_classifier", "distillation_classifier", "classifier_distill")
+STAND_IN, STAND_IN_TAKES = "ViTForImageClassification", ("num_labels", "num_classes", "num_channels", "image_size")
 NO_POOLER = "add_pooling_layer"  # the one argument of these classes that is no entry of their config
 # entries of a config that say nothing about what the model computes, or follow from the others
 FORGOTTEN = {
@@ -65,8 +76,9 @@ class TransformersModel(Wrapper):
         return tokens if self.gives == "tokens" else tokens[:, 0]
 
     def get_classifier(self) -> Any:
-        """The head of a classifier; None where there is none."""
-        return getattr(self.model, "classifier", None)
+        """The head of a classifier, the two of a distilled one; None where there is none."""
+        heads = tuple(head for name in HEADS if (head := getattr(self.model, name, None)) is not None)
+        return heads if len(heads) > 1 else next(iter(heads), None)
 
 
 def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> VisionModel:
@@ -85,14 +97,11 @@ def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> Visi
         if section.weights:
             _load_strictly(model, tensors, section.weights)
     source = section.name.removeprefix(PREFIX)
-    model.pretrained_cfg = preprocessing_of(
-        None if _is_class(source) else _repository(source), kwargs, "image_size" in section.kwargs
-    )
-    names = _config_of(source).id2label if not _is_class(source) else {}
+    model.pretrained_cfg = preprocessing_of(None if is_class(source) else source, kwargs, "image_size" in section.kwargs)
+    names = _config_of(source).id2label if not is_class(source) else {}
     labels = [str(names[index]) for index in sorted(names)]
     if model.num_classes == len(labels) and any(label != f"LABEL_{index}" for index, label in enumerate(labels)):
         model.pretrained_cfg["label_names"] = labels
-    require_shape(give_once(model, model.pretrained_cfg["input_size"]), gives)
     return model
 
 
@@ -100,14 +109,14 @@ def resolve(section: ModelSection) -> tuple[str, dict[str, Any]]:
     """The name of the class, and its config as a dict; `kwargs` of the recipe replace entries."""
     require("transformers", install="'lpvit[transformers]'")
     source, given = section.name.removeprefix(PREFIX), _with_num_labels(section.kwargs)
-    if _is_class(source):
+    if is_class(source):
         config = _vision_class(source).config_class(**_without(given, NO_POOLER))
         _require_known(given, config)
         return source, _entries(config) | {k: v for k, v in given.items() if k == NO_POOLER}
     config = _config_of(source)
     architecture, config = _vision_architecture(config, source)
     _require_known(given, config)
-    with _explained(section.name):
+    with explained(section.name):
         entries = _entries(type(config)(**{**_entries(config), **_without(given, NO_POOLER)}))
     if _pools(architecture):
         entries[NO_POOLER] = given.get(NO_POOLER) if NO_POOLER in given else _has_pooler(section, architecture, entries)
@@ -122,8 +131,16 @@ def create(config: Mapping[str, Any]) -> VisionModel:
 
 
 def shrink(section: ModelSection) -> tuple[str, dict[str, Any]]:
-    """Two layers (one for each stage), and images of few patches."""
-    architecture, kwargs = resolve(section)
+    """Two layers (one for each stage), and images of few patches; without the hub a ViT stands in for what is not known."""
+    source = section.name.removeprefix(PREFIX)
+    with nullcontext(True) if is_class(source) or Path(source).is_absolute() else without_waiting() as known:
+        try:
+            architecture, kwargs = resolve(section)
+        except EnvironmentFault:
+            if known:
+                raise
+            given = {key: value for key, value in section.kwargs.items() if key in STAND_IN_TAKES}
+            architecture, kwargs = resolve(ModelSection(name=PREFIX + STAND_IN, kwargs=given))
     small = dict(kwargs)
     if "depths" in small:
         small["depths"] = [1] * len(small["depths"])
@@ -167,7 +184,7 @@ def _of_a_folder(tensors: Tensors, architecture: str, kwargs: Mapping[str, Any],
 
 def _random(architecture: str, kwargs: Mapping[str, Any]) -> Any:
     kind = _vision_class(architecture)
-    with _explained(architecture):
+    with explained(architecture):
         config = kind.config_class(**_without(kwargs, NO_POOLER))
         return kind(config, **_pooling(architecture, kwargs)).float()
 
@@ -178,17 +195,17 @@ def _with_weights(section: ModelSection, tensors: Tensors, architecture: str, kw
     where: str = str(section.weights or source)
     options: dict[str, Any] = {"state_dict": tensors} if section.weights else {"use_safetensors": True}
     if not section.weights:
-        if _is_class(source):
+        if is_class(source):
             raise UsageError(
                 f"model.name: {source} is a class, it has no weights of its own",
                 "give weights: FILE, or transformers:OWNER/NAME",
             )
-        _refuse_pickles(source)
-        options |= _revision(source)
-    with _explained(section.name), _quiet():
+        refuse_pickles(source)
+        options |= revision_of(source)
+    with explained(section.name), quiet():
         config = kind.config_class(**_without(kwargs, NO_POOLER))
         model, found = kind.from_pretrained(
-            None if section.weights else _repository(source),
+            None if section.weights else repository_of(source),
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
@@ -248,8 +265,8 @@ def _vision_class(name: str, source: str = "") -> Any:
 def _config_of(source: str) -> Any:
     from transformers import AutoConfig
 
-    with _explained(PREFIX + source), _quiet():
-        return AutoConfig.from_pretrained(_repository(source), trust_remote_code=False, **_revision(source))
+    with explained(PREFIX + source), quiet():
+        return AutoConfig.from_pretrained(repository_of(source), trust_remote_code=False, **revision_of(source))
 
 
 def _entries(config: Any) -> dict[str, Any]:
@@ -304,92 +321,15 @@ def _tensor_names(section: ModelSection) -> list[str]:
         return list(read_tensors(section.weights))
     source = section.name.removeprefix(PREFIX)
     for file in ("model.safetensors.index.json", "model.safetensors"):
-        path = _file(source, file)
+        path = file_of(source, file)
         if path and file.endswith(".json"):
             return list(json.loads(path.read_text())["weight_map"])
         if path:
             with safe_open(path, "pt") as tensors:
                 return list(tensors.keys())
-    _refuse_pickles(source)
+    refuse_pickles(source)
     raise EnvironmentFault(f"model.name: {source}: there is no model.safetensors", "check the name, or give weights: FILE")
-
-
-def _refuse_pickles(source: str) -> None:
-    if any(_file(source, name) for name in ("model.safetensors", "model.safetensors.index.json")):
-        return
-    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
-        if path := _file(source, name):
-            raise pickled(Path(source) / name if Path(source).is_dir() else path)
-
-
-def _file(source: str, name: str) -> Path | None:
-    """A file of a local folder or a repository of the hub, if it is there."""
-    from transformers.utils import cached_file
-
-    with _explained(PREFIX + source), _quiet():
-        found = cached_file(
-            _repository(source),
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **_revision(source),
-        )
-    return Path(found) if found else None
-
-
-def _is_class(source: str) -> bool:
-    return "/" not in source
-
-
-def _repository(source: str) -> str:
-    return source if Path(source).is_absolute() else source.partition("@")[0]
-
-
-def _revision(source: str) -> dict[str, str]:
-    revision = "" if Path(source).is_absolute() else source.partition("@")[2]
-    return {"revision": revision} if revision else {}
 
 
 def _without(kwargs: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if key not in (*names, "model_type")}
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """transformers and the hub client raise many kinds; each means: these names, weights or arguments do not work."""
-    try:
-        yield
-    except LpvitError:
-        raise
-    except Exception as error:
-        reason = _reason(error)
-        if isinstance(error, OSError):
-            raise EnvironmentFault(
-                f"model.name: cannot get {name!r} ({reason})",
-                "connect to the hub once, or give a folder: --set model.name=transformers:/path/to/folder",
-            ) from error
-        raise UsageError(
-            f"model.kwargs: transformers cannot build {name!r} ({reason})", "correct model.name and model.kwargs"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    """The line that says what is wrong; a validation error says it in its last."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no details"]
-    return f"{type(error).__name__}: {lines[-1 if lines[0].startswith('Validation error') else 0][:200]}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no report of what was loaded: what does not fit is an error of ours."""
-    from transformers.utils import logging as theirs
-
-    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    theirs.set_verbosity(logging.CRITICAL)
-    theirs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        theirs.set_verbosity(level)
-        if bars:
-            theirs.enable_progress_bar()

@@ -26,15 +26,25 @@ class Wrapper(VisionModel):
     def forward(self, images: Tensor) -> Tensor:
         return pick(self.model(images), self.output)
 
+    def get_classifier(self) -> Any:
+        """The head, where the model tells it as timm's do."""
+        return self.model.get_classifier() if hasattr(self.model, "get_classifier") else None  # type: ignore[operator]
+
 
 def pick(result: Any, output: str | int | None) -> Tensor:
     """The tensor at `output`, a name or a position, of what a model gives. Raises UsageError that lists what is there."""
-    chosen = result
-    if output is not None and not isinstance(result, Tensor):
-        named = (
-            dict(result) if isinstance(result, Mapping) else dict(enumerate(result)) if isinstance(result, tuple | list) else {}
-        )
-        chosen = named.get(output, list(named.values())[output] if isinstance(output, int) and output < len(named) else None)
+    if isinstance(result, Tensor):
+        if output is not None:
+            raise UsageError(
+                f"model.output: {output!r}, but the model gives one tensor, and nothing to choose from", "leave it out"
+            )
+        return result
+    items = list(
+        result.items() if isinstance(result, Mapping) else enumerate(result) if isinstance(result, tuple | list) else ()
+    )
+    chosen = dict(items).get(output)
+    if chosen is None and isinstance(output, int) and 0 <= output < len(items):
+        chosen = items[output][1]
     if isinstance(chosen, Tensor):
         return chosen
     if output is None:
@@ -58,7 +68,7 @@ def give_once(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
             return model(torch.zeros(1, *input_size, device=device))
         except UsageError:
             raise
-        except Exception as error:  # any code may run here
+        except (Exception, SystemExit) as error:  # any code may run here
             reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no details"
             raise UsageError(
                 f"model: an image of {list(input_size)} does not go through it: {type(error).__name__}: {reason}",
@@ -66,7 +76,8 @@ def give_once(model: nn.Module, input_size: tuple[int, int, int]) -> Any:
             ) from error
 
 
-def require_shape(result: Tensor, gives: str) -> None:
-    """Raise UsageError unless the output has the dimensions of logits, pooled embeddings or tokens."""
+def require_shape(result: Any, gives: str) -> None:
+    """Raise UsageError unless the output is a tensor with the dimensions of logits, pooled embeddings or tokens."""
+    result = pick(result, None)
     if result.ndim != DIMENSIONS[gives]:
         raise UsageError(f"model: its output {list(result.shape)} of one image is no {gives}", WRONG_TASK)
