@@ -218,7 +218,7 @@ def test_the_reference_may_be_the_dense_model_or_want_other_pixels(place: Path, 
         result = run_cli("evaluate", place / source, "--reference", "dense", "--json")
         assert result.code == 0, result.err
         assert json.loads(result.out)["quality"]["cosine"] == pytest.approx(told["cosine"], abs=1e-5)
-    assert "cosine to dense 0." in run_cli("evaluate", place / "run" / "pruned", "--reference", "dense").out
+    assert "cosine to dense" in run_cli("evaluate", place / "run" / "pruned", "--reference", "dense").out
     section = Recipe.load(place / "recipe.yaml", ["model.preprocess.mean=[0.1]"]).model
     save_model(tmp_path / "m", model := build_model(section), model_config(section, model))
     beside = run_cli("evaluate", place / "run" / "pruned", "--reference", tmp_path / "m").out

@@ -25,11 +25,11 @@ from lpvit_cli.recovery.objective import Objective
 from lpvit_cli.recovery.start import choose_trained
 from lpvit_cli.recovery.trainer import Trainer, learning_rate
 from lpvit_cli.sparse import sparsify
-from lpvit_cli.tasks.classification import Accuracy
+from lpvit_cli.tasks.quality import ClassificationQuality
 
 MASK = torch.tensor([[True, False], [False, True]] * 8)
 CPU = torch.device("cpu")
-BEFORE = Accuracy(0.0, 0.0, 8)
+BEFORE = ClassificationQuality(8, 0.0, 0.0)
 
 
 def quiet(done: int, total: int, detail: str) -> None:
@@ -47,7 +47,7 @@ def make(tiny_vit: nn.Module, tmp_path: Path) -> Callable[..., Trainer]:
         images: int = 20,
         batch_size: int = 8,
         accuracies: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0),
-        before: Accuracy = BEFORE,
+        before: ClassificationQuality = BEFORE,
         batch_norm: bool = False,
         **settings: Any,
     ) -> Trainer:
@@ -75,7 +75,7 @@ def make(tiny_vit: nn.Module, tmp_path: Path) -> Callable[..., Trainer]:
         model.eval()
         said = iter(accuracies)
         return Trainer(
-            model, section, train, objective, lambda: Accuracy(next(said), 0.0, 8), before, tmp_path / folder, 0, CPU
+            model, section, train, objective, lambda: ClassificationQuality(8, next(said), 0.0), before, tmp_path / folder, 0, CPU
         )
 
     return trainer_of
@@ -165,11 +165,11 @@ def test_no_warm_up_overshoots_the_rate(warmup: float) -> None:
 def test_the_best_epoch_is_kept_and_the_pruned_model_is_one(
     make: Callable[..., Trainer], accuracies: tuple[float, ...], best: int
 ) -> None:
-    trainer = make(epochs=3, accuracies=accuracies, before=Accuracy(4.0, 0.0, 8))
+    trainer = make(epochs=3, accuracies=accuracies, before=ClassificationQuality(8, 4.0, 0.0))
     states = [trained(trainer)]
     given = trainer.evaluate
 
-    def evaluate() -> Accuracy:
+    def evaluate() -> ClassificationQuality:
         states.append(trained(trainer))
         return given()
 
@@ -177,8 +177,8 @@ def test_the_best_epoch_is_kept_and_the_pruned_model_is_one(
     trainer.fit(quiet)
     assert trainer.best_epoch == best
     assert same(trained(trainer), states[best])
-    assert [e.validation_top1 for e in trainer.history] == list(accuracies)
-    assert trainer.best_accuracy.top1 == max(4.0, *accuracies)
+    assert [e.validation for e in trainer.history] == list(accuracies)
+    assert trainer.best_quality.top1 == max(4.0, *accuracies)
 
 
 def whole(trainer: Trainer) -> dict[str, Tensor]:
@@ -194,11 +194,11 @@ def test_the_best_epoch_has_its_statistics_of_batch_norm(
     make: Callable[..., Trainer], accuracies: tuple[float, ...], best: int, ema: float | None
 ) -> None:
     """They move with every image in training: with those of a later epoch, another model would be kept than was validated."""
-    trainer = make(epochs=3, accuracies=accuracies, before=Accuracy(4.0, 0.0, 8), batch_norm=True, ema=ema)
+    trainer = make(epochs=3, accuracies=accuracies, before=ClassificationQuality(8, 4.0, 0.0), batch_norm=True, ema=ema)
     states = [whole(trainer)]
     given = trainer.evaluate
 
-    def evaluate() -> Accuracy:
+    def evaluate() -> ClassificationQuality:
         states.append(whole(trainer))
         return given()
 
@@ -263,7 +263,7 @@ def test_it_stops_once_the_accuracy_is_good_enough(make: Callable[..., Trainer])
     trainer = make(epochs=4, accuracies=(50.0, 80.0, 90.0, 99.0), target_top1=79.0)
     trainer.fit(quiet)
     assert len(trainer.history) == 2
-    assert make("other", target_top1=79.0, before=Accuracy(79.0, 90.0, 8)).finished, "there is nothing to recover"
+    assert make("other", target_top1=79.0, before=ClassificationQuality(8, 79.0, 90.0)).finished, "there is nothing to recover"
 
 
 def test_the_moving_average_is_validated_and_kept(make: Callable[..., Trainer]) -> None:
@@ -272,9 +272,9 @@ def test_the_moving_average_is_validated_and_kept(make: Callable[..., Trainer]) 
     own, average = [], trained(trainer)
     inside: dict[str, Tensor] = {}
 
-    def evaluate() -> Accuracy:
+    def evaluate() -> ClassificationQuality:
         inside.update(trained(trainer))
-        return Accuracy(50.0, 50.0, 8)
+        return ClassificationQuality(8, 50.0, 50.0)
 
     trainer.evaluate = evaluate
     trainer.fit(lambda done, total, detail: own.append(trained(trainer)))
