@@ -214,7 +214,7 @@ def test_evaluate_decodes_in_several_processes(monkeypatch: pytest.MonkeyPatch) 
     assert min(4, (os.cpu_count() or 1) - 1) == evaluate.WORKERS
     monkeypatch.setattr(evaluate, "open_model", lambda name: (Eye(10), {}))
     monkeypatch.setattr(Validation, "quality", read)
-    report = evaluate.evaluate("eye", "synthetic", None, None, 8, 4, "cpu", "float32", None, None, lambda *told: None)
+    report = evaluate.evaluate("eye", "synthetic", None, None, 8, 4, "cpu", "float32", None, None, None, lambda *told: None)
     assert report.quality.images == 2
 
 
