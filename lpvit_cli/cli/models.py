@@ -80,7 +80,7 @@ def embed(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Write the embeddings of images, with their file names; of a model with a head, what the head would see."""
+    """Write the embeddings of images, with their file names; of a model with a head, those of the model without it."""
     from lpvit_cli.commands.embed import embed as embed_any
 
     report = embed_any(model, images, output, batch_size or 32, device or "auto", dtype or "auto", console.progress)

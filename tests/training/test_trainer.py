@@ -75,7 +75,15 @@ def make(tiny_vit: nn.Module, tmp_path: Path) -> Callable[..., Trainer]:
         model.eval()
         said = iter(accuracies)
         return Trainer(
-            model, section, train, objective, lambda: ClassificationQuality(8, next(said), 0.0), before, tmp_path / folder, 0, CPU
+            model,
+            section,
+            train,
+            objective,
+            lambda: ClassificationQuality(8, next(said), 0.0),
+            before,
+            tmp_path / folder,
+            0,
+            CPU,
         )
 
     return trainer_of
