@@ -11,6 +11,7 @@ from lpvit_cli.export.documents import document
 from lpvit_cli.export.results import ExportedFile
 from lpvit_cli.export.source import Publication
 from lpvit_cli.numbers import by, giga, interval, percent, size
+from lpvit_cli.recipe.model import TRANSFORMERS
 from lpvit_cli.recipe.source import PATHS
 
 
@@ -33,7 +34,14 @@ def public_recipe(recipe: Any) -> tuple[str, list[str]]:
         if section and (path := section[key]) and isinstance(path, str):  # a class map may be a list
             section[key] = Path(path).name
             names.append(f"`{'.'.join([*sections, key])}` is `{Path(path).name}`")
+    content["model"]["name"] = public_name(content["model"]["name"])
     return yaml.safe_dump(content, sort_keys=False), names
+
+
+def public_name(name: str) -> str:
+    """A model's name without the path of a local checkpoint."""
+    family, path = name[: len(TRANSFORMERS)], Path(name[len(TRANSFORMERS) :])
+    return f"{family}./{path.name}" if family == TRANSFORMERS and path.is_absolute() else name
 
 
 def model_card(
@@ -52,6 +60,7 @@ def model_card(
     return document(
         "model_card.md",
         recipe=recipe,
+        model_name=public_name(recipe.model.name),
         precision=precision,
         base_model=recipe.model.name.removeprefix("hf-hub:") if recipe.model.name.startswith("hf-hub:") else None,
         pruned=pruned,

@@ -25,7 +25,7 @@ from torch import nn
 from lpvit_cli import Recipe, load_model
 from lpvit_cli.export.formats.hub import copy_onnx
 from lpvit_cli.export.formats.triton_server import TritonServer
-from lpvit_cli.export.model_card import model_card, public_config, public_recipe
+from lpvit_cli.export.model_card import model_card, public_config, public_name, public_recipe
 from lpvit_cli.export.results import ExportedFile
 from lpvit_cli.export.source import Publication
 from lpvit_cli.measure.energy.run import Energy, EnergyRun
@@ -368,3 +368,15 @@ def test_push_is_an_option_of_export_only() -> None:
     assert "--push is an option of export, not of prune" in result.err
     assert "--push" in run_cli("export", "--help").out
     assert "--push" not in run_cli("prune", "--help").out
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("transformers:/home/me/checkpoint", "transformers:./checkpoint"),
+        ("transformers:OWNER/NAME", "transformers:OWNER/NAME"),
+        ("vit_tiny_patch16_224", "vit_tiny_patch16_224"),
+    ],
+)
+def test_no_path_of_this_machine_in_a_models_name(name: str, public: str) -> None:
+    assert public_name(name) == public
