@@ -124,7 +124,7 @@ def test_benches_at_two_sparsities_give_back_the_coefficients_of_the_board(
     power = document["profile"]["power"]
     for name, truth in (("e_mac_pj", E_MAC), ("e_byte_pj", E_BYTE), ("static_w", STATIC)):
         assert power[name]["low"] <= truth <= power[name]["high"]
-        assert power[name]["value"] == pytest.approx(truth, rel=0.1)
+        assert power[name]["value"] == pytest.approx(truth, rel=0.15)  # by the blocks that are kept
     assert power["points"] == 8
     assert power["largest_error"] < 0.02, "a window begins and ends up to a call early or late"
     assert document["path"] == str(cache / "profiles" / "board.json")
