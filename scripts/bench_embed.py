@@ -24,7 +24,7 @@ from lpvit_cli.models.build import build_model
 from lpvit_cli.models.folder import load_model, model_config, save_model
 from lpvit_cli.recipe.model import ModelSection
 
-BATCH, IMAGES, ROUNDS = 32, 128, 5
+BATCH, IMAGES, ROUNDS = 32, 128, 3
 
 
 def main() -> None:
