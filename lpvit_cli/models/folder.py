@@ -71,11 +71,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def untrained(config: dict[str, Any]) -> VisionModel:
-    """The dense architecture of a model folder, with random weights."""
-    return create(config)
-
-
 def load_model(path: str | Path, trust_code: bool = False) -> VisionModel:
     """Read a model folder back, its pruned layers BlockSparseLinear, in eval mode on the CPU.
 
@@ -90,10 +85,10 @@ def load_model(path: str | Path, trust_code: bool = False) -> VisionModel:
     tensors = read_tensors(folder / "model.safetensors")
     damaged = f"{folder}: config.json and model.safetensors do not fit together"
     if config.get("family") == "module":
-        model = untrained(config)  # what its code does wrong is no damage of the folder
+        model = create(config)  # what its code does wrong is no damage of the folder
     try:
         if config.get("family") != "module":
-            model = untrained(config)
+            model = create(config)
         for name, kept in config.get("widths", {}).items():
             whole = width(model.get_submodule(name))
             if whole is None or type(kept) is not int or not 0 < kept <= whole:

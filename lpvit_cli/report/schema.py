@@ -38,6 +38,28 @@ class Report(BaseModel):
         return {k: v for k, v in content.items() if k not in computed} if isinstance(content, dict) else content
 
 
+class Evaluated(Report):
+    """A model and how good it is; `accuracy` is null where there are no labels of classes."""
+
+    quality: Quality
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def accuracy(self) -> Accuracy | None:
+        return self.quality.accuracy
+
+
+class BesideDense(Evaluated):
+    """The same of the dense model that it was made of."""
+
+    quality_dense: Quality
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def accuracy_dense(self) -> Accuracy | None:
+        return self.quality_dense.accuracy
+
+
 class CalibrateReport(Report):
     images: int
     gradient: str
@@ -65,7 +87,9 @@ class LayerReport(BaseModel):
         return self.kept_blocks / self.blocks
 
 
-class PruneReport(Report):
+class PruneReport(BesideDense):
+    """`quality` is one-shot: pruned, nothing recovered yet."""
+
     method: str
     beta: float
     layers: list[LayerReport]
@@ -76,19 +100,7 @@ class PruneReport(Report):
     bytes: int
     latency_ms_dense: float | None = None  # measured for the device profile; None: pruned without one
     latency_ms: float | None = None  # predicted from the profile
-    quality_dense: Quality
-    quality: Quality  # one-shot: pruned, nothing recovered yet
     skipped_images: int
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def accuracy_dense(self) -> Accuracy | None:
-        return self.quality_dense.accuracy
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def accuracy(self) -> Accuracy | None:
-        return self.quality.accuracy
 
 
 class SweepPoint(BaseModel):
@@ -130,7 +142,7 @@ class PredictionReport(Report):
     reasons: list[str] = []
 
 
-class FinetuneReport(Report):
+class FinetuneReport(BesideDense):
     """`quality` is that of the best epoch, chosen on the validation images themselves; epoch 0 is the pruned model."""
 
     method: str
@@ -139,27 +151,15 @@ class FinetuneReport(Report):
     all_parameters: int
     optimizer_bytes: int
     processes: int
-    quality_dense: Quality
     quality_pruned: Quality
-    quality: Quality
     best_epoch: int
     history: list[Epoch]
     skipped_images: int
 
     @computed_field  # type: ignore[prop-decorator]
     @property
-    def accuracy_dense(self) -> Accuracy | None:
-        return self.quality_dense.accuracy
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
     def accuracy_pruned(self) -> Accuracy | None:
         return self.quality_pruned.accuracy
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def accuracy(self) -> Accuracy | None:
-        return self.quality.accuracy
 
 
 class GradualStep(BaseModel):
@@ -230,18 +230,12 @@ class ExportReport(Report):
         return self.quality_model.accuracy
 
 
-class EvaluateReport(Report):
+class EvaluateReport(Evaluated):
     model: str
     dataset: str
-    quality: Quality
     available: int | None = None  # images of the split, evaluated or not; None: a stream does not know
     reference: str | None = None  # what it is compared with
     skipped_images: int
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def accuracy(self) -> Accuracy | None:
-        return self.quality.accuracy
 
 
 class EmbedReport(Report):

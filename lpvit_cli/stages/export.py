@@ -14,8 +14,8 @@ from lpvit_cli.errors import UsageError
 from lpvit_cli.export.formats.base import Format
 from lpvit_cli.export.source import DENSE_FOLDER, Publication, Source
 from lpvit_cli.machine import cpu_name, installed
-from lpvit_cli.models.build import build_model
-from lpvit_cli.models.folder import load_model, read_config, untrained
+from lpvit_cli.models.build import build_model, create
+from lpvit_cli.models.folder import load_model, read_config
 from lpvit_cli.models.trim import order_neurons, trim
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
@@ -92,7 +92,7 @@ def _source(recipe: Recipe, run: Run, progress: Progress) -> Source:
         quality=(recovered or pruned).quality,
         prunable=recipe.prune.layers.match,
         calibration=partial(calibration_batches, recipe.data, recipe.calibrate, recipe.seed, model),
-        dense=partial(untrained, config),
+        dense=partial(create, config),
         publication=partial(publication, recipe, run),
     )
 
