@@ -30,7 +30,7 @@ class Recipe(Section):
     """Everything a run does. Frozen; paths are absolute; every default is filled in."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]  # default: the file's; the run folder is runs/NAME
-    seed: int = Field(default=0, ge=0)  # of everything random
+    seed: int = Field(default=0, ge=0)  # of everything random, but for weights that nobody gave
     device: str = "auto"  # where lpvit works: auto, cpu, cuda, cuda:1
     dtype: Dtype = "auto"  # compute type of evaluation and recovery; auto: bfloat16 on GPUs, float32 on CPUs
     task: TaskKind = "auto"  # what the model is to stay as good at; auto: classification with a head, features without
