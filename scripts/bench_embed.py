@@ -3,7 +3,8 @@
     python scripts/real_vit.py OUT
     python scripts/bench_embed.py OUT --output benchmarks/results/embed_cpu.json
 
-Rounds of both in turn: the model alone, on images that lie in memory, and `embed` on their files, decoding included.
+Rounds of both in turn: the model alone, on images that lie in memory, and `embed` on their files, decoding included; each
+`embed` beside the mean of the model before and after it, since the speed of a shared machine drifts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lpvit_cli.models.build import build_model
 from lpvit_cli.models.folder import load_model, model_config, save_model
 from lpvit_cli.recipe.model import ModelSection
 
-BATCH, IMAGES, ROUNDS = 32, 128, 3
+BATCH, IMAGES, ROUNDS = 32, 128, 9
 
 
 def main() -> None:
@@ -43,10 +44,12 @@ def main() -> None:
         save_model(folder, built, model_config(section, built))
         model = load_model(folder)
         images = torch.stack([transform_for(model)(read_image(file)) for file in files])
-        rounds = []
+        rounds, before = [], alone(model, images)
         for _ in range(ROUNDS):
             report = embed(str(folder), files, Path(scratch) / "e.npy", BATCH, "cpu", "float32", lambda *told: None)
-            rounds.append({"model": alone(model, images), "embed": report.images_per_second})
+            after = alone(model, images)
+            rounds.append({"model": (before + after) / 2, "embed": report.images_per_second})
+            before = after
             print({key: round(value, 1) for key, value in rounds[-1].items()}, flush=True)
     share = median(one["embed"] / one["model"] for one in rounds)
     publish("bench_embed", ("torch", "timm"), args.output, batch=BATCH, images=IMAGES, rounds=rounds, share=share)
