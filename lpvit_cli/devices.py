@@ -36,6 +36,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def fast_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute type of passes that only gather sums: with `auto`, bfloat16 where the device has instructions for it."""
+    if name != "auto":
+        return pick_dtype(name, device)
+    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if has else torch.float32
+
+
 def type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lpvit_cli.curvature.inputs import observe_inputs
 from lpvit_cli.curvature.outputs import observe_outputs
 from lpvit_cli.curvature.statistics import LayerStatistics
+from lpvit_cli.devices import autocast
 from lpvit_cli.errors import CheckFailed, UsageError
 from lpvit_cli.models.layers import called_layers, require_called
 from lpvit_cli.tasks.base import Loss
@@ -27,8 +28,10 @@ def collect(
     loss: Loss,
     device: torch.device,
     on_batch: Callable[[int], None],
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, LayerStatistics]:
-    """Statistics of `layers` over `batches` (images [n, C, H, W], labels [n]) under `loss`. `on_batch` is told the images done.
+    """Statistics of `layers` over `batches` (images [n, C, H, W], labels [n]) under `loss`. `on_batch` is told the images done;
+    `dtype`: in which the model computes (autocast).
 
     With several processes, each with batches of its own, those of all images together.
 
@@ -49,7 +52,9 @@ def collect(
     images = 0
     try:
         for x, labels in batches:
-            loss(model(x.to(device, non_blocking=True)), labels).backward()
+            with autocast(device, dtype):
+                outputs = model(x.to(device, non_blocking=True))
+            loss(outputs.float(), labels).backward()
             images += len(x)
             on_batch(images)
     finally:

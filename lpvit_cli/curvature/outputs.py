@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from lpvit_cli.devices import autocast
 from lpvit_cli.tasks.base import Loss
 
 
@@ -18,8 +19,8 @@ def observe_outputs(layer: nn.Module, into: Tensor) -> RemovableHandle:
     rows, height, _ = into.shape
 
     def add(d: Tensor) -> None:
-        d = F.pad(d.float().flatten(0, -2), (0, rows * height - d.shape[-1])).unflatten(1, (rows, height)).transpose(0, 1)
-        into.baddbmm_(d.mT, d)
+        d = F.pad(d.flatten(0, -2), (0, rows * height - d.shape[-1])).unflatten(1, (rows, height)).transpose(0, 1)
+        into.add_(torch.bmm(d.mT, d))  # of bfloat16 gradients in bfloat16: its rounding is nothing beside that of few images
 
     def observe(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         output.register_hook(add)
@@ -28,7 +29,12 @@ def observe_outputs(layer: nn.Module, into: Tensor) -> RemovableHandle:
 
 
 def output_moments(
-    model: nn.Module, heights: Mapping[str, int], batches: Iterable[tuple[Tensor, Tensor]], loss: Loss, device: torch.device
+    model: nn.Module,
+    heights: Mapping[str, int],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss: Loss,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """Sum over tokens of d^T d [out, out] of each named layer, as calibration sums it, of a model that is no longer dense; zero
     but for the blocks of so many outputs on the diagonal, which is what costs of block rows of that height are made of.
@@ -45,7 +51,9 @@ def output_moments(
         handles.append(observe_outputs(layer, sums[name]))
     try:
         for images, labels in batches:
-            loss(model(images.to(device).detach().requires_grad_()), labels).backward()
+            with autocast(device, dtype):
+                given = model(images.to(device).detach().requires_grad_())
+            loss(given.float(), labels).backward()
     finally:
         for handle in handles:
             handle.remove()

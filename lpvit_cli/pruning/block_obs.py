@@ -85,6 +85,12 @@ def compensated(weight: Tensor, hessian: Tensor, mask: Tensor, block: Block, cro
     return new.to(weight.dtype)
 
 
+def refitted(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
+    """The least-squares weight with nothing removed, where the inputs have changed: as `compensated`, all blocks kept."""
+    shape = (weight.shape[0], weight.shape[1])
+    return compensated(weight, hessian, torch.ones(1, 1, dtype=torch.bool), shape, cross)
+
+
 def damped(hessian: Tensor) -> Tensor:
     """H + lambda mean(diag H) I; an input that is always zero gets lambda alone, so that its weights cost next to nothing."""
     mean = hessian.diagonal().mean()

@@ -76,6 +76,7 @@ class Plan:
     gradient: str  # the kind of loss whose curvature was taken
     seed: int
     device: torch.device
+    dtype: torch.dtype = torch.float32  # in which passes over the calibration images compute
     profile: DeviceProfile | None = None
     groups: dict[str, Group] = field(default_factory=dict)
 
@@ -233,6 +234,7 @@ def build_plan(
     seed: int,
     device: torch.device,
     progress: Progress,
+    dtype: torch.dtype = torch.float32,
     profile: DeviceProfile | None = None,
 ) -> Plan:
     """The curves of all groups.
@@ -246,7 +248,7 @@ def build_plan(
     flops = count_flops(model, layers, example)
     if profile is not None:
         _require_same_layers(profile, layers)
-    plan = Plan(settings, model, layers, statistics, calibration, flops, task, gradient, seed, device, profile)
+    plan = Plan(settings, model, layers, statistics, calibration, flops, task, gradient, seed, device, dtype, profile)
     plan.method.prepare(progress)
     make = partial(make_group, blocks=settings.blocks, balanced="balanced" in settings.patterns, flops=flops)
     for done, name in enumerate(layers, start=1):

@@ -9,7 +9,7 @@ import torch
 from lpvit_cli import distributed
 from lpvit_cli.curvature import collect, save_statistics
 from lpvit_cli.data.splits import calibration_batches
-from lpvit_cli.devices import describe_device
+from lpvit_cli.devices import describe_device, fast_dtype
 from lpvit_cli.models.build import build_model
 from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.pipeline.run import Run
@@ -36,6 +36,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Calib
         loss,
         run.device,
         lambda done: progress("calibrating", done, images.share, f"{done}/{images.share} images"),
+        fast_dtype(recipe.dtype, run.device),
     )
     save_statistics(work / STATISTICS, statistics)
     return CalibrateReport(

@@ -13,7 +13,7 @@ from torch import nn
 from lpvit_cli.curvature import load_statistics
 from lpvit_cli.data.readers import class_names
 from lpvit_cli.data.splits import calibration_batches
-from lpvit_cli.devices import describe_device, pick_dtype
+from lpvit_cli.devices import describe_device, fast_dtype, pick_dtype
 from lpvit_cli.errors import UsageError
 from lpvit_cli.measure.profile import DeviceProfile
 from lpvit_cli.models.build import build_model
@@ -113,6 +113,7 @@ def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Pruner:
         seed=recipe.seed,
         device=run.device,
         progress=progress,
+        dtype=fast_dtype(recipe.dtype, run.device),
         profile=profile,
     )
     dense = build_model(run.origin, recipe.task, recipe.features) if run.origin else model

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lpvit_cli.devices import autocast
+
 Batches = Iterable[tuple[Tensor, Tensor]]  # images [n, C, H, W], labels [n] (of no meaning where a task needs none)
 Loss = Callable[[Tensor, Tensor], Tensor]  # outputs [n, ...], labels [n] -> sum over the n images
 
@@ -38,8 +40,8 @@ class Task(ABC):
         """The loss of the kind `gradient`; what it draws depends on the seed."""
 
     @abstractmethod
-    def outputs(self, model: nn.Module, batches: Batches, device: torch.device) -> Tensor:
-        """What the model says of all images, as `divergence` compares it; on the CPU."""
+    def outputs(self, model: nn.Module, batches: Batches, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the model, computing in `dtype`, says of all images, as `divergence` compares it; on the CPU."""
 
     @abstractmethod
     def divergence(self, outputs: Tensor, reference: Tensor) -> float:
@@ -54,8 +56,8 @@ class Task(ABC):
         """Of a model that is evaluated."""
 
 
-def outputs_of(model: nn.Module, batches: Batches, device: torch.device) -> Tensor:
+def outputs_of(model: nn.Module, batches: Batches, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """The outputs of all images, in float32 on the CPU."""
     model.eval().to(device)  # before inference mode, whose tensors no backward pass could use
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast(device, dtype):
         return torch.cat([model(images.to(device, non_blocking=True)).float().cpu() for images, _ in batches])

@@ -19,8 +19,8 @@ class Classification(Task):
     def loss(self, gradient: str, seed: int) -> Loss:
         return calibration_loss(gradient, seed)
 
-    def outputs(self, model: nn.Module, batches: Batches, device: torch.device) -> Tensor:
-        return class_probabilities(model, batches, device)
+    def outputs(self, model: nn.Module, batches: Batches, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        return class_probabilities(model, batches, device, dtype)
 
     def divergence(self, outputs: Tensor, reference: Tensor) -> float:
         """Mean Kullback-Leibler divergence, in nats, of class probabilities [images, classes] from the reference's."""
@@ -86,9 +86,11 @@ def calibration_loss(gradient: str, seed: int) -> Loss:
     return loss
 
 
-def class_probabilities(model: nn.Module, batches: Batches, device: torch.device) -> Tensor:
+def class_probabilities(
+    model: nn.Module, batches: Batches, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Softmax outputs [images, classes], on the CPU."""
-    return outputs_of(model, batches, device).softmax(dim=1)
+    return outputs_of(model, batches, device, dtype).softmax(dim=1)
 
 
 def soft_distillation(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:

@@ -29,8 +29,8 @@ class Features(Task):
 
         return loss
 
-    def outputs(self, model: nn.Module, batches: Batches, device: torch.device) -> Tensor:
-        return outputs_of(model, batches, device)
+    def outputs(self, model: nn.Module, batches: Batches, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        return outputs_of(model, batches, device, dtype)
 
     def divergence(self, outputs: Tensor, reference: Tensor) -> float:
         """Squared error relative to the variance of the reference over images."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +11,9 @@ from helpers import expanded, relative
 from torch import Tensor, nn
 
 from lpvit_cli.models.layers import prunable_layers
-from lpvit_cli.pruning import sequential
 from lpvit_cli.pruning.block_obs import DAMPING
 from lpvit_cli.pruning.blocks import block_elements, grid
-from lpvit_cli.pruning.sequential import Target, images_that_fit, prune_sequentially
+from lpvit_cli.pruning.sequential import Target, prune_sequentially
 from lpvit_cli.recipe.prune import Layers
 
 BLOCK = (8, 16)
@@ -165,11 +162,11 @@ def fail_at(model: nn.Module, name: str, batch: int) -> None:
 
 
 def run_broken(dense: nn.Module, model: nn.Module, on_layer: Callable[[str], None] = lambda name: None) -> list[str]:
-    """Prune until it breaks; the layers that were done. No thread is left, and no hook."""
+    """Prune until it breaks; the layers that were done. No hook is left, and every block is where it was."""
     layers = prunable_layers(dense, Layers())
     targets = {name: count_target(layer, 3) for name, layer in layers.items()}
     weights = {name: torch.eye(layer.out_features) for name, layer in layers.items()}
-    before, done = set(threading.enumerate()), []
+    before, done = [dict(one.named_modules()) for one in (dense, model)], []
 
     def note(name: str) -> None:
         done.append(name)
@@ -177,8 +174,8 @@ def run_broken(dense: nn.Module, model: nn.Module, on_layer: Callable[[str], Non
 
     with pytest.raises((Broken, KeyboardInterrupt)):
         prune_sequentially(dense, model, targets, weights, images(), note)
-    assert not set(threading.enumerate()) - before
-    for one in (dense, model):
+    for one, modules in zip((dense, model), before, strict=True):
+        assert dict(one.named_modules()) == modules
         assert not any(one.get_submodule(name)._forward_pre_hooks for name in layers)
     return done
 
@@ -204,19 +201,3 @@ def test_an_error_before_the_first_layer(tiny_vit: nn.Module) -> None:
     made = copy.deepcopy(tiny_vit)
     fail_at(made, "patch_embed", 10)
     assert run_broken(tiny_vit, made) == []
-
-
-# memory
-
-
-@pytest.mark.parametrize(
-    ("inputs", "images"),
-    [([100], 10), ([30, 100, 7], 10), ([101], 9), ([1000], 1), ([10**9], 1)],
-    ids=str,
-)
-def test_as_many_images_as_fit_into_memory(monkeypatch: pytest.MonkeyPatch, inputs: list[int], images: int) -> None:
-    """100 values of input, twice for the residual stream, 4 bytes each, in two models: 1600 bytes an image."""
-    monkeypatch.setattr(sequential, "CPU_BYTES", 16_000)
-    assert images_that_fit(inputs, torch.device("cpu")) == images
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=40_000))
-    assert images_that_fit(inputs, torch.device("cuda")) == images

@@ -23,11 +23,9 @@ from lpvit_cli.pruning.groups import Group
 from lpvit_cli.pruning.methods.base import Method
 from lpvit_cli.pruning.plan import Allocation, Plan
 from lpvit_cli.pruning.removal import Removal
-from lpvit_cli.pruning.sequential import Target, images_that_fit, prune_sequentially
+from lpvit_cli.pruning.sequential import Target, prune_sequentially
 from lpvit_cli.recipe.prune import Budget
 from lpvit_cli.registry import BUDGETS
-
-IMAGES_A_PASS = 64  # in sequence: each pass waits in a thread of its own, which brings threads for its products
 
 
 class Obs(Method):
@@ -58,9 +56,6 @@ class Obs(Method):
                 f"calibration saw {layer.tokens} tokens of {name}, fewer than its {len(layer.A)} inputs "
                 f"({len(few)} such layers): raise calibrate.images"
             )
-        images, used = next(iter(plan.statistics.values())).images, images_in_sequence(plan)
-        if plan.settings.sequential and used < images:
-            notes.append(f"pruned in sequence on {used} of the {images} calibration images: no more fit into memory at once")
         return notes
 
 
@@ -75,13 +70,13 @@ def weigh_anew(
 ) -> tuple[Allocation, dict[str, Tensor]]:
     """Of the allocations of all rounds, the one whose model is nearest to the dense one on the calibration images."""
     rounds, device = plan.settings.reweigh, plan.device
-    reference = plan.task.outputs(plan.model, plan.calibration, device)
+    reference = plan.task.outputs(plan.model, plan.calibration, device, plan.dtype)
     plan.model.cpu()
     heights = {name: math.lcm(*(option.block[0] for option in group.options)) for name, group in plan.groups.items()}
     model, nearest, best = plan.model, math.inf, (allocation, weights)
     for done in range(rounds + 1):
         if done:
-            moments = output_moments(model, heights, plan.calibration, plan.new_loss(), device)
+            moments = output_moments(model, heights, plan.calibration, plan.new_loss(), device, plan.dtype)
             weights = {
                 name: plan.statistics[name].loss_weights + moment.cpu() / plan.statistics[name].images
                 for name, moment in moments.items()
@@ -90,7 +85,7 @@ def weigh_anew(
         model, _ = _each_alone(plan, allocation, progress)
         progress("reweighing", done, rounds, f"round {done} of {rounds}")
         release_memory()
-        distance = plan.task.divergence(plan.task.outputs(model, plan.calibration, device), reference)
+        distance = plan.task.divergence(plan.task.outputs(model, plan.calibration, device, plan.dtype), reference)
         if distance < nearest:  # NaN is not
             nearest, best = distance, (allocation, weights)
     return best
@@ -119,7 +114,7 @@ def _in_sequence(
     plan: Plan, allocation: Allocation, weights: dict[str, Tensor], budget: Budget, progress: Progress
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     device = plan.device
-    targets = {name: _target(allocation, budget, name) for name in allocation.points}
+    targets = {name: _target(allocation, budget, name) if name in allocation.points else None for name in plan.layers}
     done: list[str] = []
 
     def on_layer(name: str) -> None:
@@ -127,8 +122,8 @@ def _in_sequence(
         progress("pruning in sequence", len(done), len(targets), name)
 
     model = copy.deepcopy(plan.model).to(device)
-    batches = [images.to(device) for images in torch.cat(sequential_images(plan)).split(IMAGES_A_PASS)]
-    masks = prune_sequentially(plan.model.to(device), model, targets, weights, batches, on_layer)
+    batches = [images.to(plan.dtype) for images, _ in plan.calibration]
+    masks = prune_sequentially(plan.model.to(device), model, targets, weights, batches, on_layer, plan.dtype)
     plan.model.cpu()
     return model, masks
 
@@ -139,19 +134,3 @@ def _target(allocation: Allocation, budget: Budget, name: str) -> Target:
     costs = BUDGETS.get(budget.kind).of_blocks(option)
     kept = float(option.removal.along(costs)[allocation.points[name].removed])
     return Target(option.block, costs, kept, allocation.groups[name].balanced)
-
-
-def images_in_sequence(plan: Plan) -> int:
-    """How many calibration images sequential pruning takes: all that fit into its memory."""
-    inputs = [plan.flops.tokens[name] * plan.layers[name].in_features for name in plan.groups]
-    return min(plan.statistics[next(iter(plan.groups))].images, images_that_fit(inputs, plan.device))
-
-
-def sequential_images(plan: Plan) -> list[Tensor]:
-    batches, wanted = [], images_in_sequence(plan)
-    for images, _ in plan.calibration:
-        batches.append(images[:wanted])
-        wanted -= len(batches[-1])
-        if wanted == 0:
-            break
-    return batches

@@ -1,0 +1,193 @@
+"""A model's forward pass over many images, a block at a time: what each layer is given, while the layers before it change.
+
+A block is a module that a pass calls once: a transformer block. What it was given is remembered for every batch, so that its
+layers can be asked again and again; of the blocks before it nothing is kept but what the last one gave. Memory is bounded by
+one block, whatever the depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lpvit_cli.devices import autocast
+
+
+class _Reached(Exception):
+    """Unwinds a forward pass that has come to where it was to go."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A module that is called once in a pass, and its layers of interest, in the order in which they run."""
+
+    name: str  # "": the whole model
+    layers: tuple[str, ...]
+
+
+def blocks_of(model: nn.Module, layers: Collection[str], example: Tensor) -> list[Block]:
+    """The blocks that hold `layers`, in the order in which they run; `example`: an input of one image or more.
+
+    A layer's block is the innermost numbered module around it (`blocks.3`), where there is none the layer itself. Where such
+    modules do not run one after the other, each once and with tensors for results, the whole model is one block.
+    """
+    names = {layer: _numbered(layer) for layer in layers}
+    names = {layer: min((b for b in names.values() if _inside(name, b)), key=len) for layer, name in names.items()}
+    called: dict[str, list[Any]] = {name: [] for name in (*names.values(), *layers)}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args, result: called[name].append(result)
+
+    order: list[str] = []
+    handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in called]
+    handles += [model.get_submodule(n).register_forward_pre_hook(lambda m, a, n=n: order.append(n)) for n in called]
+    try:
+        with torch.no_grad():
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    ran = list(dict.fromkeys(layer for layer in order if layer in layers))
+    once = all(len(called[name]) == 1 and _is_tensors(called[name][0]) for name in names.values())
+    apart = all(_inside(layer, names[layer]) for layer in ran) and _one_after_the_other(order, names)
+    if not (once and apart):
+        return [Block("", tuple(ran))]
+    blocks = dict.fromkeys(name for name in order if name in names.values())
+    return [Block(name, tuple(layer for layer in ran if names[layer] == name)) for name in blocks]
+
+
+def _numbered(layer: str) -> str:
+    parts = layer.split(".")
+    ends = [end for end in range(len(parts) - 1, 0, -1) if parts[end - 1].isdigit()]
+    return ".".join(parts[: ends[0]]) if ends else layer
+
+
+def _inside(name: str, block: str) -> bool:
+    return name == block or name.startswith(f"{block}.")
+
+
+def _one_after_the_other(order: list[str], names: dict[str, str]) -> bool:
+    """Whether no layer runs while another block than its own does."""
+    current = ""
+    for name in order:
+        if name in names.values():
+            current = name
+        if name in names and names[name] != current:
+            return False
+    return True
+
+
+def _is_tensors(result: Any) -> bool:
+    return isinstance(result, Tensor) or (isinstance(result, tuple) and all(isinstance(part, Tensor) for part in result))
+
+
+class Replay:
+    """The passes of one model over all `batches` (images [n, C, H, W], on any device), computed in `dtype` on the model's `device`.
+
+    What blocks are given and give is remembered in `dtype`.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor], device: torch.device, dtype: torch.dtype):
+        self.model, self.device, self.dtype = model, device, dtype
+        self.batches = batches
+        self.name = ""
+        self.given: list[Any] = [((images,), {}) for images in batches]  # arguments of the block, for each batch
+        self.gave: dict[str, list[Any]] = {}  # results of the blocks before it; blanks, but for the last one
+
+    def enter(self, name: str) -> None:
+        """Go on to block `name`, past the one before it as that is now."""
+        if name == "":
+            return
+        if self.name:
+            self.gave[self.name] = [self._remembered(self._run(given)) for given in self.given]
+        block, self.given = self.model.get_submodule(name), []
+        for number, images in enumerate(self.batches):
+            results = {done: self._recalled(gave[number]) for done, gave in self.gave.items()}
+            with _standing_in(self.model, results), _reaching(block) as reached:
+                self._forward(self.model, (images.to(self.device, torch.float32),), {})
+            self.given.append(self._remembered(reached[0]))
+        if self.name:
+            self.gave[self.name] = [_mapped(result, self._blank) for result in self.gave[self.name]]
+        self.name = name
+
+    def inputs(self, layer: str) -> Iterator[Tensor]:
+        """What `layer`, one of the block's, is given [tokens, in] when it is called first, batch by batch."""
+        for given in self.given:
+            with _reaching(self.model.get_submodule(layer)) as reached:
+                self._run(given)
+            args, _ = reached[0]
+            yield args[0].flatten(0, -2)
+
+    def _run(self, given: Any) -> Any:
+        args, kwargs = self._recalled(given)
+        return self._forward(self.model.get_submodule(self.name), args, kwargs)
+
+    def _forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        with torch.no_grad(), autocast(self.device, self.dtype), suppress(_Reached):
+            return module(*args, **kwargs)
+
+    def _remembered(self, values: Any) -> Any:
+        return _mapped(values, lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
+
+    def _recalled(self, values: Any) -> Any:
+        return _mapped(values, lambda tensor: tensor.to(self.device, torch.float32 if tensor.is_floating_point() else tensor.dtype))
+
+    def _blank(self, tensor: Tensor) -> Tensor:
+        """Of the same shape, but without memory: what a block that is done gives where nothing depends on it any more."""
+        return torch.zeros((), device=self.device, dtype=tensor.dtype if not tensor.is_floating_point() else None).expand(tensor.shape)
+
+
+class _Done(nn.Module):
+    """Stands where a block was, and gives what it gave."""
+
+    def __init__(self, result: Any):
+        super().__init__()
+        self.result = result
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.result
+
+
+@contextmanager
+def _standing_in(model: nn.Module, results: Mapping[str, Any]) -> Iterator[None]:
+    """Blocks that do not run inside, but give these results."""
+    blocks = {name: model.get_submodule(name) for name in results}
+    try:
+        for name, result in results.items():
+            model.set_submodule(name, _Done(result))
+        yield
+    finally:
+        for name, block in blocks.items():
+            model.set_submodule(name, block)
+
+
+@contextmanager
+def _reaching(module: nn.Module) -> Iterator[list[Any]]:
+    """A forward pass inside ends before `module`; its arguments are in the list."""
+    reached: list[Any] = []
+
+    def reach(_: nn.Module, args: Any, kwargs: Any) -> None:
+        reached.append((args, kwargs))
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(reach, with_kwargs=True)
+    try:
+        yield reached
+    finally:
+        handle.remove()
+
+
+def _mapped(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`values` with every tensor in it changed, in tuples, lists and dicts too."""
+    if isinstance(values, Tensor):
+        return change(values)
+    if type(values) in (tuple, list):
+        return type(values)(_mapped(value, change) for value in values)
+    if isinstance(values, dict):
+        return {key: _mapped(value, change) for key, value in values.items()}
+    return values
