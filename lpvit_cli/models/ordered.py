@@ -28,10 +28,11 @@ def give_in_order(module: nn.Module, order: Tensor) -> None:
     if isinstance(module, Ordered):
         order = module.order[order.to(module.order.device)]
         del module.order
-        module.__class__ = _plain(module)
+        _become(module, _plain(module))
     if not torch.equal(order, torch.arange(len(order), device=order.device)):
         device = next((tensor.device for tensor in module.parameters()), order.device)
-        module.__class__ = _ordered(type(module))
+        kind: Any = type(module)
+        _become(module, _ordered(kind))
         module.register_buffer("order", order.to(device))
 
 
@@ -44,8 +45,12 @@ def is_permutation(order: Tensor, size: int) -> bool:
     return order.dtype == torch.int64 and order.ndim == 1 and torch.equal(order.sort().values, torch.arange(size))
 
 
+def _become(module: Any, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+
+
 @cache
-def _ordered(plain: type[nn.Module]) -> type[nn.Module]:
+def _ordered(plain: Any) -> type[nn.Module]:
     return type(f"Ordered{plain.__name__}", (Ordered, plain), {"__module__": plain.__module__})
 
 
@@ -54,6 +59,6 @@ def _plain(module: Ordered) -> type[nn.Module]:
     return plain
 
 
-def _empty(plain: type[nn.Module]) -> nn.Module:
+def _empty(plain: Any) -> nn.Module:
     kind = _ordered(plain)
     return kind.__new__(kind)
