@@ -5,17 +5,21 @@ Sums are kept, not averages, with the counts they are sums over: partial statist
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpvit_cli import distributed
 from lpvit_cli.errors import EnvironmentFault
 from lpvit_cli.models.tensors import write_tensors
 
+WEIGHTS = "weights"  # in the metadata of files: fingerprints of the layers that the statistics are of
 FIELDS = {"A": "input_outer", "G": "output_outer", "gradient": "gradient"}  # and what they are called in files
 
 
@@ -77,25 +81,38 @@ class LayerStatistics:
         return self.tokens / self.images
 
 
-def save_statistics(path: Path, statistics: dict[str, LayerStatistics]) -> None:
+def save_statistics(path: Path, statistics: dict[str, LayerStatistics], layers: Mapping[str, nn.Linear]) -> None:
+    """`layers`: those that the statistics are of, by name."""
     tensors: dict[str, Tensor] = {}
     for name, layer in statistics.items():
         tensors |= {f"{name}.{stored}": getattr(layer, field).contiguous() for field, stored in FIELDS.items()}
         tensors[f"{name}.counts"] = torch.tensor([layer.tokens, layer.images])
-    write_tensors(path, tensors)
+    prints = {name: _fingerprint(layers[name]) for name in statistics}
+    write_tensors(path, tensors, {WEIGHTS: json.dumps(prints)})
 
 
-def load_statistics(path: Path, names: list[str]) -> dict[str, LayerStatistics]:
-    """Statistics of the named layers; raises EnvironmentFault when the file is damaged or lacks one."""
+def load_statistics(path: Path, layers: Mapping[str, nn.Linear]) -> dict[str, LayerStatistics]:
+    """Of the layers, by name; raises EnvironmentFault when the file is damaged, lacks one, or is of other weights."""
+    again = "run `lpvit calibrate --no-resume`"
     try:
         with safe_open(path, "pt") as file:
             statistics = {}
-            for name in names:
+            prints = json.loads((file.metadata() or {}).get(WEIGHTS, "{}"))  # none in files of lpvit 0.2
+            for name, layer in layers.items():
                 tokens, images = file.get_tensor(f"{name}.counts").tolist()
+                if prints and prints[name] != _fingerprint(layer):
+                    raise EnvironmentFault(
+                        f"{path}: statistics are of another model, or of one in another order: the weights of {name} differ",
+                        again,
+                    )
                 fields = {field: file.get_tensor(f"{name}.{stored}") for field, stored in FIELDS.items()}
                 statistics[name] = LayerStatistics(**fields, tokens=tokens, images=images)
                 if field := statistics[name].not_finite:
                     raise ValueError(f"{field} of {name} holds NaN or infinite values")
             return statistics
-    except (SafetensorError, OSError, ValueError) as error:
-        raise EnvironmentFault(f"{path}: unreadable statistics: {error}", "run `lpvit calibrate --no-resume`") from error
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise EnvironmentFault(f"{path}: unreadable statistics: {error}", again) from error
+
+
+def _fingerprint(layer: nn.Linear) -> str:
+    return hashlib.sha256(layer.weight.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()

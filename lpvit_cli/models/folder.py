@@ -1,7 +1,7 @@
 """Model folders out and back.
 
 A model folder holds `config.json` (architecture, preprocessing, sparsity) and `model.safetensors` (dense tensors named as
-in timm; sparse layers packed as `<layer>.values`, `.row_ptr`, `.cols`).
+in timm; sparse layers packed as `<layer>.values`, `.row_ptr`, `.cols`; `<module>.order` where one gathers its features).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import nn
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.models.build import create, name_of, resolve
 from lpvit_cli.models.narrow import narrow, width
+from lpvit_cli.models.order import gather_at, in_original_order
+from lpvit_cli.models.ordered import ordered_modules
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.tensors import _load_strictly, read_tensors, write_tensors
 from lpvit_cli.recipe.code import allow_code
@@ -55,6 +57,9 @@ def save_model(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     content = {"format": FORMAT, "format_version": 1, **config, "widths": widths, "sparsity": sparsity}
+    content.pop("ordered", None)
+    if ordered := ordered_modules(model):
+        content["ordered"] = ordered
     (folder / "config.json").write_text(json.dumps(content, indent=1))
 
 
@@ -89,6 +94,8 @@ def load_model(path: str | Path, trust_code: bool = False) -> VisionModel:
     try:
         if config.get("family") != "module":
             model = create(config)
+        for name in config.get("ordered", []):
+            gather_at(model, name, tensors[f"{name}.order" if name else "order"])
         for name, kept in config.get("widths", {}).items():
             whole = width(model.get_submodule(name))
             if whole is None or type(kept) is not int or not 0 < kept <= whole:
@@ -111,9 +118,12 @@ def load_model(path: str | Path, trust_code: bool = False) -> VisionModel:
 
 
 def as_dense(source: Path, weights: Path) -> ModelSection:
-    """The model folder `source` as a dense model; `weights` is written, with zeros for removed blocks."""
+    """The model folder `source` as a dense model; `weights` is written, with zeros for removed blocks, and what leaves the
+    model in the order of its architecture."""
     config = read_config(source)
-    write_tensors(weights, {name: t.contiguous() for name, t in densify(load_model(source)).state_dict().items()})
+    model = densify(load_model(source))
+    in_original_order(model)
+    write_tensors(weights, {name: tensor.contiguous() for name, tensor in model.state_dict().items()})
     given = config["preprocessing"]
     interpolation, names = given.get("interpolation"), given.get("label_names")
     classes = {"num_classes": config["num_classes"]} if config.get("family", "timm") == "timm" else {}

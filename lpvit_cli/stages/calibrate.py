@@ -38,7 +38,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Calib
         lambda done: progress("calibrating", done, images.share, f"{done}/{images.share} images"),
         fast_dtype(recipe.dtype, run.device),
     )
-    save_statistics(work / STATISTICS, statistics)
+    save_statistics(work / STATISTICS, statistics, layers)
     return CalibrateReport(
         device=describe_device(run.device),
         notes=images.notes(),

@@ -105,7 +105,7 @@ def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Pruner:
         recipe.prune,
         model,
         layers,
-        load_statistics(run.artefact(CALIBRATE) / STATISTICS, list(layers)),
+        load_statistics(run.artefact(CALIBRATE) / STATISTICS, layers),
         calibration,
         example=torch.empty(1, *model.pretrained_cfg["input_size"]),
         task=task,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import relative
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -106,21 +107,41 @@ def test_file_round_trip_and_damage(tiny_vit: nn.Module, tmp_path) -> None:  # t
     layers = prunable_layers(tiny_vit, Layers(include=("*.qkv",)))
     statistics = collect(tiny_vit, layers, [images(2)], calibration_loss("empirical", 0), CPU, lambda done: None)
     path = tmp_path / "s.safetensors"
-    save_statistics(path, statistics)
-    back = load_statistics(path, list(layers))
+    save_statistics(path, statistics, layers)
+    back = load_statistics(path, layers)
     for name in layers:
         assert torch.equal(back[name].hessian, statistics[name].hessian)
         assert torch.equal(back[name].mean_gradient, statistics[name].mean_gradient)
         assert torch.equal(back[name].output_moment, statistics[name].output_moment)
         assert (back[name].tokens, back[name].images) == (statistics[name].tokens, statistics[name].images) == (34, 2)
     with pytest.raises(EnvironmentFault, match="unreadable statistics"):
-        load_statistics(path, ["blocks.9.attn.qkv"])
+        load_statistics(path, {"blocks.9.attn.qkv": layers["blocks.0.attn.qkv"]})
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(EnvironmentFault, match="unreadable statistics"):
-        load_statistics(path, list(layers))
+        load_statistics(path, layers)
     path.unlink()
     with pytest.raises(EnvironmentFault, match="unreadable statistics"):
-        load_statistics(path, list(layers))
+        load_statistics(path, layers)
+
+
+def test_statistics_of_other_weights_are_refused(tiny_vit: nn.Module, tmp_path: Path) -> None:
+    layers = prunable_layers(tiny_vit, Layers(include=("*.fc1",)))
+    statistics = collect(tiny_vit, layers, [images(2)], calibration_loss("empirical", 0), CPU, lambda done: None)
+    path = tmp_path / "s.safetensors"
+    save_statistics(path, statistics, layers)
+    one = "blocks.1.mlp.fc1"
+    assert load_statistics(path, {one: layers[one]}).keys() == {one}
+    layers[one].weight.data = layers[one].weight.data.flip(0)  # the same numbers in another order
+    differ = f"of another model, or of one in another order: the weights of {one} differ"
+    with pytest.raises(EnvironmentFault, match=differ) as caught:
+        load_statistics(path, layers)
+    assert caught.value.hint == "run `lpvit calibrate --no-resume`"
+    old = load_file(path)
+    save_file(old, path)  # as lpvit 0.2 wrote it, without fingerprints
+    assert load_statistics(path, layers).keys() == layers.keys()
+    save_file(old, path, {"weights": "{"})
+    with pytest.raises(EnvironmentFault, match="unreadable statistics"):
+        load_statistics(path, layers)
 
 
 def test_sums_become_means_over_tokens_or_over_images() -> None:
@@ -216,9 +237,9 @@ def test_files_of_statistics_that_are_no_numbers_name_the_layer(tiny_vit: nn.Mod
     layers = prunable_layers(tiny_vit, Layers(include=("*.fc1",)))
     statistics = collect(tiny_vit, layers, [images(2)], calibration_loss("empirical", 0), CPU, lambda done: None)
     statistics["blocks.1.mlp.fc1"].G[0, 0] = value
-    save_statistics(tmp_path / "s.safetensors", statistics)
+    save_statistics(tmp_path / "s.safetensors", statistics, layers)
     with pytest.raises(EnvironmentFault, match=r"output_outer of blocks.1.mlp.fc1 holds NaN or infinite values"):
-        load_statistics(tmp_path / "s.safetensors", list(layers))
+        load_statistics(tmp_path / "s.safetensors", layers)
 
 
 def test_partial_statistics_add_up(tiny_vit: nn.Module, tmp_path: Path) -> None:
