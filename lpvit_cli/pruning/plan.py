@@ -26,9 +26,12 @@ from lpvit_cli.pruning.blocks import Block
 from lpvit_cli.pruning.cost import BYTES_PER_VALUE, LayerCost
 from lpvit_cli.pruning.coupling import find_couplings
 from lpvit_cli.pruning.groups import Group, Option, make_group
+from lpvit_cli.pruning.reorder import reordered
 from lpvit_cli.recipe.prune import Budget, PruneSection
 from lpvit_cli.registry import BUDGETS, METHODS
 from lpvit_cli.tasks.base import Loss, Task
+
+PROOF_IMAGES = 2  # on which a model in another order must give the same
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Plan:
     device: torch.device
     dtype: torch.dtype = torch.float32  # in which passes over the calibration images compute
     profile: DeviceProfile | None = None
+    order_notes: list[str] = field(default_factory=list)
     groups: dict[str, Group] = field(default_factory=dict)
 
     @cached_property
@@ -209,7 +213,7 @@ class Plan:
 
     def notes(self) -> list[str]:
         """What a user should know about every pruning by this plan."""
-        notes: list[str] = self.method.notes()
+        notes: list[str] = [*self.order_notes, *self.method.notes()]
         if self.energy_profile is not None:
             notes.append(
                 f"energy is predicted by the profile of {self.energy_profile.device}: {self.energy_profile.energy_source}"
@@ -248,7 +252,11 @@ def build_plan(
     flops = count_flops(model, layers, example)
     if profile is not None:
         _require_same_layers(profile, layers)
-    plan = Plan(settings, model, layers, statistics, calibration, flops, task, gradient, seed, device, dtype, profile)
+    told: list[str] = []
+    if settings.reorder:
+        model, statistics, told = reordered(model, layers, statistics, _first_images(calibration))
+        layers = {name: model.get_submodule(name) for name in layers}
+    plan = Plan(settings, model, layers, statistics, calibration, flops, task, gradient, seed, device, dtype, profile, told)
     plan.method.prepare(progress)
     make = partial(make_group, blocks=settings.blocks, balanced="balanced" in settings.patterns, flops=flops)
     for done, name in enumerate(layers, start=1):
@@ -257,6 +265,11 @@ def build_plan(
             plan.groups[name] = group
             progress("layer curves", done, len(layers), name)
     return plan
+
+
+def _first_images(calibration: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """[n, C, H, W], enough to tell two models apart."""
+    return next(iter(calibration))[0][:PROOF_IMAGES]
 
 
 def _require_same_layers(profile: DeviceProfile, layers: dict[str, nn.Linear]) -> None:

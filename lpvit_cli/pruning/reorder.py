@@ -6,7 +6,7 @@ Free at run time: the function stays, only whole blocks become unimportant. `mod
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +14,19 @@ from torch import Tensor, nn
 from lpvit_cli.curvature import LayerStatistics
 from lpvit_cli.models.axes import Axis, Member, axes
 from lpvit_cli.models.order import find_order, positions
-from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.pruning.block_obs import _inverse, damped
 
 
-@dataclass(frozen=True)
-class Reordered:
+class Reordered(NamedTuple):
     """A copy of a model in another order, the statistics of its layers in the same, and what had to stay."""
 
-    model: VisionModel
+    model: nn.Module
     statistics: dict[str, LayerStatistics]
     notes: list[str]
 
 
 def reordered(
-    model: VisionModel, layers: Mapping[str, nn.Linear], statistics: Mapping[str, LayerStatistics], images: Tensor
+    model: nn.Module, layers: Mapping[str, nn.Linear], statistics: Mapping[str, LayerStatistics], images: Tensor
 ) -> Reordered:
     """A copy of the dense `model` with the most important features of every axis first, where `images` prove that it gives
     the same. `layers`: those that will be pruned, by name; axes that none of them has a part in stay."""

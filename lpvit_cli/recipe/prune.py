@@ -131,6 +131,8 @@ class PruneSection(Section):
     ViT) a block costs the same power in every layer, and beta changes nothing."""
 
     method: Annotated[str, AfterValidator(METHODS.require)] = "obs"  # which blocks go first
+    reorder: bool = True  # before anything goes: neurons, dimensions of heads and residual channels sorted by saliency, so that
+    # whole blocks become unimportant; the function stays the same, and it is proven on images
     reweigh: int = Field(default=1, ge=0)  # with obs: how often layers are weighed anew by gradients of the pruned model
     sequential: bool = True  # with obs: each layer on the inputs of the already pruned ones
     fisher_images: PositiveInt = 128  # with mfac and fisher: calibration images, each with a gradient of its own
