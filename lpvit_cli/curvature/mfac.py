@@ -11,22 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+WELL_CONDITIONED = 1e7  # largest eigenvalue of F / lambda up to which products of gradients leave 9 of 16 digits
+COLUMNS, ROWS = 2048, 64  # of the gradients that are worked on at a time
+
 
 class FisherInverse:
     """F^-1 for a fixed set of gradients [m, d] (static M-FAC): O(d m^2) to set up, O(d m) a product, O(m) an element.
 
     The paper's recursion gives F^-1 = (I - U^T U) / lambda; here U comes from the singular values s and vectors V of G, so that
-    F^-1 = V^T diag(m / (s^2 + m lambda)) V + (I - V^T V) / lambda. G G^T is not formed: it would square the condition number.
-    Raises ValueError unless damping > 0 and all is finite.
+    F^-1 = V^T diag(m / (s^2 + m lambda)) V + (I - V^T V) / lambda, in float64 whatever the gradients are. Raises ValueError
+    unless damping > 0 and all is finite.
     """
 
     def __init__(self, gradients: Tensor, damping: float):
         _require_usable(gradients, damping)
         m, d = gradients.shape
-        q, r = torch.linalg.qr(gradients.double().T)
-        p, self.s, _ = torch.linalg.svd(r, full_matrices=False)
-        self.v = (q @ p).T  # [min(m, d), d]
         self.damping, self.m = damping, m
+        self.s, self.v = _by_gram(gradients, m * damping) or _by_qr(gradients)  # v: [min(m, d), d]
         self.outside = 1 / damping if m < d else 0.0  # eigenvalue of F^-1 outside the span of V; V spans all where m >= d
         self.shift = m / (self.s.square() + m * damping) - self.outside
 
@@ -39,6 +40,10 @@ class FisherInverse:
     def element(self, i: int, j: int) -> float:
         """[F^-1]_ij."""
         return self.outside * (i == j) + float((self.shift * self.v[:, i]) @ self.v[:, j])
+
+    def diag(self) -> Tensor:
+        """The diagonal of F^-1 [d], in float64; O(d m)."""
+        return torch.cat([self.shift @ columns.square() for columns in self.v.split(COLUMNS, dim=1)]) + self.outside
 
     def block_saliency(self, indices: Tensor, w: Tensor) -> float:
         """Loss increase of zeroing the weights w [q] at `indices` [q] while all others adapt: 1/2 w^T ([F^-1]_QQ)^-1 w."""
@@ -135,6 +140,14 @@ class SlidingFisherInverse:
         unit[(self.pushed - 1) % window] = window
         return self._combined(unit)
 
+    def diag(self) -> Tensor:
+        """The diagonal of F^-1 [d], in float64; O(d m^2), unlike a product."""
+        solved = (
+            torch.linalg.solve_triangular(self.factor, columns.double(), upper=False)
+            for columns in self.gradients.split(COLUMNS, dim=1)
+        )
+        return (1 - torch.cat([u.square().sum(dim=0) for u in solved])) / self.damping
+
     def _combined(self, x: Tensor) -> Tensor:
         """G^T K^-1 x for x [m] in float64."""
         return self.gradients.T @ _solve(self.factor, x).to(self.gradients.dtype)
@@ -187,6 +200,41 @@ class MFAC(torch.optim.Optimizer):
             self.fisher.refill(torch.cat(held, dim=1), int(self.state[parameters[0]]["step"]))
         for p, columns in zip(parameters, self.fisher.gradients.split(sizes, dim=1), strict=True):
             self.state[p] = {"gradients": columns.view(window, *p.shape), "step": torch.tensor(self.fisher.pushed)}
+
+
+def _by_gram(gradients: Tensor, ridge: float) -> tuple[Tensor, Tensor] | None:
+    """s [m] and V [m, d] of G by the eigenvalues of G G^T, or None where they would not be good enough.
+
+    G G^T has the square of G's condition number, but only what it loses beside the ridge counts: the rounding times the largest
+    eigenvalue over the ridge. Where s is next to nothing it is raised and V made shorter, with diag(s) V as it is: V
+    is orthonormal as far as F^-1 can tell. The work is three matrix products, each a part of the columns at a time.
+    """
+    m, d = gradients.shape
+    if m >= d:
+        return None
+    products = torch.zeros(m, m, dtype=torch.float64, device=gradients.device)  # the lower triangle of G G^T
+    for columns in gradients.split(COLUMNS, dim=1):
+        g = columns.double()
+        for last in range(ROWS, m + ROWS, ROWS):
+            products[last - ROWS : last, :last] += g[last - ROWS : last] @ g[:last].T
+    products /= ridge
+    if not bool(products.isfinite().all()):
+        return None
+    values, vectors = torch.linalg.eigh(products)
+    if values[-1] > WELL_CONDITIONED:
+        return None
+    s = (ridge * values.clamp_min(torch.finfo(values.dtype).eps)).sqrt()
+    rows, v = (vectors / s).T, gradients.new_empty(m, d, dtype=torch.float64)
+    for columns, part in zip(gradients.split(COLUMNS, dim=1), v.split(COLUMNS, dim=1), strict=True):
+        torch.mm(rows, columns.double(), out=part)
+    return s, v
+
+
+def _by_qr(gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """s [min(m, d)] and V [min(m, d), d] of G, which sees the condition number of G, the root of that of G G^T."""
+    q, r = torch.linalg.qr(gradients.double().T)
+    p, s, _ = torch.linalg.svd(r, full_matrices=False)
+    return s, (q @ p).T
 
 
 def _solve(factor: Tensor, x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ M = H^-1 - U^T U that grows by C rows a removal, and M's diagonal blocks.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,14 +24,17 @@ from lpvit_cli.pruning.blocks import Block, expand, grid
 DAMPING = 1e-2  # of the mean diagonal of H
 GROUP_BYTES = 2**30  # working memory: as many block rows at a time as fit
 
+_latest: dict[object, tuple[Tensor, Tensor]] = {}  # order and errors that `prune_layer` found last, by all that they depend on
+
 
 def prune_layer(weight: Tensor, hessian: Tensor, block: Block, keep: int) -> tuple[Tensor, Tensor, Tensor]:
     """Keep the best `keep` blocks of `weight` [out, in] for the squared error tr(d H d^T) / 2, H = `hessian` [in, in].
 
     Returns the compensated weight [out, in], the block mask [ceil(out/R), ceil(in/C)], and the errors [removed] float64 of the
-    removals in order. All errors are exact for the damped H.
+    removals in order. All errors are exact for the damped H. Further calls for the same layer, whatever they keep, search no
+    new order: the latest one is remembered, by a hash of all numbers in `weight` and `hessian`.
     """
-    order, errors = removal_order(weight, hessian, block)
+    order, errors = _remembered_order(weight.detach(), hessian.detach(), block)
     flat, steps = merged(order, errors)
     removed = flat.numel() - keep
     mask = torch.ones(flat.numel(), dtype=torch.bool)
@@ -56,6 +61,24 @@ def removal_order(weight: Tensor, hessian: Tensor, block: Block, output_weights:
             order, errors, _ = _greedy(rows_of_group.double(), inverse.double(), block[1])
         parts.append((order, errors))
     return torch.cat([order for order, _ in parts]), torch.cat([errors for _, errors in parts])
+
+
+def _remembered_order(weight: Tensor, hessian: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """`removal_order`, or what it gave last for just these numbers. Of a layer only digests are kept, and no caller gets the
+    tensors themselves."""
+    key = (*block, DAMPING, GROUP_BYTES, _identity(weight), _identity(hessian))
+    found = _latest.get(key)
+    if found is None:
+        found = removal_order(weight, hessian, block)
+        _latest.clear()
+        _latest[key] = found
+    return found
+
+
+def _identity(tensor: Tensor) -> object:
+    """Equal for tensors of the same bits in the same place, layout and type only."""
+    numbers = tensor.cpu().contiguous().view(torch.uint8).numpy().data
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride(), hashlib.sha256(numbers).digest()
 
 
 def merged(order: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mpmath import mp
 from torch import Tensor, nn
 
+from lpvit_cli.curvature import mfac
 from lpvit_cli.curvature.mfac import MFAC, FisherInverse, SlidingFisherInverse
 
 CASES = [(1, 5, 0.1), (4, 30, 1e-2), (30, 30, 1.0), (64, 20, 1e-3), (16, 50, 1e-6)]
@@ -123,6 +124,117 @@ def test_blocks_of_any_size_where_the_fisher_matrix_is_ill_conditioned(m: int, k
         move, solved = -as_tensor(columns * solved)[:, 0], as_tensor(solved)[:, 0]
     assert fisher.block_saliency(indices, w) == pytest.approx(float(w @ solved) / 2, rel=1e-6)
     assert relative(fisher.block_update(indices, w), move) < 1e-4
+
+
+def of_condition(shape: str, condition: float, m: int = 40, d: int = 150) -> tuple[Tensor, float]:
+    """Float32 gradients [m, d] and a damping with `condition` the largest eigenvalue of F over the damping: `random`, nearly
+    `parallel` or `repeated` ones, or of singular values that `fall` to 10^-4 of the first."""
+    generator = torch.Generator().manual_seed(m)
+    g = torch.randn(m, d, generator=generator, dtype=torch.float64)
+    if shape == "parallel":
+        g = g[:1] + 0.01 * g
+    if shape == "repeated":
+        g = g[torch.arange(m) % 5]
+    if shape == "falling":
+        u, _, v = torch.linalg.svd(g, full_matrices=False)
+        g = u * torch.logspace(0, -4, m, dtype=torch.float64) @ v
+    g = g.float()
+    largest = float(torch.linalg.svdvals(g.double())[0]) ** 2 / m
+    return g, largest / (condition - 1)
+
+
+@pytest.mark.parametrize("condition", [2.0, 1e3, 9e6, 1.1e7, 1e10, 1e14])
+@pytest.mark.parametrize("shape", ["random", "parallel", "repeated", "falling"])
+def test_the_quick_set_up_is_taken_where_it_keeps_its_digits(
+    shape: str, condition: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g, damping = of_condition(shape, condition)
+    slow = []
+    by_qr = mfac._by_qr
+    monkeypatch.setattr(mfac, "_by_qr", lambda g: slow.append(1) or by_qr(g))
+    fisher = FisherInverse(g, damping)
+    assert bool(slow) == (condition > mfac.WELL_CONDITIONED)
+    generator = torch.Generator().manual_seed(3)
+    # x wherever it may point, and within the gradients' span, where F^-1 x is smallest beside x / damping
+    x = torch.cat([torch.randn(150, 2, generator=generator), g.T @ torch.randn(40, 2, generator=generator)], dim=1).double()
+    _, s, v = torch.linalg.svd(g.double(), full_matrices=True)
+    values = torch.cat([s.square() / 40 + damping, torch.full((110,), damping, dtype=torch.float64)])
+    inverse = v.T / values @ v
+    lost = 1e-12 + 1e-15 * min(condition, 1e7)
+    assert relative(fisher.product(x[:, :2]), inverse @ x[:, :2]) < lost
+    assert relative(fisher.diag(), inverse.diagonal()) < lost
+    if not slow:
+        assert relative(fisher.product(x[:, 2:]), inverse @ x[:, 2:]) < 20 * lost
+
+
+@pytest.mark.parametrize("condition", [2.0, 1e3, 9e6])
+@pytest.mark.parametrize("shape", ["random", "parallel", "repeated", "falling"])
+@pytest.mark.parametrize("size", [10, 60, 120])
+def test_the_quick_set_up_gives_the_same_blocks(shape: str, condition: float, size: int) -> None:
+    """As the slow one does: blocks below m, above it, and larger than the rest."""
+    g, damping = of_condition(shape, condition)
+    quick = FisherInverse(g, damping)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mfac, "WELL_CONDITIONED", 0.0)
+        slow = FisherInverse(g, damping)
+    generator = torch.Generator().manual_seed(4)
+    indices = torch.randperm(150, generator=generator)[:size]
+    w = torch.randn(size, generator=generator, dtype=torch.float64)
+    assert quick.block_saliency(indices, w) == pytest.approx(slow.block_saliency(indices, w), rel=1e-12 + 1e-15 * condition)
+    assert relative(quick.block_update(indices, w), slow.block_update(indices, w)) < 1e-12 + 1e-15 * condition
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("m", "d"), [(3, 5000), (130, 140), (64, 65), (65, 2049)])
+def test_the_quick_set_up_by_parts_misses_none(m: int, d: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mfac, "_by_qr", lambda g: pytest.fail("took the slow one"))
+    g = gradients(m, d).to(dtype)
+    fisher = FisherInverse(g, 0.5)
+    x = torch.randn(d, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    g = g.double()
+    solved = torch.linalg.solve(0.5 * m * torch.eye(m, dtype=torch.float64) + g @ g.T, g @ x)
+    assert relative(fisher.product(x), (x - g.T @ solved) / 0.5) < 1e-11
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_tiny_and_huge_gradients_of_single_precision_are_no_special_case(size: float) -> None:
+    g = gradients(6, 30).float() * size
+    damping = 0.1 * size**2
+    fisher, x = FisherInverse(g, damping), torch.randn(30, dtype=torch.float64)
+    assert relative(fisher.product(x) * size**2, dense(g.double() / size, 0.1) @ x) < 1e-6
+    assert relative(FisherInverse(torch.zeros(2, 5), 0.5).diag(), torch.full((5,), 2.0)) < 1e-15
+
+
+@pytest.mark.parametrize(("m", "d", "damping"), CASES)
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_the_diagonal_is_that_of_the_dense_inverse(m: int, d: int, damping: float, scale: float) -> None:
+    g = gradients(m, d, scale)
+    fisher, expected = FisherInverse(g, damping), dense(g, damping).diagonal()
+    diagonal = fisher.diag()
+    assert diagonal.dtype == torch.float64
+    assert relative(diagonal, expected) < tolerance(g, damping)
+    assert diagonal.tolist() == pytest.approx([fisher.element(i, i) for i in range(d)], rel=1e-9, abs=1e-13 / damping)
+    sliding = SlidingFisherInverse(m, d, damping, dtype=torch.float64)
+    assert relative(sliding.diag(), torch.full((d,), 1 / damping)) < 1e-14  # nothing pushed
+    for n, row in enumerate([*g, *g[: m // 2]], start=1):  # some go round
+        sliding.push(row)
+        if n == m // 2:
+            early = torch.cat([g[:n], torch.zeros(m - n, d, dtype=torch.float64)])
+            assert relative(sliding.diag(), dense(early, damping).diagonal()) < tolerance(g, damping)
+    assert sliding.diag().dtype == torch.float64
+    assert relative(sliding.diag(), expected) < tolerance(g, damping)
+
+
+def test_the_diagonal_of_more_weights_than_are_worked_on_at_a_time() -> None:
+    g = gradients(3, 5000).float()
+    fisher, sliding = FisherInverse(g, 0.2), SlidingFisherInverse(3, 5000, 0.2)
+    for row in g:
+        sliding.push(row)
+    places = [0, 2047, 2048, 4999]
+    expected = [fisher.element(i, i) for i in places]
+    assert fisher.diag()[places].tolist() == pytest.approx(expected, rel=1e-12)
+    assert sliding.diag()[places].tolist() == pytest.approx(expected, rel=1e-12)
+    assert fisher.diag().shape == sliding.diag().shape == (5000,)
 
 
 @settings(max_examples=25, deadline=None)

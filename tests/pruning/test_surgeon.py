@@ -104,6 +104,85 @@ def test_pruning_a_layer_costs_what_was_predicted(shape: Shape, block: Shape, fr
     assert measured == pytest.approx(float(errors.sum()), rel=1e-4, abs=1e-6)
 
 
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The weights of all greedy searches, from an empty memory on."""
+    seen: list[Tensor] = []
+
+    def counted(weight: Tensor, hessian: Tensor, block: Shape) -> tuple[Tensor, Tensor]:
+        seen.append(weight)
+        return removal_order(weight, hessian, block)
+
+    monkeypatch.setattr(surgeon, "removal_order", counted)
+    monkeypatch.setattr(surgeon, "_latest", {})
+    return seen
+
+
+def afresh(weight: Tensor, hessian: Tensor, block: Shape, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    surgeon._latest.clear()
+    return prune_layer(weight, hessian, block, keep)
+
+
+def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_pruned_again_is_not_searched_again(searches: list[Tensor], dtype: torch.dtype) -> None:
+    weight, hessian, _ = (x.to(dtype) for x in problem((8, 12)))
+    keeps = (6, 0, 3, 16, 6)
+    found = [prune_layer(weight, hessian, (2, 3), keep) for keep in keeps]
+    assert len(searches) == 1
+    for result, keep in zip(found, keeps, strict=True):
+        assert same(result, afresh(weight, hessian, (2, 3), keep))
+    prune_layer(weight.clone(), hessian.clone(), (2, 3), 5)
+    assert len(searches) == 1 + len(keeps), "the numbers count, not the tensors"
+
+
+@pytest.mark.parametrize("what", ["weight", "hessian", "weight of a parameter", "block", "damping", "storage", "type"])
+def test_a_layer_that_changed_is_searched_again(searches: list[Tensor], monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    weight, hessian, _ = problem((8, 12))
+    block = (2, 3)
+    if what == "weight of a parameter":
+        weight = torch.nn.Parameter(weight)
+    before = prune_layer(weight, hessian, block, 7)
+    if what == "weight":
+        weight[5, 7] += 1e-6  # one number, by its last bits
+    if what == "weight of a parameter":
+        weight.data[0] *= 3  # counts no version
+    if what == "hessian":
+        hessian.mul_(0.5)
+    if what == "block":
+        block = (4, 3)
+    if what == "damping":
+        monkeypatch.setattr(surgeon, "DAMPING", 0.3)
+    if what == "storage":
+        weight.numpy()[1, 2] = 9  # past torch
+    if what == "type":
+        weight, hessian = weight.double(), hessian.double()
+    found = prune_layer(weight, hessian, block, 7)
+    assert len(searches) == 2
+    assert not same(found[2:], before[2:])
+    assert same(found, afresh(weight, hessian, block, 7))
+
+
+def test_what_a_caller_does_to_a_result_reaches_no_later_one(searches: list[Tensor]) -> None:
+    weight, hessian, _ = problem((8, 12))
+    expected = [x.clone() for x in prune_layer(weight, hessian, (2, 3), 4)]
+    for result in prune_layer(weight, hessian, (2, 3), 4):
+        result.zero_()
+    assert same(prune_layer(weight, hessian, (2, 3), 4), tuple(expected))
+    assert len(searches) == 1
+
+
+def test_one_layer_is_remembered(searches: list[Tensor]) -> None:
+    first, second = problem((8, 12)), problem((6, 9), seed=1)
+    for weight, hessian, _ in (first, second, first):
+        prune_layer(weight, hessian, (2, 3), 4)
+    assert len(searches) == 3
+    assert len(surgeon._latest) == 1
+
+
 def test_compensation_beats_plain_removal() -> None:
     weight, hessian, _ = problem((16, 24))
     new, mask, _ = prune_layer(weight, hessian, (4, 4), keep=12)
