@@ -57,7 +57,8 @@ def random_statistics(out: int, columns: int, tokens: int = 170, images: int = 1
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, columns, generator=generator)
     d = torch.randn(tokens, out, generator=generator) * torch.rand(out, generator=generator)
-    return LayerStatistics(x.T @ x, d.T @ d, d.T @ x, tokens=tokens, images=images)
+    weighted = (x * d.square().sum(dim=1, keepdim=True)).T @ x
+    return LayerStatistics(x.T @ x, d.T @ d, d.T @ x, weighted, tokens=tokens, images=images)
 
 
 def masked(shape: tuple[int, int], block: tuple[int, int], density: float, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,13 @@
 
 from lpvit_cli.curvature.collect import collect
 from lpvit_cli.curvature.gradients import ImageGradients, single_images
-from lpvit_cli.curvature.outputs import output_moments
+from lpvit_cli.curvature.outputs import TokenWeights, output_moments
 from lpvit_cli.curvature.statistics import LayerStatistics, load_statistics, save_statistics
 
 __all__ = [
     "ImageGradients",
     "LayerStatistics",
+    "TokenWeights",
     "collect",
     "load_statistics",
     "output_moments",

@@ -7,6 +7,7 @@ autograd into `weight.grad`. Memory beyond the model: one [in, in] and one [out,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain, islice
 
 import torch
@@ -44,10 +45,9 @@ def collect(
     for name, layer in layers.items():
         layer.weight.requires_grad_(True).grad = None
         rows, columns = layer.weight.shape
-        sums = LayerStatistics(
-            torch.zeros(columns, columns, device=device), torch.zeros(rows, rows, device=device), torch.empty(0), 0, 0
-        )
-        handles += [observe_inputs(layer, sums), observe_outputs(layer, sums.G[None])]
+        a, weighted = (torch.zeros(columns, columns, device=device) for _ in range(2))
+        sums = LayerStatistics(a, torch.zeros(rows, rows, device=device), torch.empty(0), weighted, 0, 0)
+        handles += [observe_inputs(layer, sums), observe_outputs(layer, sums.G[None], partial(_weigh, weighted))]
         statistics[name] = sums
     images = 0
     try:
@@ -73,6 +73,10 @@ def collect(
         layer.weight.grad = None
         _require_finite(name, statistics[name])
     return statistics
+
+
+def _weigh(into: Tensor, x: Tensor, weights: Tensor) -> None:
+    into.addmm_((x.float() * weights[:, None]).T, x.float())
 
 
 def _checked(

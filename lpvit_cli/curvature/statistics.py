@@ -20,7 +20,13 @@ from lpvit_cli.errors import EnvironmentFault
 from lpvit_cli.models.tensors import write_tensors
 
 WEIGHTS = "weights"  # in the metadata of files: fingerprints of the layers that the statistics are of
-FIELDS = {"A": "input_outer", "G": "output_outer", "gradient": "gradient"}  # and what they are called in files
+FIELDS = {  # and what they are called in files
+    "A": "input_outer",
+    "G": "output_outer",
+    "gradient": "gradient",
+    "weighted": "input_outer_by_gradient",
+}
+PLAIN = 0.1  # share of the plain H in the one that weighs tokens
 
 
 @dataclass
@@ -33,6 +39,7 @@ class LayerStatistics:
     A: Tensor  # [in, in]: sum over tokens of x^T x
     G: Tensor  # [out, out]: sum over tokens of d^T d, for a loss summed (not averaged) over images
     gradient: Tensor  # [out, in]: sum over images of dL/dW = sum over tokens of d^T x
+    weighted: Tensor  # [in, in]: sum over tokens of |d|^2 x^T x
     tokens: int  # tokens summed over, all images together
     images: int
 
@@ -44,13 +51,22 @@ class LayerStatistics:
     def sum_over_processes(self) -> None:
         """Statistics of all processes together, in place."""
         counts = torch.tensor([self.tokens, self.images])
-        distributed.all_reduce(self.A, self.G, self.gradient, counts)
+        distributed.all_reduce(*(getattr(self, field) for field in FIELDS), counts)
         self.tokens, self.images = counts.tolist()
 
     @property
     def hessian(self) -> Tensor:
         """H = 2/N sum x^T x [in, in], N tokens: Hessian of the layer's mean squared error, the same for each output."""
         return self.A * (2 / self.tokens)
+
+    @property
+    def token_hessian(self) -> Tensor:
+        """H [in, in] as `hessian`, but each token weighs as much as the loss depends on it: |d|^2, in a mean of one. A share
+        PLAIN of the plain one stays, for tokens that the loss of few images does not see."""
+        weight = self.G.trace()
+        if not weight > 0:
+            return self.hessian
+        return (self.weighted * (2 / weight) + PLAIN * self.hessian) / (1 + PLAIN)
 
     @property
     def output_moment(self) -> Tensor:

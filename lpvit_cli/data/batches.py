@@ -119,6 +119,7 @@ class Batches:
     augmented: bool = False
     seed: int = 0
     limit: int | None = None
+    skip: int = 0  # of that random choice, the images before the first
     max_corrupt: float = 0.01
     channels: int = 3  # as the model takes them
     exif: bool = False  # turn images as their orientation tag says
@@ -138,7 +139,8 @@ class Batches:
     @property
     def images(self) -> int | None:
         """How many images one pass of all processes asks for; None where the source does not know."""
-        return min(self.available or self.limit or 0, self.limit or self.available or 0) or None
+        available = max(0, self.available - self.skip) if self.available else None
+        return min(available or self.limit or 0, self.limit or available or 0) or None
 
     @property
     def labelled(self) -> bool:
@@ -207,7 +209,7 @@ class Batches:
         indices = np.arange(len(self.source))  # type: ignore[arg-type]
         if not self.limit:
             return indices
-        chosen = np.random.RandomState(self.seed).permutation(indices)[: self.limit]
+        chosen = np.random.RandomState(self.seed).permutation(indices)[self.skip :][: self.limit]
         return chosen if self.shuffle else np.sort(chosen)
 
     def _read(self, total: int | None) -> Iterator[Batch]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save
@@ -82,6 +82,7 @@ class Plan:
     dtype: torch.dtype = torch.float32  # in which passes over the calibration images compute
     profile: DeviceProfile | None = None
     order_notes: list[str] = field(default_factory=list)
+    held_back: Iterable[tuple[Tensor, Tensor]] | None = None  # more images, that the statistics are not of
     groups: dict[str, Group] = field(default_factory=dict)
 
     @cached_property
@@ -240,10 +241,12 @@ def build_plan(
     progress: Progress,
     dtype: torch.dtype = torch.float32,
     profile: DeviceProfile | None = None,
+    held_back: Iterable[tuple[Tensor, Tensor]] | None = None,
 ) -> Plan:
     """The curves of all groups.
 
-    `example`: an input of one image. `calibration` gives the images of the statistics, (images [n, C, H, W], labels [n]).
+    `example`: an input of one image. `calibration` gives the images of the statistics, (images [n, C, H, W], labels [n]),
+    `held_back` others, to choose by. `dtype`: in which passes over them compute.
     Raises UsageError where blocks, patterns or the profile do not fit the layers.
     """
     shared = [pattern for pattern in settings.patterns if pattern != "balanced"]
@@ -255,8 +258,10 @@ def build_plan(
     told: list[str] = []
     if settings.reorder:
         model, statistics, told = reordered(model, layers, statistics, _first_images(calibration))
-        layers = {name: model.get_submodule(name) for name in layers}
-    plan = Plan(settings, model, layers, statistics, calibration, flops, task, gradient, seed, device, dtype, profile, told)
+        layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in layers}
+    plan = Plan(
+        settings, model, layers, statistics, calibration, flops, task, gradient, seed, device, dtype, profile, told, held_back
+    )
     plan.method.prepare(progress)
     make = partial(make_group, blocks=settings.blocks, balanced="balanced" in settings.patterns, flops=flops)
     for done, name in enumerate(layers, start=1):

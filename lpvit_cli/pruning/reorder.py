@@ -6,6 +6,7 @@ Free at run time: the function stays, only whole blocks become unimportant. `mod
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ def reordered(
 
 def saliency(weight: Tensor, statistics: LayerStatistics) -> Tensor:
     """What removing each single weight costs [out, in]: S_rr w_rc^2 / (H^-1)_cc, others making up for it."""
-    inverse = _inverse(damped(statistics.hessian)).diagonal().to(weight)
+    inverse = _inverse(damped(statistics.token_hessian)).diagonal().to(weight)
     return statistics.loss_weights.diagonal().to(weight)[:, None] * weight.square() / inverse
 
 
@@ -63,8 +64,8 @@ def permuted(
 def _permuted(of: LayerStatistics, member: Member, order: Tensor) -> LayerStatistics:
     places = positions(member, order, of.gradient.shape[member.dim]).to(of.A.device)
     gradient = of.gradient.index_select(member.dim, places)
-    a, g = (of.A, of.G[places[:, None], places]) if member.dim == 0 else (of.A[places[:, None], places], of.G)
-    return LayerStatistics(a, g, gradient, tokens=of.tokens, images=of.images)
+    moved = ("G",) if member.dim == 0 else ("A", "weighted")
+    return replace(of, gradient=gradient, **{field: getattr(of, field)[places[:, None], places] for field in moved})
 
 
 def _of_layers(found: Iterable[Axis], names: Iterable[str]) -> Iterator[tuple[str, Member]]:

@@ -87,9 +87,9 @@ def _is_tensors(result: Any) -> bool:
 
 
 class Replay:
-    """The passes of one model over all `batches` (images [n, C, H, W], on any device), computed in `dtype` on the model's `device`.
+    """The passes of one model over all `batches`, images [n, C, H, W] on any device.
 
-    What blocks are given and give is remembered in `dtype`.
+    They compute in `dtype`, on the model's `device`; what blocks are given and give is remembered in `dtype` too.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Tensor], device: torch.device, dtype: torch.dtype):
@@ -135,11 +135,11 @@ class Replay:
         return _mapped(values, lambda tensor: tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
 
     def _recalled(self, values: Any) -> Any:
-        return _mapped(values, lambda tensor: tensor.to(self.device, torch.float32 if tensor.is_floating_point() else tensor.dtype))
+        return _mapped(values, lambda tensor: (tensor.float() if tensor.is_floating_point() else tensor).to(self.device))
 
     def _blank(self, tensor: Tensor) -> Tensor:
         """Of the same shape, but without memory: what a block that is done gives where nothing depends on it any more."""
-        return torch.zeros((), device=self.device, dtype=tensor.dtype if not tensor.is_floating_point() else None).expand(tensor.shape)
+        return torch.zeros((), device=self.device, dtype=tensor.dtype).expand(tensor.shape)
 
 
 class _Done(nn.Module):

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import repeat
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lpvit_cli import distributed
+from lpvit_cli.curvature import TokenWeights
+from lpvit_cli.curvature.statistics import PLAIN
 from lpvit_cli.measure.memory import release_memory
 from lpvit_cli.pruning.block_obs import compensated, refitted, removal_order
 from lpvit_cli.pruning.blocks import Block
@@ -46,11 +50,14 @@ def prune_sequentially(
     batches: list[Tensor],
     on_layer: Callable[[str], None],
     dtype: torch.dtype = torch.float32,
+    token_weights: TokenWeights | None = None,
 ) -> dict[str, Tensor]:
     """Prune `model` (a copy of `dense`, changed in place) layer by layer; returns the block masks, in the order of running.
 
-    Layers without a target, None, lose nothing, but make up for the errors before them. `output_weights` [out, out] of each layer, as in `removal_order`; `batches`: images [n, C, H, W]; `dtype`: in which the models
-    compute. With several processes, each with images of its own, the layers are pruned on those of all together.
+    Layers without a target, None, lose nothing, but make up for the errors before them. `output_weights` [out, out] of each
+    layer, as in `removal_order`; `batches`: images [n, C, H, W]; `dtype`: in which the models compute; `token_weights`: what the
+    error of each token weighs, by layer and batch; None: all the same. With several processes, each with images of its own, the
+    layers are pruned on those of all together.
     """
     device = next(model.parameters()).device
     masks: dict[str, Tensor] = {}
@@ -61,7 +68,7 @@ def prune_sequentially(
         ahead.enter(block.name)
         behind.enter(block.name)
         for name in block.layers:
-            hessian, cross = _moments(ahead, behind, name)
+            hessian, cross = _moments(ahead, behind, name, _token_weights(token_weights, name, len(batches)))
             layer, target = model.get_submodule(name), targets[name]
             assert isinstance(layer, nn.Linear)
             weight = layer.weight.detach()
@@ -77,15 +84,29 @@ def prune_sequentially(
     return masks
 
 
-def _moments(ahead: Replay, behind: Replay, layer: str) -> tuple[Tensor, Tensor]:
-    """2/N sum x'^T x' and 2/N sum x^T x' [in, in], float64, over the N tokens of all batches; x of the dense model, x' of the other."""
-    size = behind.model.get_submodule(layer).in_features
+def _token_weights(of_layers: TokenWeights | None, layer: str, batches: int) -> list[Tensor] | None:
+    """By batch, in a mean of one, equal weights mixed in; None where they are not known call by call."""
+    found = (of_layers or {}).get(layer, [])
+    if len(found) != batches:
+        return None
+    total = torch.tensor([sum(float(w.double().sum()) for w in found), sum(len(w) for w in found)], dtype=torch.float64)
+    distributed.all_reduce(total)
+    mean = float(total[0] / total[1])
+    return [(w / mean + PLAIN) / (1 + PLAIN) for w in found] if mean > 0 else None
+
+
+def _moments(ahead: Replay, behind: Replay, layer: str, weights: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    """2/N sum w x'^T x' and 2/N sum w x^T x' [in, in], float64, over the N tokens of all batches; x of the dense model, x' of
+    the other."""
+    size = cast(nn.Linear, behind.model.get_submodule(layer)).in_features
     hessian, cross = (torch.zeros(size, size, dtype=torch.float64, device=behind.device) for _ in range(2))
     tokens = torch.zeros((), dtype=torch.int64)
-    for x, x_pruned in zip(ahead.inputs(layer), behind.inputs(layer), strict=True):
+    of_batches = weights or repeat(None, len(ahead.batches))
+    for x, x_pruned, w in zip(ahead.inputs(layer), behind.inputs(layer), of_batches, strict=True):
         x, x_pruned = x.float(), x_pruned.float()
-        hessian += x_pruned.T @ x_pruned
-        cross += x.T @ x_pruned
+        weighted = x_pruned if w is None else x_pruned * w[:, None]
+        hessian += x_pruned.T @ weighted
+        cross += x.T @ weighted
         tokens += len(x)
     distributed.all_reduce(hessian, cross, tokens)
     return hessian.mul_(2 / tokens), cross.mul_(2 / tokens)

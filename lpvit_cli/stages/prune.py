@@ -12,7 +12,7 @@ from torch import nn
 
 from lpvit_cli.curvature import load_statistics
 from lpvit_cli.data.readers import class_names
-from lpvit_cli.data.splits import calibration_batches
+from lpvit_cli.data.splits import calibration_batches, held_back_batches
 from lpvit_cli.devices import describe_device, fast_dtype, pick_dtype
 from lpvit_cli.errors import UsageError
 from lpvit_cli.measure.profile import DeviceProfile
@@ -115,6 +115,7 @@ def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Pruner:
         progress=progress,
         dtype=fast_dtype(recipe.dtype, run.device),
         profile=profile,
+        held_back=held_back_batches(recipe.data, recipe.calibrate, recipe.seed, model),
     )
     dense = build_model(run.origin, recipe.task, recipe.features) if run.origin else model
     validation = validation_of(

@@ -86,9 +86,7 @@ def calibration_loss(gradient: str, seed: int) -> Loss:
     return loss
 
 
-def class_probabilities(
-    model: nn.Module, batches: Batches, device: torch.device, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def class_probabilities(model: nn.Module, batches: Batches, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """Softmax outputs [images, classes], on the CPU."""
     return outputs_of(model, batches, device, dtype).softmax(dim=1)
 

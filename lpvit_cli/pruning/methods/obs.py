@@ -1,7 +1,8 @@
 """obs: exact greedy removal (block_obs.py), the kept weights making up for what goes; the default.
 
-Layers are weighed by the gradients of their outputs; those of the dense model say little about a model that has lost most of
-its blocks. So `prune.reweigh` times the gradients of the model pruned so far are added, and the budget is allocated anew.
+Layers are weighed against each other by the gradients of their outputs. Those of the dense model say little about a model that
+has lost most of its blocks, so other weights are tried too: relative errors of outputs, and `prune.reweigh` times the gradients
+of the model pruned so far. Those whose model is nearest to the dense one on images that were held back are taken.
 With `prune.sequential` each layer is then pruned on the inputs that the already pruned ones give it.
 """
 
@@ -9,12 +10,12 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from lpvit_cli.curvature import LayerStatistics, output_moments
+from lpvit_cli.curvature import LayerStatistics, TokenWeights, output_moments
 from lpvit_cli.measure.memory import release_memory
 from lpvit_cli.progress import Progress
 from lpvit_cli.pruning.block_obs import compensated, removal_order
@@ -27,9 +28,22 @@ from lpvit_cli.pruning.sequential import Target, prune_sequentially
 from lpvit_cli.recipe.prune import Budget
 from lpvit_cli.registry import BUDGETS
 
+GRADIENTS, RELATIVE = "gradients of the dense model", "relative errors of their outputs"
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """What errors of each layer's outputs cost [out, out], by layer, and what each group then loses."""
+
+    by: str
+    weights: dict[str, Tensor]
+    allocation: Allocation
+    tokens: TokenWeights | None = None  # of the same gradients
+
 
 class Obs(Method):
     takes_patterns = True
+    weighing: Weighing | None = None  # of the latest pruning
 
     def removal(self, layer: str, block: Block, balanced: bool) -> Removal:
         device = self.plan.device
@@ -38,14 +52,14 @@ class Obs(Method):
     def prune(self, budget: Budget, progress: Progress) -> tuple[nn.Module, Allocation, dict[str, Tensor]]:
         plan = self.plan
         weights = {name: plan.statistics[name].loss_weights for name in plan.groups}
-        allocation = plan.allocation(budget)
+        self.weighing = Weighing(GRADIENTS, weights, plan.allocation(budget))
         if plan.settings.reweigh:
-            allocation, weights = weigh_anew(plan, allocation, weights, budget, progress)
+            self.weighing = nearest(plan, self.weighing, budget, progress)
         if plan.settings.sequential:
-            model, masks = _in_sequence(plan, allocation, weights, budget, progress)
+            model, masks = _in_sequence(plan, self.weighing, budget, progress)
         else:
-            model, masks = _each_alone(plan, allocation, progress)
-        return model, allocation, masks
+            model, masks = _each_alone(plan, self.weighing.allocation, progress)
+        return model, self.weighing.allocation, masks
 
     def notes(self) -> list[str]:
         plan, notes = self.plan, []
@@ -56,39 +70,62 @@ class Obs(Method):
                 f"calibration saw {layer.tokens} tokens of {name}, fewer than its {len(layer.A)} inputs "
                 f"({len(few)} such layers): raise calibrate.images"
             )
+        if self.weighing is not None:
+            notes.append(f"layers weighed by {self.weighing.by}")
         return notes
 
 
 def obs(weight: Tensor, statistics: LayerStatistics, block: Block, balanced: bool = False) -> Removal:
     """Exact greedy removal with compensation, errors of the outputs weighted by T S: units of the per-image loss."""
-    found = removal_order(weight, statistics.hessian / 2, block, statistics.loss_weights)
+    found = removal_order(weight, statistics.token_hessian / 2, block, statistics.loss_weights)
     return Removal.greedy(*found, balanced)
 
 
-def weigh_anew(
-    plan: Plan, allocation: Allocation, weights: dict[str, Tensor], budget: Budget, progress: Progress
-) -> tuple[Allocation, dict[str, Tensor]]:
-    """Of the allocations of all rounds, the one whose model is nearest to the dense one on the calibration images."""
-    rounds, device = plan.settings.reweigh, plan.device
-    reference = plan.task.outputs(plan.model, plan.calibration, device, plan.dtype)
+def nearest(plan: Plan, first: Weighing, budget: Budget, progress: Progress) -> Weighing:
+    """Of all weighings, the one whose model, each layer pruned for itself, is nearest to the dense one on held-back images."""
+    rounds, device, images = plan.settings.reweigh, plan.device, plan.held_back or plan.calibration
+    reference = plan.task.outputs(plan.model, images, device, plan.dtype)
     plan.model.cpu()
-    heights = {name: math.lcm(*(option.block[0] for option in group.options)) for name, group in plan.groups.items()}
-    model, nearest, best = plan.model, math.inf, (allocation, weights)
-    for done in range(rounds + 1):
-        if done:
-            moments = output_moments(model, heights, plan.calibration, plan.new_loss(), device, plan.dtype)
-            weights = {
-                name: plan.statistics[name].loss_weights + moment.cpu() / plan.statistics[name].images
-                for name, moment in moments.items()
-            }
-            allocation = plan.allocation(budget, _reweighed(plan, weights))
-        model, _ = _each_alone(plan, allocation, progress)
-        progress("reweighing", done, rounds, f"round {done} of {rounds}")
+
+    def made(weighing: Weighing) -> tuple[float, nn.Module]:
+        model, _ = _each_alone(plan, weighing.allocation, progress)
+        distance = plan.task.divergence(plan.task.outputs(model, images, device, plan.dtype), reference)
         release_memory()
-        distance = plan.task.divergence(plan.task.outputs(model, plan.calibration, device, plan.dtype), reference)
-        if distance < nearest:  # NaN is not
-            nearest, best = distance, (allocation, weights)
+        return distance if distance == distance else math.inf, model
+
+    best, (distance, model) = first, made(first)
+    for done in range(rounds + 1):
+        weighing = _by_pruned(plan, best, model, budget, done) if done else _by_relative_errors(plan, budget)
+        further, other = made(weighing)
+        progress("reweighing", done, rounds, f"round {done} of {rounds}")
+        if further < distance:
+            best, distance, model = weighing, further, other
+        elif done:
+            best = replace(best, tokens=best.tokens or weighing.tokens)
     return best
+
+
+def _by_relative_errors(plan: Plan, budget: Budget) -> Weighing:
+    """No gradients: of each layer, its squared error relative to the squares of its outputs."""
+    weights = {}
+    for name in plan.groups:
+        weight, hessian = plan.weight(name), plan.statistics[name].token_hessian
+        power = ((weight @ hessian) * weight).sum() / 2
+        weights[name] = torch.eye(len(weight)) / power.clamp_min(torch.finfo(power.dtype).tiny)
+    return Weighing(RELATIVE, weights, plan.allocation(budget, _reweighed(plan, weights)))
+
+
+def _by_pruned(plan: Plan, best: Weighing, model: nn.Module, budget: Budget, number: int) -> Weighing:
+    """The gradients of the dense model, and those of a pruned one."""
+    heights = {name: math.lcm(*(option.block[0] for option in group.options)) for name, group in plan.groups.items()}
+    heights = {name: heights.get(name, 1) for name in plan.layers}
+    moments, tokens = output_moments(model, heights, plan.calibration, plan.new_loss(), plan.device, plan.dtype)
+    model.cpu()
+    weights = {
+        name: plan.statistics[name].loss_weights + moments[name].cpu() / plan.statistics[name].images for name in plan.groups
+    }
+    allocation = plan.allocation(budget, _reweighed(plan, weights))
+    return Weighing(f"gradients of the dense and the pruned model (round {number})", weights, allocation, tokens)
 
 
 def _reweighed(plan: Plan, weights: dict[str, Tensor]) -> dict[str, Group]:
@@ -104,16 +141,14 @@ def _each_alone(plan: Plan, allocation: Allocation, progress: Progress) -> tuple
     """Least squares on the dense model's inputs, layer by layer."""
     model, masks, device = copy.deepcopy(plan.model), allocation.planned_masks(), plan.device
     for done, (name, mask) in enumerate(masks.items(), start=1):
-        weight, hessian = plan.weight(name).to(device), plan.statistics[name].hessian.to(device)
+        weight, hessian = plan.weight(name).to(device), plan.statistics[name].token_hessian.to(device)
         model.get_submodule(name).weight.data = compensated(weight, hessian, mask, allocation.option(name).block).cpu()
         progress("compensating", done, len(masks), name)
     return model, masks
 
 
-def _in_sequence(
-    plan: Plan, allocation: Allocation, weights: dict[str, Tensor], budget: Budget, progress: Progress
-) -> tuple[nn.Module, dict[str, Tensor]]:
-    device = plan.device
+def _in_sequence(plan: Plan, weighing: Weighing, budget: Budget, progress: Progress) -> tuple[nn.Module, dict[str, Tensor]]:
+    device, allocation = plan.device, weighing.allocation
     targets = {name: _target(allocation, budget, name) if name in allocation.points else None for name in plan.layers}
     done: list[str] = []
 
@@ -123,7 +158,9 @@ def _in_sequence(
 
     model = copy.deepcopy(plan.model).to(device)
     batches = [images.to(plan.dtype) for images, _ in plan.calibration]
-    masks = prune_sequentially(plan.model.to(device), model, targets, weights, batches, on_layer, plan.dtype)
+    masks = prune_sequentially(
+        plan.model.to(device), model, targets, weighing.weights, batches, on_layer, plan.dtype, weighing.tokens
+    )
     plan.model.cpu()
     return model, masks
 
