@@ -88,15 +88,16 @@ def merged(order: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
     return (order + cols * torch.arange(rows)[:, None]).flatten()[key], errors.flatten()[key]
 
 
-def compensated(weight: Tensor, hessian: Tensor, mask: Tensor, block: Block, cross: Tensor | None = None) -> Tensor:
+def compensated(weight: Tensor, hessian: Tensor, mask: Tensor, block: Block, wanted: Tensor | None = None) -> Tensor:
     """The least-squares weight for a block mask: for each block row, min over W' zero off the mask of tr((W'-W) H (W'-W)^T).
 
     The same weights as removing the blocks one after another; solved at once in float64: W'_K = W H_:K (H_KK)^-1. Where the
-    inputs have changed from x to x', H is that of x', and `cross` = 2/N sum x^T x' [in, in] takes its place in the target.
+    inputs have changed to x', H is that of x', and `wanted` = 2/N sum y^T x' [out, in] takes the place of W H, y the outputs
+    [tokens, out] that there should be.
     """
     h = damped(hessian.double())
     w = weight.double()
-    target = w @ (h if cross is None else cross.double() + (h - hessian.double()))
+    target = w @ h if wanted is None else wanted + w @ (h - hessian.double())
     new = torch.zeros_like(w)
     patterns, pattern_of = mask.unique(dim=0, return_inverse=True)  # block rows that keep the same share a factor
     for number, columns in enumerate(expand(patterns, (len(patterns), weight.shape[1]), (1, block[1])).to(w.device)):
@@ -108,10 +109,10 @@ def compensated(weight: Tensor, hessian: Tensor, mask: Tensor, block: Block, cro
     return new.to(weight.dtype)
 
 
-def refitted(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
+def refitted(weight: Tensor, hessian: Tensor, wanted: Tensor) -> Tensor:
     """The least-squares weight with nothing removed, where the inputs have changed: as `compensated`, all blocks kept."""
     shape = (weight.shape[0], weight.shape[1])
-    return compensated(weight, hessian, torch.ones(1, 1, dtype=torch.bool), shape, cross)
+    return compensated(weight, hessian, torch.ones(1, 1, dtype=torch.bool), shape, wanted)
 
 
 def damped(hessian: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lpvit_cli.models.narrow import narrow
 from lpvit_cli.progress import Progress
+from lpvit_cli.pruning.mixing import mixed
 from lpvit_cli.pruning.plan import Allocation, Plan
 from lpvit_cli.recipe.prune import Budget
 from lpvit_cli.sparse import sparsify
@@ -16,6 +17,8 @@ from lpvit_cli.sparse import sparsify
 
 def prune_model(plan: Plan, budget: Budget, progress: Progress) -> tuple[nn.Module, Allocation]:
     """A pruned copy of the plan's model under a budget that counts costs, and what each group has lost."""
+    if plan.settings.is_mixed:
+        plan = mixed(plan, budget, progress)
     model, allocation, masks = plan.method.prune(budget, progress)
     return _packed(plan, model.cpu(), allocation, masks)
 

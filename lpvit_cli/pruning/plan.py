@@ -41,6 +41,7 @@ class Allocation:
     groups: dict[str, Group]
     points: dict[str, CurvePoint]
     beta: float
+    plan: Plan
     masks: dict[str, Tensor] = field(default_factory=dict)  # block masks by layer, coupled ones included
 
     def option(self, name: str) -> Option:
@@ -67,27 +68,42 @@ class Prediction:
 
 @dataclass
 class Plan:
-    """A dense model, its statistics and its groups."""
+    """A dense model, its statistics and its groups; or what is left of the `whole` plan's without some neurons and heads."""
 
     settings: PruneSection
     model: nn.Module  # dense, on the CPU between stages of work
-    layers: dict[str, nn.Linear]
     statistics: dict[str, LayerStatistics]
     calibration: Iterable[tuple[Tensor, Tensor]]  # the images of the statistics, each time it is iterated
-    flops: ModelFlops
+    example: Tensor  # an input of one image
     task: Task
     gradient: str  # the kind of loss whose curvature was taken
     seed: int
     device: torch.device
     dtype: torch.dtype = torch.float32  # in which passes over the calibration images compute
     profile: DeviceProfile | None = None
-    order_notes: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)  # what a user should know of how it was made
     held_back: Iterable[tuple[Tensor, Tensor]] | None = None  # more images, that the statistics are not of
+    whole: Plan | None = None
+    rows: dict[str, Tensor] = field(default_factory=dict)  # of the whole layers, those that narrower ones have
     groups: dict[str, Group] = field(default_factory=dict)
+
+    @cached_property
+    def layers(self) -> dict[str, nn.Linear]:
+        """Those that may be pruned, by name."""
+        return {name: cast(nn.Linear, self.model.get_submodule(name)) for name in self.statistics}
+
+    @cached_property
+    def flops(self) -> ModelFlops:
+        return count_flops(self.model, self.layers, self.example)
 
     @cached_property
     def method(self) -> Any:
         return METHODS.get(self.settings.method)(self)
+
+    @property
+    def dense(self) -> Plan:
+        """The plan of the whole model."""
+        return self.whole or self
 
     def new_loss(self) -> Loss:
         """The loss whose curvature was taken, its random numbers from the start."""
@@ -104,13 +120,15 @@ class Plan:
 
     # what is to go
 
-    def allocation(self, budget: Budget, groups: dict[str, Group] | None = None) -> Allocation:
-        """Removals of every group under a budget that counts costs. Raises UsageError, with what can be reached."""
+    def allocation(self, budget: Budget, groups: dict[str, Group] | None = None, share: float = 1.0) -> Allocation:
+        """Removals of every group under a budget that counts costs; with a `share`, that much of what goes under it. Raises
+        UsageError, with what can be reached."""
         groups = groups or self.groups
         curves = self._curves(groups, budget)
         beta = automatic_beta(curves) if self.settings.beta == "auto" else self.settings.beta
         self._require_reachable(budget, curves)
-        return Allocation(groups, allocate(curves, self._allowance(budget), beta), beta)
+        allowance = _highest(curves) - share * (_highest(curves) - self._allowance(budget))
+        return Allocation(groups, allocate(curves, allowance, beta), beta, self)
 
     def reachable(self, budget: Budget) -> float:
         """The furthest value of this kind of budget that min_keep allows."""
@@ -146,12 +164,12 @@ class Plan:
     def _allowance(self, budget: Budget) -> float:
         """What the prunable layers may keep."""
         kind = BUDGETS.get(budget.kind)
-        return float(kind.kept(budget.value) * kind.unit(self) - kind.rest(self))
+        return float(kind.kept(budget.value) * kind.unit(self.dense) - kind.rest(self))
 
     def _as_value(self, budget: Budget, kept: float) -> float:
         """The budget that `kept` would just meet; the inverse of `_allowance`."""
         kind = BUDGETS.get(budget.kind)
-        return float(kind.value((kept + kind.rest(self)) / kind.unit(self)))
+        return float(kind.value((kept + kind.rest(self)) / kind.unit(self.dense)))
 
     def total(self, cost: str) -> float:
         """The sum of a cost (`weights`, `flops`) over all prunable layers."""
@@ -189,7 +207,7 @@ class Plan:
         gone = sum(float(one.cost.flops[~masks[name]].sum()) for name, one in options.items())
         return Prediction(
             flops=self.flops.total - round(gone),
-            kept_fraction=weights / self.total("weights"),
+            kept_fraction=weights / self.dense.total("weights"),
             bytes=self.bytes_dense - BYTES_PER_VALUE * round(self.total("weights") - weights),
             energy_uj=sum(self.energy_uj(name, one.block, masks[name], one.cost) for name, one in options.items()),
             latency_ms=self._latency_ms(allocation),
@@ -214,7 +232,7 @@ class Plan:
 
     def notes(self) -> list[str]:
         """What a user should know about every pruning by this plan."""
-        notes: list[str] = [*self.order_notes, *self.method.notes()]
+        notes: list[str] = [*self.told, *self.method.notes()]
         if self.energy_profile is not None:
             notes.append(
                 f"energy is predicted by the profile of {self.energy_profile.device}: {self.energy_profile.energy_source}"
@@ -249,21 +267,24 @@ def build_plan(
     `held_back` others, to choose by. `dtype`: in which passes over them compute.
     Raises UsageError where blocks, patterns or the profile do not fit the layers.
     """
-    shared = [pattern for pattern in settings.patterns if pattern != "balanced"]
-    couplings = find_couplings(model, layers, shared, settings.blocks[0][1])
-    producers = {name for one in couplings.values() for name in one.producers}
-    flops = count_flops(model, layers, example)
     if profile is not None:
         _require_same_layers(profile, layers)
     told: list[str] = []
     if settings.reorder:
         model, statistics, told = reordered(model, layers, statistics, _first_images(calibration))
-        layers = {name: cast(nn.Linear, model.get_submodule(name)) for name in layers}
     plan = Plan(
-        settings, model, layers, statistics, calibration, flops, task, gradient, seed, device, dtype, profile, told, held_back
+        settings, model, statistics, calibration, example, task, gradient, seed, device, dtype, profile, told, held_back
     )
+    return grouped(plan, progress)
+
+
+def grouped(plan: Plan, progress: Progress) -> Plan:
+    """The plan, with the groups of its layers and their curves."""
+    settings, layers = plan.settings, plan.layers
+    couplings = find_couplings(plan.model, layers, settings.units, settings.unit_width)
+    producers = {name for one in couplings.values() for name in one.producers}
     plan.method.prepare(progress)
-    make = partial(make_group, blocks=settings.blocks, balanced="balanced" in settings.patterns, flops=flops)
+    make = partial(make_group, blocks=settings.blocks, balanced="balanced" in settings.patterns, flops=plan.flops)
     for done, name in enumerate(layers, start=1):
         if name not in producers:
             group = make(name, layers, couplings.get(name), power=settings.power, removal=plan.method.removal)

@@ -51,13 +51,15 @@ def prune_sequentially(
     on_layer: Callable[[str], None],
     dtype: torch.dtype = torch.float32,
     token_weights: TokenWeights | None = None,
+    rows: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Prune `model` (a copy of `dense`, changed in place) layer by layer; returns the block masks, in the order of running.
 
     Layers without a target, None, lose nothing, but make up for the errors before them. `output_weights` [out, out] of each
-    layer, as in `removal_order`; `batches`: images [n, C, H, W]; `dtype`: in which the models compute; `token_weights`: what the
-    error of each token weighs, by layer and batch; None: all the same. With several processes, each with images of its own, the
-    layers are pruned on those of all together.
+    layer, as in `removal_order`; `batches`: images [n, C, H, W]; `dtype`: in which the models compute; `token_weights`: what
+    the error of each token weighs, by layer and batch; None: all the same. `rows`: where `model` has fewer neurons or heads, the
+    rows of the dense layers that its own have. With several processes, each with images of its own, the layers are pruned on
+    those of all together.
     """
     device = next(model.parameters()).device
     masks: dict[str, Tensor] = {}
@@ -71,14 +73,15 @@ def prune_sequentially(
             hessian, cross = _moments(ahead, behind, name, _token_weights(token_weights, name, len(batches)))
             layer, target = model.get_submodule(name), targets[name]
             assert isinstance(layer, nn.Linear)
-            weight = layer.weight.detach()
-            layer.weight.data = refitted(weight, hessian, cross)
+            weight, whole = layer.weight.detach(), cast(nn.Linear, dense.get_submodule(name)).weight.detach()
+            wanted = (whole[rows[name]] if rows and name in rows else whole).double() @ cross
+            layer.weight.data = refitted(weight, hessian, wanted)
             if target is not None:
                 found = removal_order(layer.weight.data, (hessian / 2).to(weight.dtype), target.block, output_weights[name])
                 removal = Removal.greedy(*found, target.balanced)
                 count, spare = target.removals(removal, spare)
                 masks[name] = removal.mask(count)
-                layer.weight.data = compensated(weight, hessian, masks[name], target.block, cross)
+                layer.weight.data = compensated(weight, hessian, masks[name], target.block, wanted)
             on_layer(name)
             release_memory()
     return masks
@@ -96,10 +99,10 @@ def _token_weights(of_layers: TokenWeights | None, layer: str, batches: int) -> 
 
 
 def _moments(ahead: Replay, behind: Replay, layer: str, weights: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-    """2/N sum w x'^T x' and 2/N sum w x^T x' [in, in], float64, over the N tokens of all batches; x of the dense model, x' of
-    the other."""
-    size = cast(nn.Linear, behind.model.get_submodule(layer)).in_features
-    hessian, cross = (torch.zeros(size, size, dtype=torch.float64, device=behind.device) for _ in range(2))
+    """2/N sum w x'^T x' [in', in'] and 2/N sum w x^T x' [in, in'], float64, over the N tokens of all batches; x of the dense
+    model, x' of the other."""
+    before, size = (cast(nn.Linear, one.model.get_submodule(layer)).in_features for one in (ahead, behind))
+    hessian, cross = (torch.zeros(n, size, dtype=torch.float64, device=behind.device) for n in (size, before))
     tokens = torch.zeros((), dtype=torch.int64)
     of_batches = weights or repeat(None, len(ahead.batches))
     for x, x_pruned, w in zip(ahead.inputs(layer), behind.inputs(layer), of_batches, strict=True):

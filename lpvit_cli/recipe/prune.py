@@ -138,8 +138,10 @@ class PruneSection(Section):
     fisher_images: PositiveInt = 128  # with mfac and fisher: calibration images, each with a gradient of its own
     block: Block | Annotated[tuple[Block, ...], Field(min_length=1)] = (64, 32)  # output x input features; of several, a layer
     # takes the one that suits it
-    patterns: tuple[Literal["balanced", "neurons", "heads"], ...] = ()  # balanced: equal counts in every block row; neurons,
-    # heads: whole hidden neurons (in groups of the block's width) and attention heads, cut out of both layers
+    patterns: tuple[Literal["blocks", "balanced", "neurons", "heads"], ...] = ()  # none: blocks; balanced: as many of them in
+    # every block row; neurons, heads: whole hidden neurons and attention heads, cut out of both layers; with blocks beside
+    # them: as much of each as is nearest to the dense model
+    neuron_group: PositiveInt | None = None  # hidden neurons go in groups of so many; None: of the block's width
     budget: Budget = Budget.model_validate({"flops": 0.5})  # how much stays
     profile: Path | None = None  # the name of a saved device profile (lpvit profile --name), or a profile.json, for budgets in
     # ms and mJ and for predictions; None: that of this run
@@ -168,11 +170,25 @@ class PruneSection(Section):
 
     @model_validator(mode="after")
     def _patterns_fit(self) -> Self:
-        if self.patterns and not METHODS.get(self.method).takes_patterns:
+        if {*self.patterns} - {"blocks"} and not METHODS.get(self.method).takes_patterns:
             raise ValueError("patterns need method: obs")
         if set(self.patterns) & {"neurons", "heads"} and self.budget.needs_profile:
             raise ValueError("neurons and heads need a budget of flops, sparsity or max_drop: a profile has no smaller layers")
         return self
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What goes as a whole: neurons, heads."""
+        return tuple(pattern for pattern in self.patterns if pattern in ("neurons", "heads"))
+
+    @property
+    def is_mixed(self) -> bool:
+        return bool(self.units) and "blocks" in self.patterns
+
+    @property
+    def unit_width(self) -> int:
+        """Hidden neurons of a group."""
+        return self.neuron_group or self.blocks[0][1]
 
     @property
     def blocks(self) -> tuple[Block, ...]:

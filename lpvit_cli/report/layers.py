@@ -33,7 +33,7 @@ def _layer_report(plan: Plan, name: str, block: Block, mask: Tensor, distortion:
         kept_blocks=int(mask.sum()),
         kept_map=["".join("#" if kept else "." for kept in row) for row in mask.tolist()],
         distortion=distortion,
-        flops_dense=int(cost.flops.sum()),
+        flops_dense=2 * plan.dense.flops.tokens[name] * plan.dense.layers[name].weight.numel(),
         flops=int(cost.flops[mask].sum()),
         energy_uj_dense=plan.energy_uj(name, block, whole, cost),
         energy_uj=plan.energy_uj(name, block, mask, cost),

@@ -51,7 +51,7 @@ class Pruner:
 
     def points(self, model: nn.Module, what: str) -> float:
         """The points of the task, for searches; of the dense model they are measured once."""
-        quality = self.dense if model is self.model else self._quality(model, what, neighbours=False)
+        quality = self.dense if model in (self.model, self.plan.model) else self._quality(model, what, neighbours=False)
         return float(quality.score[0])
 
     @cached_property
@@ -74,13 +74,14 @@ class Pruner:
         data = recipe.data.remembered()
         parent = recipe.model.model_dump(mode="json")
         save_model(work, model, model_config(recipe.model, self.model, data=data, parent=parent))
-        predicted = plan.predict(allocation)
+        used = allocation.plan  # of a model without some of its neurons and heads, perhaps
+        predicted = used.predict(allocation)
         return PruneReport(
             device=describe_device(plan.device),
-            notes=[*self.validation.images.notes(), *plan.notes()],
+            notes=[*self.validation.images.notes(), *used.notes()],
             method=recipe.prune.method,
             beta=allocation.beta,
-            layers=layer_reports(plan, allocation),
+            layers=layer_reports(used, allocation),
             flops_dense=plan.flops.total,
             flops=predicted.flops,
             linear_kept_fraction=predicted.kept_fraction,

@@ -51,8 +51,7 @@ class Obs(Method):
 
     def prune(self, budget: Budget, progress: Progress) -> tuple[nn.Module, Allocation, dict[str, Tensor]]:
         plan = self.plan
-        weights = {name: plan.statistics[name].loss_weights for name in plan.groups}
-        self.weighing = Weighing(GRADIENTS, weights, plan.allocation(budget))
+        self.weighing = _by_dense(plan, budget)
         if plan.settings.reweigh:
             self.weighing = nearest(plan, self.weighing, budget, progress)
         if plan.settings.sequential:
@@ -60,6 +59,16 @@ class Obs(Method):
         else:
             model, masks = _each_alone(plan, self.weighing.allocation, progress)
         return model, self.weighing.allocation, masks
+
+    def compensated(self, name: str, mask: Tensor, block: Block) -> Tensor:
+        """The weight [out, in] of a layer for a mask of its blocks, on the dense model's inputs; on the CPU."""
+        weight, statistics = self.plan.weight(name).to(self.plan.device), self.plan.statistics[name]
+        return compensated(weight, statistics.token_hessian.to(weight.device), mask, block).cpu()
+
+    def distance(self, budget: Budget, progress: Progress) -> float:
+        """How far from the dense model pruning takes it, each layer for itself and weighed by the dense model's gradients."""
+        model, _ = _each_alone(self.plan, self.plan.allocation(budget), progress)
+        return Judge(self.plan)(model)
 
     def notes(self) -> list[str]:
         plan, notes = self.plan, []
@@ -81,17 +90,33 @@ def obs(weight: Tensor, statistics: LayerStatistics, block: Block, balanced: boo
     return Removal.greedy(*found, balanced)
 
 
+class Judge:
+    """How far models are from the dense one of a plan, on its held-back images, or where there are none, on those of the
+    statistics."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.reference = self._outputs(plan.dense.model)
+
+    def __call__(self, model: nn.Module) -> float:
+        distance = self.plan.task.divergence(self._outputs(model), self.reference)
+        release_memory()
+        return math.inf if math.isnan(distance) else distance
+
+    def _outputs(self, model: nn.Module) -> Tensor:
+        plan = self.plan
+        outputs = plan.task.outputs(model, plan.held_back or plan.calibration, plan.device, plan.dtype)
+        model.cpu()
+        return outputs
+
+
 def nearest(plan: Plan, first: Weighing, budget: Budget, progress: Progress) -> Weighing:
     """Of all weighings, the one whose model, each layer pruned for itself, is nearest to the dense one on held-back images."""
-    rounds, device, images = plan.settings.reweigh, plan.device, plan.held_back or plan.calibration
-    reference = plan.task.outputs(plan.model, images, device, plan.dtype)
-    plan.model.cpu()
+    rounds, judge = plan.settings.reweigh, Judge(plan)
 
     def made(weighing: Weighing) -> tuple[float, nn.Module]:
         model, _ = _each_alone(plan, weighing.allocation, progress)
-        distance = plan.task.divergence(plan.task.outputs(model, images, device, plan.dtype), reference)
-        release_memory()
-        return distance if distance == distance else math.inf, model
+        return judge(model), model
 
     best, (distance, model) = first, made(first)
     for done in range(rounds + 1):
@@ -103,6 +128,11 @@ def nearest(plan: Plan, first: Weighing, budget: Budget, progress: Progress) -> 
         elif done:
             best = replace(best, tokens=best.tokens or weighing.tokens)
     return best
+
+
+def _by_dense(plan: Plan, budget: Budget) -> Weighing:
+    weights = {name: plan.statistics[name].loss_weights for name in plan.groups}
+    return Weighing(GRADIENTS, weights, plan.allocation(budget))
 
 
 def _by_relative_errors(plan: Plan, budget: Budget) -> Weighing:
@@ -139,10 +169,9 @@ def _reweighed(plan: Plan, weights: dict[str, Tensor]) -> dict[str, Group]:
 
 def _each_alone(plan: Plan, allocation: Allocation, progress: Progress) -> tuple[nn.Module, dict[str, Tensor]]:
     """Least squares on the dense model's inputs, layer by layer."""
-    model, masks, device = copy.deepcopy(plan.model), allocation.planned_masks(), plan.device
+    model, masks = copy.deepcopy(plan.model), allocation.planned_masks()
     for done, (name, mask) in enumerate(masks.items(), start=1):
-        weight, hessian = plan.weight(name).to(device), plan.statistics[name].token_hessian.to(device)
-        model.get_submodule(name).weight.data = compensated(weight, hessian, mask, allocation.option(name).block).cpu()
+        model.get_submodule(name).weight.data = plan.method.compensated(name, mask, allocation.option(name).block)
         progress("compensating", done, len(masks), name)
     return model, masks
 
@@ -159,9 +188,9 @@ def _in_sequence(plan: Plan, weighing: Weighing, budget: Budget, progress: Progr
     model = copy.deepcopy(plan.model).to(device)
     batches = [images.to(plan.dtype) for images, _ in plan.calibration]
     masks = prune_sequentially(
-        plan.model.to(device), model, targets, weighing.weights, batches, on_layer, plan.dtype, weighing.tokens
+        plan.dense.model.to(device), model, targets, weighing.weights, batches, on_layer, plan.dtype, weighing.tokens, plan.rows
     )
-    plan.model.cpu()
+    plan.dense.model.cpu()
     return model, masks
 
 
