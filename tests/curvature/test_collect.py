@@ -65,11 +65,13 @@ def test_output_moments_alone_are_those_of_calibration(tiny_vit: nn.Module) -> N
     batches = [(x[:4], labels[:4]), (x[4:], labels[4:])]
     whole = collect(tiny_vit, layers, batches, calibration_loss("empirical", 0), CPU, lambda done: None)
     heights = {name: 16 * (1 + number % 3) for number, name in enumerate(layers)}  # 48: the last block row is lower
-    alone = output_moments(tiny_vit, heights, batches, calibration_loss("empirical", 0), CPU)
-    assert alone.keys() == whole.keys()
+    alone, tokens = output_moments(tiny_vit, heights, batches, calibration_loss("empirical", 0), CPU)
+    assert alone.keys() == tokens.keys() == whole.keys()
     for name, squares in alone.items():
         rows = torch.arange(len(squares)) // heights[name]
         assert relative(squares, whole[name].G * (rows[:, None] == rows)) < 1e-5
+        assert [len(of_batch) for of_batch in tokens[name]] == [4 * 17, 2 * 17]
+        assert float(torch.cat(tokens[name]).sum()) == pytest.approx(float(whole[name].G.trace()), rel=1e-5)
     assert all(parameter.grad is None for parameter in tiny_vit.parameters())
 
 
