@@ -79,8 +79,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Gradu
 
 
 def step_recipe(recipe: Recipe, model: ModelSection, value: float, profile: Path | None) -> Recipe:
-    """The recipe of one step: another model and budget, the dense model as teacher. Only the first step, on the model of the
-    recipe, sorts features: what it removes must stay whole blocks."""
+    """The recipe of one step: another model and budget, the dense model as teacher; features are sorted in the first only."""
     assert recipe.finetune is not None
     finetune = recipe.finetune
     if distill := finetune.distill:
