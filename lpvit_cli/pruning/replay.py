@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from lpvit_cli.devices import autocast
 
 
+OUTSIDE = "/"  # no module has such a name
+
+
 class _Reached(Exception):
     """Unwinds a forward pass that has come to where it was to go."""
 
@@ -34,7 +37,8 @@ def blocks_of(model: nn.Module, layers: Collection[str], example: Tensor) -> lis
     """The blocks that hold `layers`, in the order in which they run; `example`: an input of one image or more.
 
     A layer's block is the innermost numbered module around it (`blocks.3`), where there is none the layer itself. Where such
-    modules do not run one after the other, each once and with tensors for results, the whole model is one block.
+    modules do not run one after the other, each once and with tensors for results, or where one is given more than what the
+    one before it has given, the whole model is one block.
     """
     names = {layer: _numbered(layer) for layer in layers}
     names = {layer: min((b for b in names.values() if _inside(name, b)), key=len) for layer, name in names.items()}
@@ -46,6 +50,7 @@ def blocks_of(model: nn.Module, layers: Collection[str], example: Tensor) -> lis
     order: list[str] = []
     handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in called]
     handles += [model.get_submodule(n).register_forward_pre_hook(lambda m, a, n=n: order.append(n)) for n in called]
+    handles += [model.get_submodule(n).register_forward_hook(lambda m, a, r: order.append(OUTSIDE)) for n in {*names.values()}]
     try:
         with torch.no_grad():
             model(example)
@@ -57,8 +62,9 @@ def blocks_of(model: nn.Module, layers: Collection[str], example: Tensor) -> lis
     apart = all(_inside(layer, names[layer]) for layer in ran) and _one_after_the_other(order, names)
     if not (once and apart):
         return [Block("", tuple(ran))]
-    blocks = dict.fromkeys(name for name in order if name in names.values())
-    return [Block(name, tuple(layer for layer in ran if names[layer] == name)) for name in blocks]
+    names_in_order = dict.fromkeys(name for name in order if name in names.values())
+    blocks = [Block(name, tuple(layer for layer in ran if names[layer] == name)) for name in names_in_order]
+    return blocks if _is_a_row(model, blocks, example) else [Block("", tuple(ran))]
 
 
 def _numbered(layer: str) -> str:
@@ -72,18 +78,32 @@ def _inside(name: str, block: str) -> bool:
 
 
 def _one_after_the_other(order: list[str], names: dict[str, str]) -> bool:
-    """Whether no layer runs while another block than its own does."""
-    current = ""
+    """Whether no layer runs while another block than its own does, and no block inside of another."""
+    current = OUTSIDE
     for name in order:
-        if name in names.values():
+        if name == OUTSIDE:
+            current = OUTSIDE
+        elif name in names.values():
+            if current != OUTSIDE:
+                return False
             current = name
         if name in names and names[name] != current:
             return False
     return True
 
 
+def _is_a_row(model: nn.Module, blocks: list[Block], example: Tensor) -> bool:
+    """Whether no blank of a block that is done reaches a later one."""
+    replay, reached = Replay(model, [example], example.device, torch.float32), []
+    for block in blocks:
+        replay.enter(block.name)
+        _mapped(replay.given, lambda tensor: reached.append(bool(tensor.isnan().any())) or tensor)
+    return not any(reached)
+
+
 def _is_tensors(result: Any) -> bool:
-    return isinstance(result, Tensor) or (isinstance(result, tuple) and all(isinstance(part, Tensor) for part in result))
+    """Or a tuple of them, with None where an architecture can give more."""
+    return isinstance(result, Tensor) or (isinstance(result, tuple) and all(p is None or isinstance(p, Tensor) for p in result))
 
 
 class Replay:
@@ -138,8 +158,10 @@ class Replay:
         return _mapped(values, lambda tensor: (tensor.float() if tensor.is_floating_point() else tensor).to(self.device))
 
     def _blank(self, tensor: Tensor) -> Tensor:
-        """Of the same shape, but without memory: what a block that is done gives where nothing depends on it any more."""
-        return torch.zeros((), device=self.device, dtype=tensor.dtype).expand(tensor.shape)
+        """Of the same shape, but without memory: what a block that is done gives where nothing depends on it any more. What
+        would depend on it after all becomes NaN."""
+        filler = torch.nan if tensor.is_floating_point() else 0
+        return torch.full((), filler, device=self.device, dtype=tensor.dtype).expand(tensor.shape)
 
 
 class _Done(nn.Module):

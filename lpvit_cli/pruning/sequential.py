@@ -20,7 +20,7 @@ from lpvit_cli.curvature import TokenWeights
 from lpvit_cli.curvature.statistics import PLAIN
 from lpvit_cli.measure.memory import release_memory
 from lpvit_cli.pruning.block_obs import compensated, refitted, removal_order
-from lpvit_cli.pruning.blocks import Block
+from lpvit_cli.pruning.blocks import Block, block_sums
 from lpvit_cli.pruning.removal import Removal
 from lpvit_cli.pruning.replay import Replay, blocks_of
 
@@ -72,8 +72,11 @@ def prune_sequentially(
             layer, target = model.get_submodule(name), targets[name]
             assert isinstance(layer, nn.Linear)
             weight = layer.weight.detach()
-            layer.weight.data = refitted(weight, hessian, cross)
-            if target is not None:
+            if target is None:
+                layer.weight.data = refitted(weight, hessian, cross)
+            else:
+                present = block_sums(weight.abs(), target.block) > 0  # what an earlier pruning has removed stays removed
+                layer.weight.data = compensated(weight, hessian, present.cpu(), target.block, cross)
                 found = removal_order(layer.weight.data, (hessian / 2).to(weight.dtype), target.block, output_weights[name])
                 removal = Removal.greedy(*found, target.balanced)
                 count, spare = target.removals(removal, spare)
