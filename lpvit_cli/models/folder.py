@@ -119,7 +119,7 @@ def load_model(path: str | Path, trust_code: bool = False) -> VisionModel:
 
 def as_dense(source: Path, weights: Path) -> ModelSection:
     """The model folder `source` as a dense model; `weights` is written, with zeros for removed blocks. Features keep their
-    order, so that blocks stay blocks: what the model gathers is told beside the tensors, which are those of its architecture."""
+    order, so that these stay blocks: what the model gathers is told beside the tensors, which are those of its architecture."""
     config = read_config(source)
     model = densify(load_model(source))
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lpvit_cli.devices import autocast
-
 
 OUTSIDE = "/"  # no module has such a name
 
@@ -94,11 +94,17 @@ def _one_after_the_other(order: list[str], names: dict[str, str]) -> bool:
 
 def _is_a_row(model: nn.Module, blocks: list[Block], example: Tensor) -> bool:
     """Whether no blank of a block that is done reaches a later one."""
-    replay, reached = Replay(model, [example], example.device, torch.float32), []
+    replay, blank = Replay(model, [example], example.device, torch.float32), False
+
+    def look(tensor: Tensor) -> Tensor:
+        nonlocal blank
+        blank |= bool(tensor.isnan().any())
+        return tensor
+
     for block in blocks:
         replay.enter(block.name)
-        _mapped(replay.given, lambda tensor: reached.append(bool(tensor.isnan().any())) or tensor)
-    return not any(reached)
+        _mapped(replay.given, look)
+    return not blank
 
 
 def _is_tensors(result: Any) -> bool:
@@ -164,28 +170,25 @@ class Replay:
         return torch.full((), filler, device=self.device, dtype=tensor.dtype).expand(tensor.shape)
 
 
-class _Done(nn.Module):
-    """Stands where a block was, and gives what it gave."""
-
-    def __init__(self, result: Any):
-        super().__init__()
-        self.result = result
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.result
+def _give(result: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands where the forward of a block was, and gives what it gave."""
+    return result
 
 
 @contextmanager
 def _standing_in(model: nn.Module, results: Mapping[str, Any]) -> Iterator[None]:
-    """Blocks that do not run inside, but give these results."""
-    blocks = {name: model.get_submodule(name) for name in results}
+    """Blocks that do not run inside, but give these results; they stay where they are, for models that look at them."""
+    blocks = [(model.get_submodule(name), result) for name, result in results.items()]
+    own = [block.__dict__.get("forward") for block, _ in blocks]  # some libraries put one there
     try:
-        for name, result in results.items():
-            model.set_submodule(name, _Done(result))
+        for block, result in blocks:
+            block.__dict__["forward"] = partial(_give, result)
         yield
     finally:
-        for name, block in blocks.items():
-            model.set_submodule(name, block)
+        for (block, _), forward in zip(blocks, own, strict=True):
+            del block.__dict__["forward"]
+            if forward is not None:
+                block.__dict__["forward"] = forward
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def prune_sequentially(
     """Prune `model` (a copy of `dense`, changed in place) layer by layer; returns the block masks, in the order of running.
 
     Layers without a target, None, lose nothing, but make up for the errors before them. `output_weights` [out, out] of each
-    layer, as in `removal_order`; `batches`: images [n, C, H, W]; `dtype`: in which the models compute; `token_weights`: what the
+    layer, as in `removal_order`; `batches`: images [n, C, H, W]; `dtype`: in which models compute; `token_weights`: what the
     error of each token weighs, by layer and batch; None: all the same. With several processes, each with images of its own, the
     layers are pruned on those of all together.
     """

@@ -77,7 +77,9 @@ def test_passes_that_gather_sums_are_in_bfloat16_where_the_device_has_it(
     monkeypatch: pytest.MonkeyPatch, device: str, has: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has if device == "cuda" else pytest.fail("asked the GPU"))
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has if device == "cpu" else pytest.fail("asked the CPU"))
+    monkeypatch.setattr(
+        torch.cpu, "_is_avx512_bf16_supported", lambda: has if device == "cpu" else pytest.fail("asked the CPU")
+    )
     assert fast_dtype("auto", torch.device(device)) == (torch.bfloat16 if has else torch.float32)
     assert fast_dtype("float32", torch.device(device)) == torch.float32
     assert fast_dtype("bfloat16", torch.device(device)) == torch.bfloat16

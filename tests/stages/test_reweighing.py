@@ -1,4 +1,4 @@
-"""Layers weighed anew: errors against removal from scratch, gradients against autograd, the weighing nearest to the dense model."""
+"""Layers weighed anew: errors against removal from scratch, gradients against autograd, the nearest weighing."""
 
 from __future__ import annotations
 
