@@ -11,6 +11,7 @@ from helpers import expanded, relative
 from torch import Tensor, nn
 
 from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.pruning import sequential
 from lpvit_cli.pruning.block_obs import DAMPING
 from lpvit_cli.pruning.blocks import block_elements, grid
 from lpvit_cli.pruning.sequential import Target, prune_sequentially
@@ -127,21 +128,26 @@ def test_layers_that_lose_nothing_make_up_for_earlier_errors(tiny_vit: nn.Module
         assert relative(new, w) > 1e-3
 
 
-def test_blocks_that_are_zero_go_first_and_stay_zero(tiny_vit: nn.Module) -> None:
+def test_blocks_that_are_zero_go_first_and_stay_zero(tiny_vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a later step of gradual pruning, even where the first layer loses most and all others make up for it."""
     layers, generator = prunable_layers(tiny_vit, Layers()), torch.Generator().manual_seed(5)
     gone = {}
     for name, layer in layers.items():
         shape = (layer.out_features, layer.in_features)
         gone[name] = torch.rand(grid(shape, BLOCK), generator=generator) < 0.4
-        layer.weight.data[expanded(gone[name], shape, BLOCK)] = 0
+        sizes = 10 ** (-4 * torch.rand(gone[name].shape, generator=generator))  # some that stay are next to nothing
+        layer.weight.data *= expanded(sizes * ~gone[name], shape, BLOCK)
     counts = {name: int(mask.sum()) for name, mask in gone.items()} | {
         "blocks.0.attn.qkv": gone["blocks.0.attn.qkv"].numel() - 1
     }
     targets = {name: count_target(layer, counts[name]) for name, layer in layers.items()}
     outputs, made = {name: torch.eye(layer.out_features) for name, layer in layers.items()}, copy.deepcopy(tiny_vit)
+    judged: list[Tensor] = []
+    order = sequential.removal_order
+    monkeypatch.setattr(sequential, "removal_order", lambda weight, *more: judged.append(weight) or order(weight, *more))
     masks = prune_sequentially(tiny_vit, made, targets, outputs, images(), lambda name: None)
-    for name, mask in masks.items():
+    for (name, mask), weight in zip(masks.items(), judged, strict=True):
+        assert not weight[expanded(gone[name], tuple(weight.shape), BLOCK)].any(), "what has gone was refitted"
         assert not (mask & gone[name]).any()
         assert int((~mask).sum()) == counts[name]
 
