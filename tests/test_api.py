@@ -47,7 +47,9 @@ def tokens(count: int, seed: int = 1) -> Tensor:
     return torch.randn(count, 10, 24, generator=torch.Generator().manual_seed(seed))
 
 
-def test_a_timm_model_is_pruned_as_the_command_prunes_it(tmp_path: Path) -> None:
+def test_a_timm_model_is_pruned_as_the_command_prunes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the precision of the API, and without images held back, of which the API has none."""
+    monkeypatch.setattr("lpvit_cli.stages.prune.held_back_batches", lambda *_: None)
     changes = [
         "calibrate.images=48",
         "calibrate.gradient=sampled",
@@ -55,6 +57,7 @@ def test_a_timm_model_is_pruned_as_the_command_prunes_it(tmp_path: Path) -> None
         "prune.reweigh=1",
         "data.val_images=8",
         "device=cpu",
+        "dtype=float32",
     ]
     options = [option for change in changes for option in ("--set", change)]
     for command in ("calibrate", "prune"):

@@ -44,7 +44,7 @@ def predict(recipe: Recipe, run: Run, progress: Progress) -> PredictionReport:
             PredictedPoint(
                 budget=value,
                 kept_fraction=predicted.kept_fraction,
-                kept_by_layer={layer.name: layer.kept_fraction for layer in layer_reports(plan, allocation)},
+                kept_by_layer={layer.name: layer.kept_fraction for layer in layer_reports(allocation)},
                 flops=predicted.flops,
                 bytes=predicted.bytes,
                 energy_uj=predicted.energy_uj,

@@ -10,7 +10,9 @@ import torch
 from lpvit_cli.errors import UsageError
 from lpvit_cli.models.families import module, timm, transformers
 from lpvit_cli.models.families.wrapper import Wrapper, give_once, require_shape
+from lpvit_cli.models.order import gather_at
 from lpvit_cli.models.protocol import Family, VisionModel
+from lpvit_cli.models.tensors import orders_beside
 from lpvit_cli.recipe.model import FeaturesKind, ModelSection, TaskKind
 
 FAMILIES: dict[str, Family] = {"timm": timm, "transformers": transformers, "module": module}  # as config.json names them
@@ -27,6 +29,8 @@ def build_model(section: ModelSection, task: TaskKind = "auto", features: Featur
     with torch.random.fork_rng(devices=[]):  # weights that nobody gave are the same in every stage
         torch.manual_seed(0)
         model = FAMILIES[family_of(section.name)].build(section, task, features)
+    for name, order in orders_beside(section.weights).items() if section.weights else ():
+        gather_at(model, name, order)
     if task == "classification" and model.num_classes == 0:
         raise UsageError(
             f"task: classification needs a model with a head, and {section.name!r} has none",

@@ -17,10 +17,10 @@ from torch import nn
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.models.build import create, name_of, resolve
 from lpvit_cli.models.narrow import narrow, width
-from lpvit_cli.models.order import gather_at, in_original_order
+from lpvit_cli.models.order import gather_at
 from lpvit_cli.models.ordered import ordered_modules
 from lpvit_cli.models.protocol import VisionModel
-from lpvit_cli.models.tensors import _load_strictly, read_tensors, write_tensors
+from lpvit_cli.models.tensors import _load_strictly, orders_as_metadata, read_tensors, write_tensors
 from lpvit_cli.recipe.code import allow_code
 from lpvit_cli.recipe.model import Interpolation, ModelSection, Preprocess
 from lpvit_cli.sparse import BlockSparseLinear, densify, sparse_layers
@@ -118,12 +118,13 @@ def load_model(path: str | Path, trust_code: bool = False) -> VisionModel:
 
 
 def as_dense(source: Path, weights: Path) -> ModelSection:
-    """The model folder `source` as a dense model; `weights` is written, with zeros for removed blocks, and what leaves the
-    model in the order of its architecture."""
+    """The model folder `source` as a dense model; `weights` is written, with zeros for removed blocks. Features keep their
+    order, so that these stay blocks: what the model gathers is told beside the tensors, which are those of its architecture."""
     config = read_config(source)
     model = densify(load_model(source))
-    in_original_order(model)
-    write_tensors(weights, {name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    orders = {name: tensors.pop(f"{name}.order" if name else "order") for name in ordered_modules(model)}
+    write_tensors(weights, tensors, orders_as_metadata(orders))
     given = config["preprocessing"]
     interpolation, names = given.get("interpolation"), given.get("label_names")
     classes = {"num_classes": config["num_classes"]} if config.get("family", "timm") == "timm" else {}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lpvit_cli.models.axes import Axis, Kind, Member, axes
-from lpvit_cli.models.ordered import give_in_order, is_permutation, ordered_modules
+from lpvit_cli.models.ordered import give_in_order, is_permutation
 
 Model = TypeVar("Model", bound=nn.Module)
 TOLERANCE = 1e-6  # of outputs in float64; some models round to float32 in between
@@ -67,16 +67,6 @@ def reorder(model: nn.Module, found: Sequence[Axis], orders: Mapping[str, Tensor
                 tensor.copy_(tensor.index_select(member.dim, places.to(tensor.device)))
             if axis.end is not None:
                 give_in_order(model.get_submodule(axis.end), order.argsort())
-
-
-def in_original_order(model: nn.Module) -> None:
-    """Put, in place, the residual stream that leaves the model back, so that nothing gathers it. Layers must be dense."""
-    for name in ordered_modules(model):
-        axis = _leaving(model, name)
-        order = model.get_submodule(name).order
-        assert axis is not None
-        assert isinstance(order, Tensor)
-        reorder(model, [axis], {axis.name: order.cpu()})
 
 
 def gather_at(model: nn.Module, name: str, order: Tensor) -> None:

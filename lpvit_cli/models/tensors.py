@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
 
+ORDERS = "lpvit_orders"  # in the metadata of dense weights: what modules gather, by name
 PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt", ".tar")
 
 
@@ -50,6 +54,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     mode = path.stat().st_mode
     save_file(tensors, path, metadata)
     path.chmod(mode)
+
+
+def orders_as_metadata(orders: Mapping[str, Tensor]) -> dict[str, str]:
+    return {ORDERS: json.dumps({name: order.tolist() for name, order in orders.items()})} if orders else {}
+
+
+def orders_beside(path: Path) -> dict[str, Tensor]:
+    """What modules gather in the model whose dense tensors a safetensors file holds: order [features] int64, by name."""
+    with safe_open(path, "pt") as file:
+        told = json.loads((file.metadata() or {}).get(ORDERS, "{}"))
+    return {name: torch.tensor(order) for name, order in told.items()}
 
 
 def _load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lpvit_cli.devices import autocast
+
+OUTSIDE = "/"  # no module has such a name
 
 
 class _Reached(Exception):
@@ -34,7 +37,8 @@ def blocks_of(model: nn.Module, layers: Collection[str], example: Tensor) -> lis
     """The blocks that hold `layers`, in the order in which they run; `example`: an input of one image or more.
 
     A layer's block is the innermost numbered module around it (`blocks.3`), where there is none the layer itself. Where such
-    modules do not run one after the other, each once and with tensors for results, the whole model is one block.
+    modules do not run one after the other, each once and with tensors for results, or where one is given more than what the
+    one before it has given, the whole model is one block.
     """
     names = {layer: _numbered(layer) for layer in layers}
     names = {layer: min((b for b in names.values() if _inside(name, b)), key=len) for layer, name in names.items()}
@@ -46,6 +50,7 @@ def blocks_of(model: nn.Module, layers: Collection[str], example: Tensor) -> lis
     order: list[str] = []
     handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in called]
     handles += [model.get_submodule(n).register_forward_pre_hook(lambda m, a, n=n: order.append(n)) for n in called]
+    handles += [model.get_submodule(n).register_forward_hook(lambda m, a, r: order.append(OUTSIDE)) for n in {*names.values()}]
     try:
         with torch.no_grad():
             model(example)
@@ -57,8 +62,9 @@ def blocks_of(model: nn.Module, layers: Collection[str], example: Tensor) -> lis
     apart = all(_inside(layer, names[layer]) for layer in ran) and _one_after_the_other(order, names)
     if not (once and apart):
         return [Block("", tuple(ran))]
-    blocks = dict.fromkeys(name for name in order if name in names.values())
-    return [Block(name, tuple(layer for layer in ran if names[layer] == name)) for name in blocks]
+    names_in_order = dict.fromkeys(name for name in order if name in names.values())
+    blocks = [Block(name, tuple(layer for layer in ran if names[layer] == name)) for name in names_in_order]
+    return blocks if _is_a_row(model, blocks, example) else [Block("", tuple(ran))]
 
 
 def _numbered(layer: str) -> str:
@@ -72,18 +78,38 @@ def _inside(name: str, block: str) -> bool:
 
 
 def _one_after_the_other(order: list[str], names: dict[str, str]) -> bool:
-    """Whether no layer runs while another block than its own does."""
-    current = ""
+    """Whether no layer runs while another block than its own does, and no block inside of another."""
+    current = OUTSIDE
     for name in order:
-        if name in names.values():
+        if name == OUTSIDE:
+            current = OUTSIDE
+        elif name in names.values():
+            if current != OUTSIDE:
+                return False
             current = name
         if name in names and names[name] != current:
             return False
     return True
 
 
+def _is_a_row(model: nn.Module, blocks: list[Block], example: Tensor) -> bool:
+    """Whether no blank of a block that is done reaches a later one."""
+    replay, blank = Replay(model, [example], example.device, torch.float32), False
+
+    def look(tensor: Tensor) -> Tensor:
+        nonlocal blank
+        blank |= bool(tensor.isnan().any())
+        return tensor
+
+    for block in blocks:
+        replay.enter(block.name)
+        _mapped(replay.given, look)
+    return not blank
+
+
 def _is_tensors(result: Any) -> bool:
-    return isinstance(result, Tensor) or (isinstance(result, tuple) and all(isinstance(part, Tensor) for part in result))
+    """Or a tuple of them, with None where an architecture can give more."""
+    return isinstance(result, Tensor) or (isinstance(result, tuple) and all(p is None or isinstance(p, Tensor) for p in result))
 
 
 class Replay:
@@ -138,32 +164,31 @@ class Replay:
         return _mapped(values, lambda tensor: (tensor.float() if tensor.is_floating_point() else tensor).to(self.device))
 
     def _blank(self, tensor: Tensor) -> Tensor:
-        """Of the same shape, but without memory: what a block that is done gives where nothing depends on it any more."""
-        return torch.zeros((), device=self.device, dtype=tensor.dtype).expand(tensor.shape)
+        """Of the same shape, but without memory: what a block that is done gives where nothing depends on it any more. What
+        would depend on it after all becomes NaN."""
+        filler = torch.nan if tensor.is_floating_point() else 0
+        return torch.full((), filler, device=self.device, dtype=tensor.dtype).expand(tensor.shape)
 
 
-class _Done(nn.Module):
-    """Stands where a block was, and gives what it gave."""
-
-    def __init__(self, result: Any):
-        super().__init__()
-        self.result = result
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.result
+def _give(result: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands where the forward of a block was, and gives what it gave."""
+    return result
 
 
 @contextmanager
 def _standing_in(model: nn.Module, results: Mapping[str, Any]) -> Iterator[None]:
-    """Blocks that do not run inside, but give these results."""
-    blocks = {name: model.get_submodule(name) for name in results}
+    """Blocks that do not run inside, but give these results; they stay where they are, for models that look at them."""
+    blocks = [(model.get_submodule(name), result) for name, result in results.items()]
+    own = [block.__dict__.get("forward") for block, _ in blocks]  # some libraries put one there
     try:
-        for name, result in results.items():
-            model.set_submodule(name, _Done(result))
+        for block, result in blocks:
+            block.__dict__["forward"] = partial(_give, result)
         yield
     finally:
-        for name, block in blocks.items():
-            model.set_submodule(name, block)
+        for (block, _), forward in zip(blocks, own, strict=True):
+            del block.__dict__["forward"]
+            if forward is not None:
+                block.__dict__["forward"] = forward
 
 
 @contextmanager

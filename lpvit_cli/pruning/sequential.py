@@ -20,7 +20,7 @@ from lpvit_cli.curvature import TokenWeights
 from lpvit_cli.curvature.statistics import PLAIN
 from lpvit_cli.measure.memory import release_memory
 from lpvit_cli.pruning.block_obs import compensated, refitted, removal_order
-from lpvit_cli.pruning.blocks import Block
+from lpvit_cli.pruning.blocks import Block, block_sums
 from lpvit_cli.pruning.removal import Removal
 from lpvit_cli.pruning.replay import Replay, blocks_of
 
@@ -56,8 +56,8 @@ def prune_sequentially(
     """Prune `model` (a copy of `dense`, changed in place) layer by layer; returns the block masks, in the order of running.
 
     Layers without a target, None, lose nothing, but make up for the errors before them. `output_weights` [out, out] of each
-    layer, as in `removal_order`; `batches`: images [n, C, H, W]; `dtype`: in which the models compute; `token_weights`: what
-    the error of each token weighs, by layer and batch; None: all the same. `rows`: where `model` has fewer neurons or heads, the
+    layer, as in `removal_order`; `batches`: images [n, C, H, W]; `dtype`: in which models compute; `token_weights`: what the
+    error of each token weighs, by layer and batch; None: all the same. `rows`: where `model` has fewer neurons or heads, the
     rows of the dense layers that its own have. With several processes, each with images of its own, the layers are pruned on
     those of all together.
     """
@@ -75,8 +75,11 @@ def prune_sequentially(
             assert isinstance(layer, nn.Linear)
             weight, whole = layer.weight.detach(), cast(nn.Linear, dense.get_submodule(name)).weight.detach()
             wanted = (whole[rows[name]] if rows and name in rows else whole).double() @ cross
-            layer.weight.data = refitted(weight, hessian, wanted)
-            if target is not None:
+            if target is None:
+                layer.weight.data = refitted(weight, hessian, wanted)
+            else:
+                present = block_sums(weight.abs(), target.block) > 0  # what an earlier pruning has removed stays removed
+                layer.weight.data = compensated(weight, hessian, present.cpu(), target.block, wanted)
                 found = removal_order(layer.weight.data, (hessian / 2).to(weight.dtype), target.block, output_weights[name])
                 removal = Removal.greedy(*found, target.balanced)
                 count, spare = target.removals(removal, spare)

@@ -11,9 +11,9 @@ from lpvit_cli.pruning.plan import Allocation, Plan
 from lpvit_cli.report.schema import LayerReport
 
 
-def layer_reports(plan: Plan, allocation: Allocation) -> list[LayerReport]:
+def layer_reports(allocation: Allocation) -> list[LayerReport]:
     """One for each prunable layer; coupled ones share their distortion."""
-    masks, reports = allocation.masks or allocation.planned_masks(), {}
+    plan, masks, reports = allocation.plan, allocation.masks or allocation.planned_masks(), {}
     for name, group in allocation.groups.items():
         block, coupling = allocation.option(name).block, group.coupling
         for layer, mask in group.masks(name, masks[name]).items():

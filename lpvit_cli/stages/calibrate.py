@@ -28,12 +28,11 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Calib
     images = calibration_batches(recipe.data, recipe.calibrate, recipe.seed, model)
     task = task_of(model)
     gradient = gradient_for(task, recipe.calibrate, images)
-    loss = task.loss(gradient, recipe.seed + distributed.rank())
     statistics = collect(
         model,
         layers,
         images,
-        loss,
+        task.loss(gradient, recipe.seed + distributed.rank()),
         run.device,
         lambda done: progress("calibrating", done, images.share, f"{done}/{images.share} images"),
         fast_dtype(recipe.dtype, run.device),

@@ -79,14 +79,15 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Gradu
 
 
 def step_recipe(recipe: Recipe, model: ModelSection, value: float, profile: Path | None) -> Recipe:
-    """The recipe of one step: another model and budget, the dense model as teacher."""
+    """The recipe of one step: another model and budget, the dense model as teacher; features are sorted in the first only."""
     assert recipe.finetune is not None
     finetune = recipe.finetune
     if distill := finetune.distill:
         taught = distill.model_copy(update={"teacher": distill.teacher or recipe.model})
         finetune = finetune.model_copy(update={"distill": taught})
+    sorts = recipe.prune.reorder and model == recipe.model
     budget = Budget.model_validate({recipe.prune.budget.kind: value})
-    prune = recipe.prune.model_copy(update={"budget": budget, "profile": profile})
+    prune = recipe.prune.model_copy(update={"budget": budget, "profile": profile, "reorder": sorts})
     changes = {"model": model, "prune": prune, "finetune": finetune, "schedule": (), "sweep": ()}
     return Recipe.model_validate(recipe.model_copy(update=changes).plain())
 

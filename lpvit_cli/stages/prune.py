@@ -71,17 +71,15 @@ class Pruner:
             budget = BUDGETS.get(budget.kind).settle(plan, budget.value, self.points, self.progress)
         model, allocation = prune_model(plan, budget, self.progress)
         quality = self._quality(model, "evaluating the pruned model")
-        data = recipe.data.remembered()
-        parent = recipe.model.model_dump(mode="json")
-        save_model(work, model, model_config(recipe.model, self.model, data=data, parent=parent))
-        used = allocation.plan  # of a model without some of its neurons and heads, perhaps
-        predicted = used.predict(allocation)
+        facts = {"data": recipe.data.remembered(), "parent": recipe.model.model_dump(mode="json")}
+        save_model(work, model, model_config(recipe.model, self.model, **facts))
+        predicted = allocation.plan.predict(allocation)
         return PruneReport(
             device=describe_device(plan.device),
-            notes=[*self.validation.images.notes(), *used.notes()],
+            notes=[*self.validation.images.notes(), *allocation.plan.notes()],
             method=recipe.prune.method,
             beta=allocation.beta,
-            layers=layer_reports(used, allocation),
+            layers=layer_reports(allocation),
             flops_dense=plan.flops.total,
             flops=predicted.flops,
             linear_kept_fraction=predicted.kept_fraction,
@@ -129,8 +127,7 @@ def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Pruner:
 
 def open_profile(recipe: Recipe, run: Run) -> DeviceProfile | None:
     """The profile that the recipe names, or where its budget needs one, that of this run."""
-    path = profile_path(run)
-    if path is None:
+    if (path := profile_path(run)) is None:
         return None
     profile = DeviceProfile.load(path)
     if recipe.prune.budget.kind == "energy_mj" and profile.rest_mj is None:

@@ -65,11 +65,13 @@ def test_output_moments_alone_are_those_of_calibration(tiny_vit: nn.Module) -> N
     batches = [(x[:4], labels[:4]), (x[4:], labels[4:])]
     whole = collect(tiny_vit, layers, batches, calibration_loss("empirical", 0), CPU, lambda done: None)
     heights = {name: 16 * (1 + number % 3) for number, name in enumerate(layers)}  # 48: the last block row is lower
-    alone = output_moments(tiny_vit, heights, batches, calibration_loss("empirical", 0), CPU)
-    assert alone.keys() == whole.keys()
+    alone, tokens = output_moments(tiny_vit, heights, batches, calibration_loss("empirical", 0), CPU)
+    assert alone.keys() == tokens.keys() == whole.keys()
     for name, squares in alone.items():
         rows = torch.arange(len(squares)) // heights[name]
         assert relative(squares, whole[name].G * (rows[:, None] == rows)) < 1e-5
+        assert [len(of_batch) for of_batch in tokens[name]] == [4 * 17, 2 * 17]
+        assert float(torch.cat(tokens[name]).sum()) == pytest.approx(float(whole[name].G.trace()), rel=1e-5)
     assert all(parameter.grad is None for parameter in tiny_vit.parameters())
 
 
@@ -147,11 +149,36 @@ def test_statistics_of_other_weights_are_refused(tiny_vit: nn.Module, tmp_path: 
 def test_sums_become_means_over_tokens_or_over_images() -> None:
     """5 tokens of 2 images: H = 2/5 sum x^T x and S = 1/5 sum d^T d by token, g by image, 2.5 tokens an image."""
     outer, square, gradient = torch.tensor([[10.0, 5.0], [5.0, 20.0]]), torch.tensor([[15.0]]), torch.tensor([[6.0, -8.0]])
-    statistics = LayerStatistics(outer, square, gradient, tokens=5, images=2)
+    statistics = LayerStatistics(outer, square, gradient, 2 * outer, tokens=5, images=2)
     assert torch.equal(statistics.hessian, torch.tensor([[4.0, 2.0], [2.0, 8.0]]))
     assert torch.equal(statistics.output_moment, torch.tensor([[3.0]]))
     assert torch.equal(statistics.mean_gradient, torch.tensor([[3.0, -4.0]]))
     assert statistics.tokens_per_image == 2.5
+
+
+def test_tokens_weigh_as_much_as_the_loss_depends_on_them(tiny_vit: nn.Module) -> None:
+    """2 sum over tokens of (10 |d|^2 / mean |d|^2 + 1) / 11 x^T x / N, written out image by image in float64."""
+    name, (x, labels) = "blocks.0.mlp.fc2", images(6)
+    layers = prunable_layers(tiny_vit, Layers())
+    batches = [(x[:4], labels[:4]), (x[4:], labels[4:])]
+    found = collect(tiny_vit, layers, batches, calibration_loss("empirical", 0), CPU, lambda done: None)[name]
+    model, seen = copy.deepcopy(tiny_vit).double().requires_grad_(True), {}
+    model.get_submodule(name).register_forward_hook(lambda _, i, o: seen.update(x=i[0], y=o))
+    tokens, weights = [], []
+    for image, label in zip(x.double(), labels, strict=True):
+        (d,) = torch.autograd.grad(F.cross_entropy(model(image[None]), label[None]), seen["y"])
+        tokens.append(seen["x"].flatten(0, -2))
+        weights.append(d.flatten(0, -2).square().sum(dim=1))
+    seen_tokens, weight = torch.cat(tokens).detach(), torch.cat(weights)
+    mixed = (10 * weight / weight.mean() + 1) / 11
+    assert relative(found.token_hessian, 2 * (seen_tokens * mixed[:, None]).T @ seen_tokens / len(mixed)) < 2e-5
+    assert relative(found.hessian, found.token_hessian) > 0.05, "equal weights would do too"
+
+
+def test_tokens_that_no_loss_depends_on_weigh_the_same() -> None:
+    outer, nothing = torch.tensor([[10.0, 5.0], [5.0, 20.0]]), torch.zeros(1, 1)
+    statistics = LayerStatistics(outer, nothing, torch.zeros(1, 2), torch.zeros(2, 2), tokens=5, images=2)
+    assert torch.equal(statistics.token_hessian, statistics.hessian)
 
 
 class Dropping(nn.Module):

@@ -22,8 +22,9 @@ from lpvit_cli.data import batches as batches_module
 from lpvit_cli.data import readers as data_module
 from lpvit_cli.data.batches import Batches, batches
 from lpvit_cli.data.readers import class_names, open_images
+from lpvit_cli.data.splits import calibration_batches, held_back_batches
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.recipe.data import DataSection
+from lpvit_cli.recipe.data import CalibrateSection, DataSection
 from lpvit_cli.tasks.evaluation import Validation
 from lpvit_cli.tasks.quality import ClassificationQuality
 
@@ -144,6 +145,36 @@ def test_limit_takes_a_choice_fixed_by_the_seed() -> None:
         chosen[seed] = set(epochs[0])
     assert chosen[0] != chosen[1]
     assert max(chosen[0]) >= 10, "a random choice of 10 out of 40 is not the first ten"
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_skipped_images_are_those_that_a_smaller_choice_holds(shuffle: bool) -> None:
+    def chosen(limit: int, skip: int) -> Batches:
+        return Batches(Numbered(40), brightness, batch_size=7, limit=limit, skip=skip, shuffle=shuffle, seed=3)
+
+    whole, first, rest = (labels_of(chosen(*these)) for these in ((25, 0), (10, 0), (15, 10)))
+    assert not set(first) & set(rest)
+    assert sorted(first + rest) == sorted(whole)
+    last = chosen(15, 30)
+    assert (last.images, len(last), len(labels_of(last))) == (10, 2, 10), "no more than there are"
+
+
+@pytest.mark.parametrize(("images", "held_back"), [(10, 64), (90, 10), (99, 1)])
+def test_images_are_held_back_from_calibration(tmp_path: Path, images: int, held_back: int) -> None:
+    split = tmp_path / "train" / "ant"
+    split.mkdir(parents=True)
+    for number in range(100):
+        Image.new("RGB", (16, 16), (2 * number,) * 3).save(split / f"{number}.png")
+    model, section, settings = Eye(1), files(tmp_path), CalibrateSection(images=images)
+
+    def seen(source: Batches) -> set[int]:
+        return {round(float(pixel) * 1000) for batch, _ in source for pixel in batch[:, 0, 0, 0]}
+
+    calibration, others = (make(section, settings, 5, model) for make in (calibration_batches, held_back_batches))
+    assert len(seen(calibration)) == images
+    assert len(seen(others)) == held_back
+    assert not seen(calibration) & seen(others)
+    assert held_back_batches(section, CalibrateSection(images=100), 5, model) is None
 
 
 @pytest.mark.parametrize(("limit", "images", "count"), [(None, 40, 6), (10, 10, 2), (14, 14, 2), (15, 15, 3), (99, 40, 6)])

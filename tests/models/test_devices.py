@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lpvit_cli.devices import autocast, pick_device, pick_dtype
+from lpvit_cli.devices import autocast, fast_dtype, pick_device, pick_dtype
 from lpvit_cli.errors import EnvironmentFault, UsageError
 
 
@@ -69,3 +69,17 @@ def test_autocast_computes_in_the_type_and_keeps_the_weights(dtype: torch.dtype)
     with autocast(torch.device("cpu"), dtype):
         assert layer(torch.ones(1, 4)).dtype == dtype
     assert layer.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_passes_that_gather_sums_are_in_bfloat16_where_the_device_has_it(
+    monkeypatch: pytest.MonkeyPatch, device: str, has: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has if device == "cuda" else pytest.fail("asked the GPU"))
+    monkeypatch.setattr(
+        torch.cpu, "_is_avx512_bf16_supported", lambda: has if device == "cpu" else pytest.fail("asked the CPU")
+    )
+    assert fast_dtype("auto", torch.device(device)) == (torch.bfloat16 if has else torch.float32)
+    assert fast_dtype("float32", torch.device(device)) == torch.float32
+    assert fast_dtype("bfloat16", torch.device(device)) == torch.bfloat16

@@ -45,7 +45,7 @@ def test_moved_statistics_are_those_of_the_moved_model(which: str) -> None:
     assert found.statistics.keys() == fresh.keys() == layers.keys()
     for name, one in found.statistics.items():
         assert not torch.equal(moved[name].weight, layers[name].weight)
-        for field in ("A", "G", "gradient"):
+        for field in ("A", "G", "gradient", "weighted"):
             expected, given = getattr(fresh[name], field), getattr(one, field)
             assert relative(given, expected) < 1e-4
             assert relative(getattr(statistics[name], field), expected) > 0.1, "statistics in the old order would do too"
@@ -57,7 +57,7 @@ def test_moved_statistics_are_those_of_the_moved_model(which: str) -> None:
 def test_saliency_is_the_cost_of_a_weight_alone() -> None:
     """min over the other weights of the row of 1/2 d H d^T with d_c = -w_c, and S_rr: half of it."""
     weight, statistics = torch.randn(5, 7, generator=torch.Generator().manual_seed(3)), random_statistics(5, 7)
-    hessian, s = damped(statistics.hessian).double(), statistics.loss_weights
+    hessian, s = damped(statistics.token_hessian).double(), statistics.loss_weights
     for r, c in ((0, 0), (3, 5)):
         others = [k for k in range(7) if k != c]
         rest = torch.linalg.solve(hessian[others][:, others], hessian[others, c])

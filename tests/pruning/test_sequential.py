@@ -11,6 +11,7 @@ from helpers import expanded, relative
 from torch import Tensor, nn
 
 from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.pruning import sequential
 from lpvit_cli.pruning.block_obs import DAMPING
 from lpvit_cli.pruning.blocks import block_elements, grid
 from lpvit_cli.pruning.sequential import Target, prune_sequentially
@@ -88,6 +89,67 @@ def test_later_layers_make_up_for_earlier_errors(tiny_vit: nn.Module) -> None:
             blind[i, kept] = torch.linalg.lstsq(h[kept[:, None], kept], h[kept] @ w[i]).solution
     target = x @ w.T
     assert (x_pruned @ new.T - target).norm() < 0.98 * (x_pruned @ blind.T - target).norm()
+
+
+def test_tokens_weigh_what_they_are_given(tiny_vit: nn.Module) -> None:
+    """The normal equations as above, each token times 10/11 of its weight in a mean of one, and 1/11."""
+    layers, generator = prunable_layers(tiny_vit, Layers()), torch.Generator().manual_seed(4)
+    given = {name: [torch.rand(17 * len(x), generator=generator) ** 4 for x in images()] for name in layers}
+    given[LAST] = given[LAST][:1]  # not known for every batch: all tokens of this layer weigh the same
+    targets = {name: count_target(layer, 3) for name, layer in layers.items()}
+    outputs, made = {name: torch.eye(layer.out_features) for name, layer in layers.items()}, copy.deepcopy(tiny_vit)
+    masks = prune_sequentially(tiny_vit, made, targets, outputs, images(), lambda name: None, token_weights=given)
+    for name in ("blocks.0.mlp.fc2", "blocks.1.attn.qkv", LAST):
+        x, x_pruned = inputs(tiny_vit, name), inputs(made, name)
+        weights = torch.cat(given[name]).double()
+        weights = torch.ones(len(x)).double() if name == LAST else (10 * weights / weights.mean() + 1) / 11
+        w, new = tiny_vit.get_submodule(name).weight.detach().double(), made.get_submodule(name).weight.detach().double()
+        elements = expanded(masks[name], tuple(w.shape), BLOCK)
+        weighted = x_pruned * weights[:, None]
+        damping = DAMPING * (weighted * x_pruned).sum(0).mean() * torch.eye(w.shape[1], dtype=torch.float64)
+        left, right = new @ (x_pruned.T @ weighted + damping), w @ (x.T @ weighted + damping)
+        assert relative(left[elements], right[elements]) < 1e-4
+
+
+def test_layers_that_lose_nothing_make_up_for_earlier_errors(tiny_vit: nn.Module) -> None:
+    """Ridge regression of the dense outputs on the pruned inputs, from the dense weight."""
+    layers = prunable_layers(tiny_vit, Layers())
+    targets = {name: count_target(layer, 6) if "blocks.0" in name else None for name, layer in layers.items()}
+    outputs, made = {name: torch.eye(layer.out_features) for name, layer in layers.items()}, copy.deepcopy(tiny_vit)
+    told: list[str] = []
+    masks = prune_sequentially(tiny_vit, made, targets, outputs, images(), told.append)
+    assert list(masks) == [name for name in layers if "blocks.0" in name]
+    assert told == list(layers)
+    for name in ("blocks.1.attn.proj", LAST):
+        x, x_pruned = inputs(tiny_vit, name), inputs(made, name)
+        w, new = tiny_vit.get_submodule(name).weight.detach().double(), made.get_submodule(name).weight.detach().double()
+        damping = DAMPING * x_pruned.square().sum(0).mean() * torch.eye(w.shape[1], dtype=torch.float64)
+        assert relative(new @ (x_pruned.T @ x_pruned + damping), w @ (x.T @ x_pruned + damping)) < 1e-4
+        assert relative(new, w) > 1e-3
+
+
+def test_blocks_that_are_zero_go_first_and_stay_zero(tiny_vit: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a later step of gradual pruning, even where the first layer loses most and all others make up for it."""
+    layers, generator = prunable_layers(tiny_vit, Layers()), torch.Generator().manual_seed(5)
+    gone = {}
+    for name, layer in layers.items():
+        shape = (layer.out_features, layer.in_features)
+        gone[name] = torch.rand(grid(shape, BLOCK), generator=generator) < 0.4
+        sizes = 10 ** (-4 * torch.rand(gone[name].shape, generator=generator))  # some that stay are next to nothing
+        layer.weight.data *= expanded(sizes * ~gone[name], shape, BLOCK)
+    counts = {name: int(mask.sum()) for name, mask in gone.items()} | {
+        "blocks.0.attn.qkv": gone["blocks.0.attn.qkv"].numel() - 1
+    }
+    targets = {name: count_target(layer, counts[name]) for name, layer in layers.items()}
+    outputs, made = {name: torch.eye(layer.out_features) for name, layer in layers.items()}, copy.deepcopy(tiny_vit)
+    judged: list[Tensor] = []
+    order = sequential.removal_order
+    monkeypatch.setattr(sequential, "removal_order", lambda weight, *more: judged.append(weight) or order(weight, *more))
+    masks = prune_sequentially(tiny_vit, made, targets, outputs, images(), lambda name: None)
+    for (name, mask), weight in zip(masks.items(), judged, strict=True):
+        assert not weight[expanded(gone[name], tuple(weight.shape), BLOCK)].any(), "what has gone was refitted"
+        assert not (mask & gone[name]).any()
+        assert int((~mask).sum()) == counts[name]
 
 
 # budgets at ragged edges

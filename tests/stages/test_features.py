@@ -338,18 +338,19 @@ def test_a_classifier_without_labels_keeps_the_classes_of_the_dense_model(place:
 
 
 def test_gradual_comes_near_to_the_model_that_it_began_with(place: Path) -> None:
-    """Not to that of the step before, which is the dense one of a later step."""
-    options = ("--set", "schedule=[0.6,0.9]", "--set", f"data.root={place / 'sorted'}", "--set", "data.labels=none")
+    """Not to that of the step before, which is the dense one of a later step; its embeddings in the order of the dense ones."""
+    options = ("--set", "schedule=[0.8,0.9]", "--set", f"data.root={place / 'sorted'}", "--set", "data.labels=none")
     result = run_cli("gradual", place / "recipe.yaml", "-o", place / "gradual", *options, "--json")
     assert result.code == 0, result.err
     told = json.loads(result.out)["steps"][-1]
     dense, first, last = (
         build_model(Recipe.load(place / "recipe.yaml").model),
-        *(load_model(place / "gradual" / "gradual" / step) for step in ("0.6", ".")),
+        *(load_model(place / "gradual" / "gradual" / step) for step in ("0.8", ".")),
     )
+    assert torch.equal(first.norm.order, last.norm.order), "a later step keeps the order"
     files = sorted((place / "sorted" / "val").rglob("*.png"))
     x = torch.stack([transform_for(dense)(Image.open(file).convert("RGB")) for file in files])
     with torch.no_grad():
         cosines = [float(torch.cosine_similarity(last(x), other(x), dim=1).mean()) for other in (dense, first)]
-    assert cosines[0] != pytest.approx(cosines[1], abs=1e-3)
+    assert cosines[0] != pytest.approx(cosines[1], abs=3e-4)
     assert told["recovered"]["quality"]["cosine"] == pytest.approx(cosines[0], abs=1e-4)

@@ -1,4 +1,4 @@
-"""Layers weighed anew by the pruned model: errors against removal from scratch, gradients against autograd, the best round."""
+"""Layers weighed anew: errors against removal from scratch, gradients against autograd, the nearest weighing."""
 
 from __future__ import annotations
 
@@ -81,10 +81,11 @@ class Watched:
     """Divergences as told, and the models they were asked of, the dense one left out."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *values: float) -> None:
-        self.values, self.models = list(values), []
+        self.values, self.models, self.images = list(values), [], []
         dense: list[nn.Module] = []
 
-        def outputs(task: Classification, model: nn.Module, calibration: object, device: object) -> Tensor:
+        def outputs(task: Classification, model: nn.Module, images: object, device: object, dtype: object) -> Tensor:
+            self.images.append(images)
             if dense:
                 self.models.append(copy.deepcopy(model))
             dense.append(model)
@@ -99,29 +100,55 @@ def same_weights(a: nn.Module, b: nn.Module, plan: Plan) -> bool:
     return all(torch.equal(a.get_submodule(name).weight, b.get_submodule(name).weight) for name in plan.layers)  # type: ignore[arg-type]
 
 
+WEIGHINGS = [
+    "gradients of the dense model",
+    "relative errors of their outputs",
+    "gradients of the dense and the pruned model (round 1)",
+    "gradients of the dense and the pruned model (round 2)",
+]
+
+
 @pytest.mark.parametrize(
     ("divergences", "best"),
-    [([1, 2, 3], 0), ([3, 1, 2], 1), ([3, 2, 1], 2), ([2, 2, 2], 0), ([math.nan, 3, 2], 2), ([1, math.nan, 2], 0)],
+    [
+        ([1, 2, 3, 4], 0),
+        ([3, 1, 2, 4], 1),
+        ([4, 3, 1, 2], 2),
+        ([4, 3, 2, 1], 3),
+        ([2, 2, 2, 2], 0),
+        ([math.nan, 4, 3, 2], 3),
+        ([1, math.nan, 2, 3], 0),
+    ],
     ids=str,
 )
-def test_the_round_nearest_to_the_dense_model_is_taken(
+def test_the_weighing_nearest_to_the_dense_model_is_taken_and_told(
     monkeypatch: pytest.MonkeyPatch, divergences: list[float], best: int
 ) -> None:
     watched = Watched(monkeypatch, *divergences)
     plan = plan_of("vit", "prune.reweigh=2", "prune.sequential=false", "prune.block=[8,4]")
     model, pruned = prune_model(plan, Budget(sparsity=0.8), quiet)
-    assert len(watched.models) == 3, "the last round is judged too"
-    assert [same_weights(model, one, plan) for one in watched.models] == [n == best for n in range(3)]
+    assert len(watched.models) == 4, "the last round is judged too"
+    assert [same_weights(model, one, plan) for one in watched.models] == [n == best for n in range(4)]
     for name, mask in pruned.masks.items():
         weight = watched.models[best].get_submodule(name).weight
         assert int((weight != 0).sum()) == int(mask.sum()) * 8 * 4
+    assert [note for note in plan.notes() if "weighed by" in note] == [f"layers weighed by {WEIGHINGS[best]}"]
+
+
+def test_models_are_judged_on_images_that_were_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch, 1, 2, 3)
+    plan = plan_of("vit", "prune.reweigh=1")
+    plan.held_back = batches(3)
+    prune_model(plan, Budget(sparsity=0.5), quiet)
+    assert len(watched.images) == 4
+    assert all(images is plan.held_back for images in watched.images)
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 3])
 def test_as_many_rounds_as_asked_for(monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
-    watched = Watched(monkeypatch, 9, 8, 7, 6)
+    watched = Watched(monkeypatch, 9, 8, 7, 6, 5)
     prune_model(plan_of("vit", f"prune.reweigh={rounds}"), Budget(sparsity=0.5), quiet)
-    assert len(watched.models) == (rounds + 1 if rounds else 0)
+    assert len(watched.models) == (rounds + 2 if rounds else 0)
 
 
 def output_gradients(model: nn.Module, name: str) -> tuple[Tensor, int]:
@@ -142,7 +169,7 @@ def output_gradients(model: nn.Module, name: str) -> tuple[Tensor, int]:
 @pytest.mark.parametrize("name", ["blocks.0.attn.qkv", "blocks.1.mlp.fc2"])
 def test_gradients_of_the_pruned_model_are_added_to_those_of_the_dense_one(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The distortion of a whole block row grows as its outputs' squared gradients do."""
-    watched = Watched(monkeypatch, 2, 1)
+    watched = Watched(monkeypatch, 2, 3, 1)
     plan = plan_of("vit", "prune.reweigh=1")
     _, pruned = prune_model(plan, Budget(sparsity=0.6), quiet)
     dense, images = output_gradients(plan.model, name)
