@@ -240,7 +240,7 @@ def test_block_shapes_that_are_none(tmp_path: Path, block: str) -> None:
         ("{patterns: [balanced], method: magnitude}", "patterns need method: obs"),
         ("{patterns: [neurons], budget: {latency_ms: 3}}", "a profile has no smaller layers"),
         ("{patterns: [balanced, heads], budget: {energy_mj: 3}}", "a profile has no smaller layers"),
-        ("{patterns: [rows]}", "should be 'balanced', 'neurons' or 'heads'"),
+        ("{patterns: [rows]}", "should be 'blocks', 'balanced', 'neurons' or 'heads'"),
         ("{budget: {latency_ms: 0}}", "should be greater than 0"),
         ("{budget: {energy_mj: -1}}", "should be greater than 0"),
         ("{budget: {latency_ms: 1, flops: 0.5}}", "give exactly one of flops, sparsity, latency_ms, energy_mj, max_drop"),

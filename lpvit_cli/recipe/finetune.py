@@ -57,7 +57,7 @@ class FinetuneSection(Section):
     also_train: tuple[Literal["norms", "biases", "head"], ...] = ("norms", "biases")  # beside the adapters
     optimizer: Literal["adamw", "mfac"] = "adamw"  # mfac: SGD preconditioned by M-FAC
     mfac: Mfac = Mfac()  # with optimizer: mfac
-    lr: float = Field(default=1e-3, gt=0)  # the highest learning rate
+    lr: float | None = Field(default=None, gt=0)  # the highest learning rate; None: 3e-5 with full, else 1e-3
     weight_decay: float = Field(default=0.0, ge=0)  # with lora and full
     warmup_epochs: float = Field(default=1.0, ge=0)  # linear warm-up; a cosine follows
     accumulate: PositiveInt = 1  # batches of data.batch_size images a step
@@ -67,6 +67,11 @@ class FinetuneSection(Section):
     augment: Augment | None = None  # None: the preprocessing of evaluation
     distill: Distill | None = Distill()  # None: no teacher
     target_top1: float | None = Field(default=None, gt=0, le=100)  # stop as soon as the validation accuracy is that good
+
+    @property
+    def highest_lr(self) -> float:
+        """Pretrained backbones bear no more than 3e-5 on all their weights; adapters start small."""
+        return self.lr or (3e-5 if self.method == "full" else 1e-3)
 
     @model_validator(mode="after")
     def _decays_to_the_pruned_model(self) -> Self:

@@ -61,8 +61,8 @@ def optimizer_of(parameters: list[nn.Parameter], settings: FinetuneSection) -> t
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if settings.optimizer == "mfac":
-        return MFAC(groups, settings.lr, settings.mfac.window, settings.mfac.damping)
-    return torch.optim.AdamW(groups, lr=settings.lr)
+        return MFAC(groups, settings.highest_lr, settings.mfac.window, settings.mfac.damping)
+    return torch.optim.AdamW(groups, lr=settings.highest_lr)
 
 
 @dataclass
@@ -168,7 +168,7 @@ class Trainer:
         settings, step = self.settings, self.done
         seed_all(self.seed, 1, step, distributed.rank())
         steps = settings.epochs * self.steps_per_epoch
-        lr = settings.lr * learning_rate(step, steps, settings.warmup_epochs * self.steps_per_epoch)
+        lr = settings.highest_lr * learning_rate(step, steps, settings.warmup_epochs * self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()

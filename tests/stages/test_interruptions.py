@@ -81,7 +81,7 @@ def test_resumed_recovery_ends_where_an_uninterrupted_one_does(
             raise KeyboardInterrupt
 
     # the labels mean nothing: learning those of the training images is the only way to be better
-    changes = [f"finetune.optimizer={optimizer}", "finetune.mfac.window=4", "data.val_split=train", "finetune.lr=0.01"]
+    changes = [f"finetune.optimizer={optimizer}", "finetune.mfac.window=4", "data.val_split=train", "finetune.lr=0.003"]
     options = [*OPTIONS, *(option for change in changes for option in ("--set", change))]
     once, twice = tmp_path / "once", tmp_path / "twice"
     for folder in (once, twice):
