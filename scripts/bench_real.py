@@ -60,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out.resolve()
     common = [f"model.weights={out / 'dinov2_vits14.safetensors'}", "model.pretrained=false", f"data.root={out / 'photos'}"]
-    common += ["data.workers=0", f"calibrate.images={IMAGES}"]
+    common += ["data.workers=0", f"calibrate.images={IMAGES}", "target.batch_size=1", "bench.rounds=6"]
     written = json.loads(args.output.read_text())["rows"] if args.output and args.output.exists() else []
     known = [row for row in written if row["method"] in METHODS]
     with tempfile.TemporaryDirectory() as folder:
