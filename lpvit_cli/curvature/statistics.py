@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,6 +47,13 @@ class LayerStatistics:
         """Statistics of both sets of images together, as if one process had seen them."""
         sums = {field: getattr(self, field) + getattr(other, field) for field in FIELDS}
         return LayerStatistics(**sums, tokens=self.tokens + other.tokens, images=self.images + other.images)
+
+    def select(self, dim: int, index: Tensor) -> LayerStatistics:
+        """Those of a layer with the rows (`dim` 0) or columns (1) of W at `index` only, in that order."""
+        index = index.to(self.A.device)
+        squares = ("G",) if dim == 0 else ("A", "weighted")
+        chosen = {field: getattr(self, field)[index[:, None], index] for field in squares}
+        return replace(self, gradient=self.gradient.index_select(dim, index), **chosen)
 
     def sum_over_processes(self) -> None:
         """Statistics of all processes together, in place."""

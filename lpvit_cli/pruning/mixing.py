@@ -68,13 +68,7 @@ def _narrow(model: nn.Module, coupling: Coupling, mask: Tensor, statistics: dict
     assert found is not None
     rows, columns = found.rows(keep), found.columns(keep)
     for producer in coupling.producers:
-        statistics[producer] = _cut(statistics[producer], 0, rows)
-    statistics[coupling.consumer] = _cut(statistics[coupling.consumer], 1, columns)
+        statistics[producer] = statistics[producer].select(0, rows)
+    statistics[coupling.consumer] = statistics[coupling.consumer].select(1, columns)
     narrow(module, keep)
     return dict.fromkeys(coupling.producers, rows)
-
-
-def _cut(of: LayerStatistics, dim: int, index: Tensor) -> LayerStatistics:
-    fields = ("G",) if dim == 0 else ("A", "weighted")
-    gradient = of.gradient.index_select(dim, index)
-    return replace(of, gradient=gradient, **{field: getattr(of, field)[index[:, None], index] for field in fields})

@@ -6,7 +6,6 @@ Free at run time: the function stays, only whole blocks become unimportant. `mod
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -57,15 +56,9 @@ def permuted(
     result = dict(statistics)
     for axis in found:
         for name, member in _of_layers([axis], statistics):
-            result[name] = _permuted(result[name], member, orders[axis.name])
+            of = result[name]
+            result[name] = of.select(member.dim, positions(member, orders[axis.name], of.gradient.shape[member.dim]))
     return result
-
-
-def _permuted(of: LayerStatistics, member: Member, order: Tensor) -> LayerStatistics:
-    places = positions(member, order, of.gradient.shape[member.dim]).to(of.A.device)
-    gradient = of.gradient.index_select(member.dim, places)
-    moved = ("G",) if member.dim == 0 else ("A", "weighted")
-    return replace(of, gradient=gradient, **{field: getattr(of, field)[places[:, None], places] for field in moved})
 
 
 def _of_layers(found: Iterable[Axis], names: Iterable[str]) -> Iterator[tuple[str, Member]]:

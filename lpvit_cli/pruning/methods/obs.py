@@ -147,8 +147,8 @@ def _by_relative_errors(plan: Plan, budget: Budget) -> Weighing:
 
 def _by_pruned(plan: Plan, best: Weighing, model: nn.Module, budget: Budget, number: int) -> Weighing:
     """The gradients of the dense model, and those of a pruned one."""
-    heights = {name: math.lcm(*(option.block[0] for option in group.options)) for name, group in plan.groups.items()}
-    heights = {name: heights.get(name, 1) for name in plan.layers}
+    heights = dict.fromkeys(plan.layers, 1)  # of those that lose nothing, only the weights of tokens are read
+    heights |= {name: math.lcm(*(option.block[0] for option in group.options)) for name, group in plan.groups.items()}
     moments, tokens = output_moments(model, heights, plan.calibration, plan.new_loss(), plan.device, plan.dtype)
     model.cpu()
     weights = {
