@@ -54,7 +54,7 @@ def predict(recipe: Recipe, run: Run, progress: Progress) -> PredictionReport:
     return PredictionReport(
         device=plan.profile.device if plan.profile else describe_device(run.device),
         kind=kind,
-        flops_dense=plan.flops.total,
+        flops_dense=plan.flops_dense,
         bytes_dense=plan.bytes_dense,
         energy_uj_dense=plan.energy_uj_dense,
         latency_ms_dense=plan.profile.model_ms if plan.profile else None,

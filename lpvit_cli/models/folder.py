@@ -24,6 +24,7 @@ from lpvit_cli.models.tensors import _load_strictly, orders_as_metadata, read_te
 from lpvit_cli.recipe.code import allow_code
 from lpvit_cli.recipe.model import Interpolation, ModelSection, Preprocess
 from lpvit_cli.sparse import BlockSparseLinear, densify, sparse_layers
+from lpvit_cli.tokens.blocks import Merging, install, merging_of
 
 FORMAT = "lpvit-model"
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "exif", "label_names")
@@ -60,6 +61,8 @@ def save_model(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
     content.pop("ordered", None)
     if ordered := ordered_modules(model):
         content["ordered"] = ordered
+    if merging := merging_of(model):
+        content["tokens"] = merging.model_dump(mode="json")
     (folder / "config.json").write_text(json.dumps(content, indent=1))
 
 
@@ -94,6 +97,8 @@ def load_model(path: str | Path, trust_code: bool = False) -> VisionModel:
     try:
         if config.get("family") != "module":
             model = create(config)
+        if "tokens" in config:
+            install(model, Merging.model_validate(config["tokens"]))
         for name in config.get("ordered", []):
             gather_at(model, name, tensors[f"{name}.order" if name else "order"])
         for name, kept in config.get("widths", {}).items():

@@ -83,6 +83,7 @@ class Plan:
     profile: DeviceProfile | None = None
     told: list[str] = field(default_factory=list)  # what a user should know of how it was made
     held_back: Iterable[tuple[Tensor, Tensor]] | None = None  # more images, that the statistics are not of
+    reference: nn.Module | None = None  # what pruned models are compared with, where it is not `model`: that without merging
     whole: Plan | None = None
     rows: dict[str, Tensor] = field(default_factory=dict)  # of the whole layers, those that narrower ones have
     groups: dict[str, Group] = field(default_factory=dict)
@@ -95,6 +96,12 @@ class Plan:
     @cached_property
     def flops(self) -> ModelFlops:
         return count_flops(self.model, self.layers, self.example)
+
+    @cached_property
+    def flops_dense(self) -> int:
+        """Of the model that pruned ones are compared with."""
+        one = self.dense
+        return one.flops.total if one.reference is None else count_flops(one.reference, (), one.example).total
 
     @cached_property
     def method(self) -> Any:
@@ -260,11 +267,13 @@ def build_plan(
     dtype: torch.dtype = torch.float32,
     profile: DeviceProfile | None = None,
     held_back: Iterable[tuple[Tensor, Tensor]] | None = None,
+    reference: nn.Module | None = None,
 ) -> Plan:
     """The curves of all groups.
 
     `example`: an input of one image. `calibration` gives the images of the statistics, (images [n, C, H, W], labels [n]),
-    `held_back` others, to choose by. `dtype`: in which passes over them compute.
+    `held_back` others, to choose by. `dtype`: in which passes over them compute. `reference`: the model that pruned ones are
+    compared with, where `model` merges tokens and that one does not.
     Raises UsageError where blocks, patterns or the profile do not fit the layers.
     """
     if profile is not None:
@@ -273,7 +282,20 @@ def build_plan(
     if settings.reorder:
         model, statistics, told = reordered(model, layers, statistics, _first_images(calibration))
     plan = Plan(
-        settings, model, statistics, calibration, example, task, gradient, seed, device, dtype, profile, told, held_back
+        settings,
+        model,
+        statistics,
+        calibration,
+        example,
+        task,
+        gradient,
+        seed,
+        device,
+        dtype,
+        profile,
+        told,
+        held_back,
+        reference,
     )
     return grouped(plan, progress)
 

@@ -69,6 +69,7 @@ def prune_sequentially(
     for block in blocks:
         ahead.enter(block.name)
         behind.enter(block.name)
+        behind.follow(ahead)
         for name in block.layers:
             hessian, cross = _moments(ahead, behind, name, _token_weights(token_weights, name, len(batches)))
             layer, target = model.get_submodule(name), targets[name]

@@ -23,6 +23,7 @@ from lpvit_cli.recipe.section import Section, flatten
 from lpvit_cli.recipe.shipped import find_recipe
 from lpvit_cli.recipe.source import apply_override, read_source
 from lpvit_cli.recipe.target import PRECISIONS, Dtype, TargetSection
+from lpvit_cli.recipe.tokens import TokensSection
 from lpvit_cli.registry import BUDGETS
 
 
@@ -39,6 +40,7 @@ class Recipe(Section):
     data: DataSection  # images to calibrate, recover and evaluate on
     target: TargetSection = TargetSection()  # where the model will run
     calibrate: CalibrateSection = CalibrateSection()  # `lpvit calibrate`
+    tokens: TokensSection | None = None  # similar tokens are merged between blocks; null: none are
     prune: PruneSection = PruneSection()  # `lpvit prune`
     sweep: tuple[float, ...] = ()  # budgets of `lpvit prune --sweep`, of the same kind as prune.budget
     schedule: tuple[float, ...] = ()  # budgets of `lpvit gradual`, of the same kind, each below the one before
@@ -141,6 +143,20 @@ class Recipe(Section):
         if self.finetune:
             small["finetune"] |= {"epochs": 1, "init_batches": 1, "rank": 4, "warmup_epochs": 0}
         return Recipe.model_validate(small)
+
+    def step(self, model: ModelSection, value: float, profile: Path | None) -> Recipe:
+        """The recipe of one step of the schedule: another model and budget, the dense model as teacher; features are sorted in
+        the first only."""
+        assert self.finetune is not None
+        finetune = self.finetune
+        if distill := finetune.distill:
+            taught = distill.model_copy(update={"teacher": distill.teacher or self.model})
+            finetune = finetune.model_copy(update={"distill": taught})
+        sorts = self.prune.reorder and model == self.model
+        budget = Budget.model_validate({self.prune.budget.kind: value})
+        prune = self.prune.model_copy(update={"budget": budget, "profile": profile, "reorder": sorts})
+        changes = {"model": model, "prune": prune, "finetune": finetune, "schedule": (), "sweep": ()}
+        return Recipe.model_validate(self.model_copy(update=changes).plain())
 
     def flat(self) -> dict[str, Any]:
         """Dotted keys to plain values, as stage records and messages have them; nothing counts as read."""

@@ -12,11 +12,13 @@ from lpvit_cli.data.splits import calibration_batches
 from lpvit_cli.devices import describe_device, fast_dtype
 from lpvit_cli.models.build import build_model
 from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.models.merging import merge_tokens, merging_for
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.report.schema import CalibrateReport
 from lpvit_cli.tasks.evaluation import gradient_for, task_of
+from lpvit_cli.tokens.blocks import merging_of
 
 STATISTICS = "statistics.safetensors"
 
@@ -24,6 +26,7 @@ STATISTICS = "statistics.safetensors"
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> CalibrateReport:
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, recipe.task, recipe.features)
+    model = merge_tokens(model, recipe.tokens and merging_for(model, recipe.tokens))
     layers = prunable_layers(model, recipe.prune.layers)
     images = calibration_batches(recipe.data, recipe.calibrate, recipe.seed, model)
     task = task_of(model)
@@ -45,4 +48,5 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Calib
         gradient=gradient if task.uses_gradient else "random direction",
         layers=len(layers),
         statistics_bytes=(work / STATISTICS).stat().st_size,
+        merging=merging_of(model),
     )

@@ -19,6 +19,7 @@ from lpvit_cli.measure.profile import DeviceProfile
 from lpvit_cli.models.build import build_model
 from lpvit_cli.models.folder import model_config, save_model
 from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.models.merging import merge_tokens, tokens_of_blocks
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
@@ -28,10 +29,11 @@ from lpvit_cli.recipe import Recipe
 from lpvit_cli.recipe.prune import Budget
 from lpvit_cli.registry import BUDGETS
 from lpvit_cli.report.layers import layer_reports
-from lpvit_cli.report.schema import PruneReport
+from lpvit_cli.report.schema import MergedReport, PruneReport
 from lpvit_cli.stages import CALIBRATE, profile_path
 from lpvit_cli.stages.calibrate import STATISTICS
 from lpvit_cli.tasks.evaluation import Validation, gradient_for, task_of, validation_of
+from lpvit_cli.tokens.blocks import merging_of
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> PruneReport:
@@ -45,7 +47,7 @@ class Pruner:
 
     recipe: Recipe
     plan: Plan
-    model: VisionModel  # dense
+    model: VisionModel  # dense; that of the plan merges tokens where the recipe says so
     validation: Validation
     progress: Progress
 
@@ -58,6 +60,15 @@ class Pruner:
     def dense(self) -> Any:
         """The quality of the dense model."""
         return self._quality(self.model, "evaluating the dense model")
+
+    @cached_property
+    def merged(self) -> MergedReport | None:
+        """What merging tokens alone makes of the model."""
+        model = self.plan.model
+        if (merging := merging_of(model)) is None:
+            return None
+        quality = self._quality(model, "evaluating the model with merged tokens", neighbours=False)
+        return MergedReport(merging=merging, tokens=tokens_of_blocks(model), flops=self.plan.flops.total, quality=quality)
 
     def _quality(self, model: nn.Module, what: str, neighbours: bool = True) -> Any:
         quality = self.validation.quality(model, what, neighbours)
@@ -80,7 +91,8 @@ class Pruner:
             method=recipe.prune.method,
             beta=allocation.beta,
             layers=layer_reports(allocation),
-            flops_dense=plan.flops.total,
+            merged=self.merged,
+            flops_dense=plan.flops_dense,
             flops=predicted.flops,
             linear_kept_fraction=predicted.kept_fraction,
             bytes_dense=plan.bytes_dense,
@@ -98,11 +110,12 @@ def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Pruner:
     torch.manual_seed(recipe.seed)
     profile = open_profile(recipe, run)
     model = build_model(recipe.model, recipe.task, recipe.features)
-    layers = prunable_layers(model, recipe.prune.layers)
+    merged = merge_tokens(model, run.report(CALIBRATE).merging)
+    layers = prunable_layers(merged, recipe.prune.layers)
     task, calibration = task_of(model), calibration_batches(recipe.data, recipe.calibrate, recipe.seed, model)
     plan = build_plan(
         recipe.prune,
-        model,
+        merged,
         layers,
         load_statistics(run.artefact(CALIBRATE) / STATISTICS, layers),
         calibration,
@@ -115,6 +128,7 @@ def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Pruner:
         dtype=fast_dtype(recipe.dtype, run.device),
         profile=profile,
         held_back=held_back_batches(recipe.data, recipe.calibrate, recipe.seed, model),
+        reference=None if merged is model else model,
     )
     dense = build_model(run.origin, recipe.task, recipe.features) if run.origin else model
     validation = validation_of(

@@ -96,7 +96,7 @@ class Judge:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.reference = self._outputs(plan.dense.model)
+        self.reference = self._outputs(plan.dense.reference or plan.dense.model)
 
     def __call__(self, model: nn.Module) -> float:
         distance = self.plan.task.divergence(self._outputs(model), self.reference)
