@@ -43,6 +43,7 @@ class Allocation:
     beta: float
     plan: Plan
     masks: dict[str, Tensor] = field(default_factory=dict)  # block masks by layer, coupled ones included
+    told: list[str] = field(default_factory=list)  # what a user should know of how it was chosen
 
     def option(self, name: str) -> Option:
         return self.groups[name].options[self.points[name].curve]
@@ -50,6 +51,10 @@ class Allocation:
     def planned_masks(self) -> dict[str, Tensor]:
         """Block masks of the layers that decide, as the removal orders have them."""
         return {name: self.option(name).removal.mask(point.removed) for name, point in self.points.items()}
+
+    def notes(self) -> list[str]:
+        """What a user should know about this pruning."""
+        return [*self.plan.notes(), *self.told]
 
     def distortion(self, name: str) -> float:
         return float(self.option(name).removal.distortion[self.points[name].removed])

@@ -141,6 +141,12 @@ class Replay:
             self.gave[self.name] = [_mapped(result, self._blank) for result in self.gave[self.name]]
         self.name = name
 
+    def taken_on(self, model: nn.Module) -> Replay:
+        """The passes of a copy of the model that is the same up to where these are."""
+        other = Replay(model, self.batches, self.device, self.dtype)
+        other.name, other.given, other.gave = self.name, self.given, dict(self.gave)
+        return other
+
     def inputs(self, layer: str) -> Iterator[Tensor]:
         """What `layer`, one of the block's, is given [tokens, in] when it is called first, batch by batch."""
         for given in self.given:
