@@ -69,10 +69,12 @@ def prune_sequentially(
 
     The passes of the dense model are made once for all of them, and no model depends on the others. All have targets for the
     same layers. `batches`: images [n, C, H, W]; `dtype`: in which models compute. With several processes, each with images of
-    its own, the layers are pruned on those of all together.
+    its own, the layers are pruned on those of all together, by the main one.
     """
     device = next(dense.parameters()).device
-    blocks = blocks_of(dense, prunings[0].targets, batches[0][:1].to(device, torch.float32))
+    example = distributed.broadcast(batches[0][:1] if distributed.is_main() else None)
+    assert example is not None
+    blocks = blocks_of(dense, prunings[0].targets, example.to(device, torch.float32))
     ahead, walks = Replay(dense, batches, device, dtype), list[_Walk]()
     for block in blocks:
         ahead.enter(block.name)
@@ -82,7 +84,7 @@ def prune_sequentially(
         for name in block.layers:
             whole = cast(nn.Linear, dense.get_submodule(name)).weight.detach()
             for walk, moments in zip(walks, _moments(ahead, walks, whole, name), strict=True):
-                walk.prune(name, whole, *moments)
+                walk.prune(name, *moments)
             on_layer(name)
             release_memory()
     return [walk.masks for walk in walks]
@@ -99,34 +101,40 @@ class _Walk:
     def token_weights(self, layer: str) -> Iterable[Tensor | None]:
         return _token_weights(self.pruning.token_weights, layer, self.batches) or repeat(None, self.batches)
 
-    def prune(self, name: str, whole: Tensor, hessian: Tensor, wanted: Tensor) -> None:
-        """`whole`: the dense weight; the moments as `_moments` gives them."""
-        layer, target, rows = self.pruning.model.get_submodule(name), self.pruning.targets[name], self.pruning.rows.get(name)
+    def prune(self, name: str, hessian: Tensor, wanted: Tensor) -> None:
+        """The moments are those of `_moments`."""
+        layer, rows = self.pruning.model.get_submodule(name), self.pruning.rows.get(name)
         assert isinstance(layer, nn.Linear)
         wanted = wanted if rows is None else wanted[rows.to(wanted.device)]
-        weight = layer.weight.detach()
+        made, mask = distributed.on_main(lambda: self._pruned(name, layer.weight.detach(), hessian, wanted))
+        layer.weight.data = made.to(layer.weight)
+        if mask is not None:
+            self.masks[name] = mask
+
+    def _pruned(self, name: str, weight: Tensor, hessian: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The new weight, and the block mask of a layer that loses some; on the CPU."""
+        target = self.pruning.targets[name]
         if target is None:
-            layer.weight.data = refitted(weight, hessian, wanted)
-            return
+            return refitted(weight, hessian, wanted).cpu(), None
         present = block_sums(weight.abs(), target.block) > 0  # what an earlier pruning has removed stays removed
-        layer.weight.data = compensated(weight, hessian, present.cpu(), target.block, wanted)
-        weights = self.pruning.output_weights[name]
-        found = removal_order(layer.weight.data, (hessian / 2).to(weight.dtype), target.block, weights)
+        best = compensated(weight, hessian, present.cpu(), target.block, wanted)
+        found = removal_order(best, (hessian / 2).to(weight.dtype), target.block, self.pruning.output_weights[name])
         removal = Removal.greedy(*found, target.balanced)
         count, self.spare = target.removals(removal, self.spare)
-        self.masks[name] = removal.mask(count)
-        layer.weight.data = compensated(weight, hessian, self.masks[name], target.block, wanted)
+        mask = removal.mask(count)
+        return compensated(weight, hessian, mask, target.block, wanted).cpu(), mask
 
 
 def _token_weights(of_layers: TokenWeights | None, layer: str, batches: int) -> list[Tensor] | None:
     """By batch, in a mean of one, equal weights mixed in; None where they are not known call by call."""
     found = (of_layers or {}).get(layer, [])
-    if len(found) != batches:
-        return None
-    total = torch.tensor([sum(float(w.double().sum()) for w in found), sum(len(w) for w in found)], dtype=torch.float64)
+    sums = sum(float(w.double().sum()) for w in found), sum(len(w) for w in found), float(len(found) != batches)
+    total = torch.tensor(sums, dtype=torch.float64)
     distributed.all_reduce(total)
-    mean = float(total[0] / total[1])
-    return [(w / mean + PLAIN) / (1 + PLAIN) for w in found] if mean > 0 else None
+    weight, tokens, unknown = total.tolist()
+    if unknown or not weight > 0:
+        return None
+    return [(w * (tokens / weight) + PLAIN) / (1 + PLAIN) for w in found]
 
 
 def _moments(ahead: Replay, walks: Sequence[_Walk], whole: Tensor, layer: str) -> list[tuple[Tensor, Tensor]]:

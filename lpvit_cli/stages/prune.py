@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lpvit_cli import distributed
 from lpvit_cli.curvature import load_statistics
 from lpvit_cli.data.readers import class_names
 from lpvit_cli.data.splits import calibration_batches, held_back_batches
@@ -81,7 +82,8 @@ class Pruner:
         predicted = allocation.plan.predict(allocation)
         return PruneReport(
             device=describe_device(plan.device),
-            notes=[*self.validation.images.notes(), *allocation.notes()],
+            skipped_images=len(skipped := distributed.all_gather(self.validation.images.skipped)),
+            notes=[*self.validation.images.notes(skipped), *allocation.notes()],
             method=recipe.prune.method,
             beta=allocation.beta,
             layers=layer_reports(allocation),
@@ -94,7 +96,6 @@ class Pruner:
             latency_ms=predicted.latency_ms,
             quality_dense=dense,
             quality=quality,
-            skipped_images=len(self.validation.images.skipped),
         )
 
 

@@ -25,8 +25,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Sweep
     if not recipe.sweep:
         raise UsageError("sweep: no budgets given", "for example: lpvit prune RECIPE --sweep 0.3,0.5,0.7")
     pruner = make_plan(recipe, run, progress)
-    kind = recipe.prune.budget.kind
-    folders = {f"{value:g}": Budget.model_validate({kind: value}) for value in recipe.sweep}
+    folders = {f"{value:g}": Budget.model_validate({recipe.prune.budget.kind: value}) for value in recipe.sweep}
     reports = pruner.prune_each([(budget, work / folder) for folder, budget in folders.items()])
     for folder, report in zip(folders, reports, strict=True):
         replace_text(work / folder / "report.json", report.model_dump_json(indent=1))
@@ -51,7 +50,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Sweep
     result = SweepReport(
         device=points[0].report.device,
         notes=points[0].report.notes + busy,
-        kind=kind,
+        kind=recipe.prune.budget.kind,
         batch_size=recipe.target.batch_size,
         latency_ms_dense=timing.subjects[DENSE].median_ms,
         points=points,

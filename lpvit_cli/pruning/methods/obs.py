@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lpvit_cli.curvature import LayerStatistics, TokenWeights, output_moments
+from lpvit_cli.distributed import broadcast, on_main
 from lpvit_cli.measure.memory import release_memory
 from lpvit_cli.progress import Progress
 from lpvit_cli.pruning.block_obs import compensated, removal_order
@@ -87,7 +88,7 @@ class Obs(Method):
     def compensated(self, name: str, mask: Tensor, block: Block) -> Tensor:
         """The weight [out, in] of a layer for a mask of its blocks, on the dense model's inputs; on the CPU."""
         weight, statistics = self.plan.weight(name).to(self.plan.device), self.plan.statistics[name]
-        return compensated(weight, statistics.token_hessian.to(weight.device), mask, block).cpu()
+        return on_main(lambda: compensated(weight, statistics.token_hessian.to(weight.device), mask, block).cpu())
 
     def distance(self, budget: Budget, progress: Progress) -> float:
         """How far from the dense model pruning takes it, each layer for itself and weighed by the dense model's gradients."""
@@ -123,7 +124,7 @@ class Judge:
     def __call__(self, model: nn.Module) -> float:
         distance = self.plan.task.divergence(self._outputs(model), self.reference)
         release_memory()
-        return math.inf if math.isnan(distance) else distance
+        return broadcast(math.inf if math.isnan(distance) else distance)
 
     def _outputs(self, model: nn.Module) -> Tensor:
         plan = self.plan
