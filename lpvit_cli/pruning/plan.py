@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from lpvit_cli import distributed
 from lpvit_cli.curvature import LayerStatistics
 from lpvit_cli.errors import UsageError
 from lpvit_cli.measure.profile import DeviceProfile
@@ -43,6 +44,7 @@ class Allocation:
     beta: float
     plan: Plan
     masks: dict[str, Tensor] = field(default_factory=dict)  # block masks by layer, coupled ones included
+    told: list[str] = field(default_factory=list)  # what a user should know of how it was chosen
 
     def option(self, name: str) -> Option:
         return self.groups[name].options[self.points[name].curve]
@@ -50,6 +52,10 @@ class Allocation:
     def planned_masks(self) -> dict[str, Tensor]:
         """Block masks of the layers that decide, as the removal orders have them."""
         return {name: self.option(name).removal.mask(point.removed) for name, point in self.points.items()}
+
+    def notes(self) -> list[str]:
+        """What a user should know about this pruning."""
+        return [*self.plan.notes(), *self.told]
 
     def distortion(self, name: str) -> float:
         return float(self.option(name).removal.distortion[self.points[name].removed])
@@ -113,8 +119,8 @@ class Plan:
         return self.whole or self
 
     def new_loss(self) -> Loss:
-        """The loss whose curvature was taken, its random numbers from the start."""
-        return self.task.loss(self.gradient, self.seed)
+        """The loss whose curvature was taken, its random numbers from the start; every process draws its own."""
+        return self.task.loss(self.gradient, self.seed + distributed.rank())
 
     def weight(self, layer: str) -> Tensor:
         """[out, in]"""
@@ -135,7 +141,7 @@ class Plan:
         beta = automatic_beta(curves) if self.settings.beta == "auto" else self.settings.beta
         self._require_reachable(budget, curves)
         allowance = _highest(curves) - share * (_highest(curves) - self._allowance(budget))
-        return Allocation(groups, allocate(curves, allowance, beta), beta, self)
+        return Allocation(groups, distributed.broadcast(allocate(curves, allowance, beta)), beta, self)
 
     def reachable(self, budget: Budget) -> float:
         """The furthest value of this kind of budget that min_keep allows."""
@@ -280,7 +286,7 @@ def build_plan(
         _require_same_layers(profile, layers)
     told: list[str] = []
     if settings.reorder:
-        model, statistics, told = reordered(model, layers, statistics, _first_images(calibration))
+        model, statistics, told = reordered(model, layers, statistics, distributed.on_main(lambda: _first_images(calibration)))
     plan = Plan(
         settings,
         model,
@@ -309,8 +315,8 @@ def grouped(plan: Plan, progress: Progress) -> Plan:
     make = partial(make_group, blocks=settings.blocks, balanced="balanced" in settings.patterns, flops=plan.flops)
     for done, name in enumerate(layers, start=1):
         if name not in producers:
-            group = make(name, layers, couplings.get(name), power=settings.power, removal=plan.method.removal)
-            plan.groups[name] = group
+            make_one = partial(make, name, layers, couplings.get(name), power=settings.power, removal=plan.method.removal)
+            plan.groups[name] = distributed.on_main(make_one)
             progress("layer curves", done, len(layers), name)
     return plan
 

@@ -151,6 +151,12 @@ class Replay:
             pairs = zip(self.given, other.given, strict=True)
             self.given = [(args, {**kwargs, "like": theirs[0]}) for (args, kwargs), (theirs, _) in pairs]
 
+    def taken_on(self, model: nn.Module) -> Replay:
+        """The passes of a copy of the model that is the same up to where these are."""
+        other = Replay(model, self.batches, self.device, self.dtype)
+        other.name, other.given, other.gave = self.name, self.given, dict(self.gave)
+        return other
+
     def inputs(self, layer: str) -> Iterator[Tensor]:
         """What `layer`, one of the block's, is given [tokens, in] when it is called first, batch by batch."""
         for given in self.given:

@@ -95,6 +95,7 @@ PRUNE = _stage(
     upstream=lambda run: CALIBRATE,
     sources=own_profile,
     inputs=_profile_content,
+    together=True,
 )
 SWEEP = _stage(
     "sweep",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lpvit_cli import distributed
 from lpvit_cli.curvature import load_statistics
 from lpvit_cli.data.readers import class_names
 from lpvit_cli.data.splits import calibration_batches, held_back_batches
@@ -23,8 +25,8 @@ from lpvit_cli.models.merging import merge_tokens, tokens_of_blocks
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
-from lpvit_cli.pruning.engine import prune_model
-from lpvit_cli.pruning.plan import Plan, build_plan
+from lpvit_cli.pruning.engine import prune_models
+from lpvit_cli.pruning.plan import Allocation, Plan, build_plan
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.recipe.prune import Budget
 from lpvit_cli.registry import BUDGETS
@@ -37,8 +39,7 @@ from lpvit_cli.tokens.blocks import merging_of
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> PruneReport:
-    pruner = make_plan(recipe, run, progress)
-    return pruner.prune_to(recipe.prune.budget, work)
+    return make_plan(recipe, run, progress).prune_each([(recipe.prune.budget, work)])[0]
 
 
 @dataclass
@@ -75,19 +76,25 @@ class Pruner:
         model.cpu()
         return quality
 
-    def prune_to(self, budget: Budget, work: Path) -> PruneReport:
-        """Prune to a budget, evaluate, and write the model folder `work`."""
+    def prune_each(self, wanted: Sequence[tuple[Budget, Path]]) -> list[PruneReport]:
+        """Prune to several budgets, evaluate, and write a model folder for each; what they share is made once."""
+        settled = [
+            BUDGETS.get(one.kind).settle(self.plan, one.value, self.points, self.progress) if one.is_searched else one
+            for one, _ in wanted
+        ]
+        made = prune_models(self.plan, settled, self.progress)
+        return [self._written(*pruned, work) for pruned, (_, work) in zip(made, wanted, strict=True)]
+
+    def _written(self, model: nn.Module, allocation: Allocation, work: Path) -> PruneReport:
         recipe, plan, dense = self.recipe, self.plan, self.dense
-        if budget.is_searched:
-            budget = BUDGETS.get(budget.kind).settle(plan, budget.value, self.points, self.progress)
-        model, allocation = prune_model(plan, budget, self.progress)
         quality = self._quality(model, "evaluating the pruned model")
         facts = {"data": recipe.data.remembered(), "parent": recipe.model.model_dump(mode="json")}
         save_model(work, model, model_config(recipe.model, self.model, **facts))
         predicted = allocation.plan.predict(allocation)
         return PruneReport(
             device=describe_device(plan.device),
-            notes=[*self.validation.images.notes(), *allocation.plan.notes()],
+            skipped_images=len(skipped := distributed.all_gather(self.validation.images.skipped)),
+            notes=[*self.validation.images.notes(skipped), *allocation.notes()],
             method=recipe.prune.method,
             beta=allocation.beta,
             layers=layer_reports(allocation),
@@ -101,7 +108,6 @@ class Pruner:
             latency_ms=predicted.latency_ms,
             quality_dense=dense,
             quality=quality,
-            skipped_images=len(self.validation.images.skipped),
         )
 
 
