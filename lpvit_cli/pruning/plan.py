@@ -90,6 +90,7 @@ class Plan:
     told: list[str] = field(default_factory=list)  # what a user should know of how it was made
     held_back: Iterable[tuple[Tensor, Tensor]] | None = None  # more images, that the statistics are not of
     reference: nn.Module | None = None  # what pruned models are compared with, where it is not `model`: that without merging
+    latency_ms_dense: float | None = None  # of the model that pruned ones are compared with, measured for the profile
     whole: Plan | None = None
     rows: dict[str, Tensor] = field(default_factory=dict)  # of the whole layers, those that narrower ones have
     groups: dict[str, Group] = field(default_factory=dict)
@@ -125,6 +126,11 @@ class Plan:
     def weight(self, layer: str) -> Tensor:
         """[out, in]"""
         return self.layers[layer].weight.detach()
+
+    def take(self, profile: DeviceProfile) -> None:
+        """Predict by a profile of the model, or where `model` merges tokens, of the reference."""
+        self.latency_ms_dense = profile.model_ms
+        self.profile = profile if self.reference is None else _of_merged(profile, self.model, self.reference, self.example)
 
     def profiled(self) -> DeviceProfile:
         """The device profile, where there must be one."""
@@ -287,22 +293,10 @@ def build_plan(
     told: list[str] = []
     if settings.reorder:
         model, statistics, told = reordered(model, layers, statistics, distributed.on_main(lambda: _first_images(calibration)))
-    plan = Plan(
-        settings,
-        model,
-        statistics,
-        calibration,
-        example,
-        task,
-        gradient,
-        seed,
-        device,
-        dtype,
-        profile,
-        told,
-        held_back,
-        reference,
-    )
+    plan = Plan(settings, model, statistics, calibration, example, task, gradient, seed, device, dtype)
+    plan.told, plan.held_back, plan.reference = told, held_back, reference
+    if profile is not None:
+        plan.take(profile)
     return grouped(plan, progress)
 
 
@@ -334,6 +328,15 @@ def _require_same_layers(profile: DeviceProfile, layers: dict[str, nn.Linear]) -
             f"prune.profile: made for other layers: {other[0]} is only {'there' if other[0] in measured else 'here'}",
             "profile with the same model and prune.layers: lpvit profile RECIPE",
         )
+
+
+def _of_merged(profile: DeviceProfile, model: nn.Module, reference: nn.Module, example: Tensor) -> DeviceProfile:
+    """The profile of a model, as that of a copy which merges tokens."""
+    names = [name for layer in profile.layers for name in layer.names]
+    merged, dense = (count_flops(one, names, example) for one in (model, reference))
+    weights = {name: cast(nn.Linear, model.get_submodule(name)).weight.numel() for name in names}
+    after, before = (one.total - sum(2 * one.tokens[name] * weights[name] for name in names) for one in (merged, dense))
+    return profile.with_rows({name: rows * profile.batch_size for name, rows in merged.tokens.items()}, after / before)
 
 
 def _rounded(value: float, up: bool) -> float:

@@ -7,10 +7,10 @@ fully resolved recipe or raises a `UsageError` that names the file, the line, th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from lpvit_cli.recipe.data import CalibrateSection, DataSection
 from lpvit_cli.recipe.errors import explain
@@ -40,7 +40,8 @@ class Recipe(Section):
     data: DataSection  # images to calibrate, recover and evaluate on
     target: TargetSection = TargetSection()  # where the model will run
     calibrate: CalibrateSection = CalibrateSection()  # `lpvit calibrate`
-    tokens: TokensSection | None = None  # similar tokens are merged between blocks; null: none are
+    tokens: TokensSection | Literal["auto"] | None = None  # similar tokens are merged between blocks; auto: as many as is best
+    # for prune.budget; null: none
     prune: PruneSection = PruneSection()  # `lpvit prune`
     sweep: tuple[float, ...] = ()  # budgets of `lpvit prune --sweep`, of the same kind as prune.budget
     schedule: tuple[float, ...] = ()  # budgets of `lpvit gradual`, of the same kind, each below the one before
@@ -71,6 +72,14 @@ class Recipe(Section):
         if schedule != downwards:
             raise ValueError(f"each {prune.budget.kind} must leave less than the one before: {list(downwards)}")
         return schedule
+
+    @model_validator(mode="after")
+    def _can_split(self) -> Self:
+        if self.tokens == "auto" and (self.prune.budget.kind not in ("flops", "latency_ms") or self.prune.method != "obs"):
+            raise ValueError("tokens: auto splits a budget of flops or latency_ms, with method: obs; or give tokens.flops")
+        if self.tokens == "auto" and self.schedule:
+            raise ValueError("tokens: auto splits one budget, and a schedule has several; give tokens.flops")
+        return self
 
     def model_post_init(self, context: Any) -> None:
         self.place()

@@ -14,10 +14,7 @@ from torch import nn
 from lpvit_cli import distributed
 from lpvit_cli.curvature import load_statistics
 from lpvit_cli.data.readers import class_names
-from lpvit_cli.data.splits import calibration_batches, held_back_batches
-from lpvit_cli.devices import describe_device, fast_dtype, pick_dtype
-from lpvit_cli.errors import UsageError
-from lpvit_cli.measure.profile import DeviceProfile
+from lpvit_cli.devices import describe_device, pick_dtype
 from lpvit_cli.models.build import build_model
 from lpvit_cli.models.folder import model_config, save_model
 from lpvit_cli.models.layers import prunable_layers
@@ -26,15 +23,15 @@ from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
 from lpvit_cli.pruning.engine import prune_models
-from lpvit_cli.pruning.plan import Allocation, Plan, build_plan
+from lpvit_cli.pruning.plan import Allocation, Plan
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.recipe.prune import Budget
 from lpvit_cli.registry import BUDGETS
 from lpvit_cli.report.layers import layer_reports
 from lpvit_cli.report.schema import MergedReport, PruneReport
-from lpvit_cli.stages import CALIBRATE, profile_path
-from lpvit_cli.stages.calibrate import STATISTICS
-from lpvit_cli.tasks.evaluation import Validation, gradient_for, task_of, validation_of
+from lpvit_cli.stages import CALIBRATE
+from lpvit_cli.stages.calibrate import STATISTICS, planner
+from lpvit_cli.tasks.evaluation import Validation, validation_of
 from lpvit_cli.tokens.blocks import merging_of
 
 
@@ -104,7 +101,7 @@ class Pruner:
             linear_kept_fraction=predicted.kept_fraction,
             bytes_dense=plan.bytes_dense,
             bytes=sum(path.stat().st_size for path in work.iterdir()),
-            latency_ms_dense=plan.profile.model_ms if plan.profile else None,
+            latency_ms_dense=plan.latency_ms_dense,
             latency_ms=predicted.latency_ms,
             quality_dense=dense,
             quality=quality,
@@ -114,28 +111,10 @@ class Pruner:
 def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Pruner:
     """The plan of a run, from its calibration."""
     torch.manual_seed(recipe.seed)
-    profile = open_profile(recipe, run)
     model = build_model(recipe.model, recipe.task, recipe.features)
     merged = merge_tokens(model, run.report(CALIBRATE).merging)
-    layers = prunable_layers(merged, recipe.prune.layers)
-    task, calibration = task_of(model), calibration_batches(recipe.data, recipe.calibrate, recipe.seed, model)
-    plan = build_plan(
-        recipe.prune,
-        merged,
-        layers,
-        load_statistics(run.artefact(CALIBRATE) / STATISTICS, layers),
-        calibration,
-        example=torch.empty(1, *model.pretrained_cfg["input_size"]),
-        task=task,
-        gradient=gradient_for(task, recipe.calibrate, calibration),
-        seed=recipe.seed,
-        device=run.device,
-        progress=progress,
-        dtype=fast_dtype(recipe.dtype, run.device),
-        profile=profile,
-        held_back=held_back_batches(recipe.data, recipe.calibrate, recipe.seed, model),
-        reference=None if merged is model else model,
-    )
+    statistics = load_statistics(run.artefact(CALIBRATE) / STATISTICS, prunable_layers(merged, recipe.prune.layers))
+    plan = planner(recipe, run, model, statistics, progress)(merged)
     dense = build_model(run.origin, recipe.task, recipe.features) if run.origin else model
     validation = validation_of(
         recipe.data, recipe.calibrate, model, dense, run.device, pick_dtype(recipe.dtype, run.device), progress
@@ -143,16 +122,3 @@ def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Pruner:
     known = {"label_names": model.num_classes and class_names(validation.images.source), "exif": recipe.data.exif}
     model.pretrained_cfg |= {key: value for key, value in known.items() if value}
     return Pruner(recipe, plan, model, validation, progress)
-
-
-def open_profile(recipe: Recipe, run: Run) -> DeviceProfile | None:
-    """The profile that the recipe names, or where its budget needs one, that of this run."""
-    if (path := profile_path(run)) is None:
-        return None
-    profile = DeviceProfile.load(path)
-    if recipe.prune.budget.kind == "energy_mj" and profile.rest_mj is None:
-        raise UsageError(
-            f"prune.budget: energy_mj: no meter has filled this profile: {'; '.join(profile.energy_reasons)} ({path})",
-            "run `lpvit profile` where a power meter can be read, or with --fit, or give a latency_ms or flops budget",
-        )
-    return profile
