@@ -18,11 +18,14 @@ from lpvit_cli.export.opening import open_model
 from lpvit_cli.measure.memory import peak_bytes
 from lpvit_cli.measure.timing import Subject
 from lpvit_cli.models.folder import load_model, read_config
+from lpvit_cli.models.merging import merge_tokens
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.trim import trim
+from lpvit_cli.recipe.measure import OF_MERGING
 from lpvit_cli.sparse import densify, fuse, sparse_layers
 from lpvit_cli.targets.base import ExportedModel
 from lpvit_cli.targets.onnxruntime import OnnxModel
+from lpvit_cli.tokens.blocks import merging_of, unmerged
 
 BASELINE = "baseline"  # the subject that bench.baseline names
 GRAPH, COMPILED = "-graph", "-compiled"
@@ -78,6 +81,9 @@ class Subjects:
         self.models = {"dense": dense, "sparse": fuse(trim(sparse))}
         if any(name.startswith("masked-dense") for name in self.asked):
             self.models["masked-dense"] = densify(sparse)
+        if {*OF_MERGING} & {*self.asked} and (merging := merging_of(sparse)):
+            self.models["merged-dense"] = merge_tokens(dense, merging)
+            self.models["sparse-unmerged"] = fuse(trim(unmerged(sparse)))
         self.input_size = tuple(dense.pretrained_cfg["input_size"])
         if "dense-onnx" in self.asked:
             self.files["dense-onnx"] = _write_dense(dense, read_config(pruned), opset, scratch)
@@ -100,7 +106,9 @@ class Subjects:
         pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # replayed in turn, they share memory
         graphs = [f"{name}{GRAPH}" for name in self.asked if name in ("dense", "sparse")] if pool else []
         # graphs last: they hold addresses of what backends keep of weights, and measuring memory drops that
-        for name in sorted(dict.fromkeys((*self.asked, *graphs)), key=lambda name: name.endswith(GRAPH)):
+        asked = [name for name in self.asked if name not in OF_MERGING or name in self.models]
+        made.notes += [f"left out: {name}: this model merges no tokens" for name in self.asked if name not in asked]
+        for name in sorted(dict.fromkeys((*asked, *graphs)), key=lambda name: name.endswith(GRAPH)):
             try:
                 made.openers[name] = self._opener(name, images, pool)
             except EnvironmentFault as error:

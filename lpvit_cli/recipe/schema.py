@@ -16,7 +16,7 @@ from lpvit_cli.recipe.data import CalibrateSection, DataSection
 from lpvit_cli.recipe.errors import explain
 from lpvit_cli.recipe.export import ExportSection
 from lpvit_cli.recipe.finetune import FinetuneSection
-from lpvit_cli.recipe.measure import SUBJECTS, BenchSection, ProfileSection, SubjectName
+from lpvit_cli.recipe.measure import OF_MERGING, SUBJECTS, BenchSection, ProfileSection, SubjectName
 from lpvit_cli.recipe.model import FeaturesKind, ModelSection, TaskKind
 from lpvit_cli.recipe.prune import Budget, PruneSection
 from lpvit_cli.recipe.section import Section, flatten
@@ -128,7 +128,8 @@ class Recipe(Section):
     @property
     def subjects(self) -> tuple[SubjectName, ...]:
         """What bench compares."""
-        return self.bench.subjects or SUBJECTS.get(self.target.runtime, SUBJECTS["torch"])
+        merging = OF_MERGING if self.tokens and self.target.runtime == "torch" else ()
+        return self.bench.subjects or (*SUBJECTS.get(self.target.runtime, SUBJECTS["torch"]), *merging)
 
     # other forms
 

@@ -144,6 +144,15 @@ class Trainer:
     def target_reached(self) -> bool:
         return self.best_quality.score[0] >= (self.settings.target_top1 or math.inf)
 
+    def notes(self, resumed: int) -> list[str]:
+        """What a user should know of it; `resumed`: the step after which it went on."""
+        notes = [f"resumed after step {resumed}"] if resumed else []
+        if self.target_reached and len(self.history) < self.settings.epochs:
+            notes.append(f"stopped after epoch {len(self.history)}: finetune.target_top1 is reached")
+        if self.best_epoch == 0 and self.history:
+            notes.append("no epoch was better than the pruned model, which is kept: lower finetune.lr, or train longer")
+        return notes
+
     @property
     def done(self) -> int:
         """Steps so far."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -12,17 +13,37 @@ from lpvit_cli.bench.notes import verdicts
 from lpvit_cli.bench.results import BatchBench
 from lpvit_cli.measure.energy.run import SENSORS_ERR
 from lpvit_cli.numbers import by, interval, percent, three_digits
-from lpvit_cli.report.pictures import blocks_picture, energy_picture, latency_picture, layers_picture, power_picture
+from lpvit_cli.report.pictures import (
+    blocks_picture,
+    energy_picture,
+    latency_picture,
+    layers_picture,
+    merging_picture,
+    patches_picture,
+    power_picture,
+)
 from lpvit_cli.report.schema import BenchReport, FinetuneReport, PruneReport
 
+MERGED = "What merging tokens, removing weights, and both take and lose, before recovery. Up and left is better."
+PATCHES = "Images above, and below what the last block sees: patches that are one token have the colour of their mean."
 KEPT = "Kept blocks of every layer: a cell is a block, output features down, input features across, dark where it is kept."
 
 
-def write_html(path: Path, recipe: str, bench: BenchReport, pruned: PruneReport, finetuned: FinetuneReport | None) -> None:
-    """Without matplotlib the page has its tables and says how to get the pictures."""
+def write_html(
+    path: Path,
+    recipe: str,
+    bench: BenchReport,
+    pruned: PruneReport,
+    finetuned: FinetuneReport | None,
+    photos: Sequence[tuple[Any, Any]] = (),
+) -> None:
+    """Without matplotlib the page has its tables and says how to get the pictures. `photos`: images beside their tokens."""
     pictures: list[tuple[str, str]] = []  # caption, SVG
     if find_spec("matplotlib"):
         pictures = [picture for batch in bench.batches for picture in _of_batch(batch)]
+        if pruned.merged:
+            pictures += [(MERGED, merging_picture(batch, pruned)) for batch in bench.batches]
+            pictures += [(PATCHES, patches_picture(photos))] if photos else []
         pictures.append((KEPT, blocks_picture(pruned.layers)))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from lpvit_cli.bench.results import BatchBench, LayersBench
 from lpvit_cli.measure.energy.run import EnergyRun
 from lpvit_cli.measure.statistics import paired_ratio
 from lpvit_cli.measure.timing import Timing
-from lpvit_cli.report.schema import FinetuneReport, GradualReport, LayerReport, SweepReport
+from lpvit_cli.report.schema import FinetuneReport, GradualReport, LayerReport, PruneReport, SweepReport
 from lpvit_cli.tasks.quality import Figure
 
 COLORS = {"dense": "#6b7280", "masked-dense": "#d97706", "sparse": "#2563eb"}
@@ -197,6 +198,36 @@ def gradual_picture(report: GradualReport) -> str:
     axes.plot(fractions, recovered, "o-", color=COLORS["sparse"], linewidth=2, label="recovered")
     axes.set(xlabel="FLOPs, fraction of dense", ylabel=_axis(dense), xlim=(0, 1.02))
     axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def merging_picture(batch: BatchBench, pruned: PruneReport) -> str:
+    """One-shot quality against measured latency: dense, tokens only, weights only, both."""
+    assert pruned.merged is not None
+    qualities = {
+        "dense": ("dense", pruned.quality_dense),
+        "merged-dense": ("tokens only", pruned.merged.quality),
+        "sparse-unmerged": ("weights only", pruned.merged.quality_unmerged),
+        "sparse": ("both", pruned.quality),
+    }
+    figure, axes = _figure(7, 4)
+    for name, (label, quality) in qualities.items():
+        if name in batch.timing.subjects:
+            x, value = batch.timing.subjects[name].median_ms, quality.figures[0].value
+            axes.plot(x, value, "o", markersize=9, color=COLORS.get(name, OTHERS[len(label) % len(OTHERS)]))
+            axes.annotate(label, (x, value), textcoords="offset points", xytext=(8, 4), fontsize=9)
+    axes.set(xlabel=f"ms in a call, {batch.title}", ylabel=f"{_axis(pruned.quality.figures[0])}, one-shot")
+    axes.margins(0.2)
+    return _svg(figure)
+
+
+def patches_picture(photos: Sequence[tuple[Any, Any]]) -> str:
+    """Images beside what is left of them: patches that are one token in the colour of their mean. Arrays [H, W, 3] in 0..1."""
+    figure, grid = _figure(2.4 * len(photos), 5, 2, len(photos), squeeze=False)
+    for column, pair in zip(grid.T, photos, strict=True):
+        for axes, image in zip(column, pair, strict=True):
+            axes.imshow(image, interpolation="nearest")
+            axes.set_axis_off()
     return _svg(figure)
 
 

@@ -96,6 +96,7 @@ class MergedReport(BaseModel):
     tokens: list[int]  # that each block sees, of one image
     flops: int
     quality: Quality
+    quality_unmerged: Quality  # of the pruned model where it merges nothing
 
 
 class PruneReport(BesideDense):

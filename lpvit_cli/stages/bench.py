@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,17 +12,19 @@ from lpvit_cli.bench.notes import advice, doubts
 from lpvit_cli.bench.results import BatchBench
 from lpvit_cli.bench.session import Bench
 from lpvit_cli.bench.subjects import Subjects
+from lpvit_cli.data.splits import validation_batches
 from lpvit_cli.devices import describe_device, pick_dtype
 from lpvit_cli.errors import UsageError, require
 from lpvit_cli.machine import installed, machine
 from lpvit_cli.measure.timing import cpu_threads, current
 from lpvit_cli.models.build import build_model
-from lpvit_cli.models.folder import require_same_model
+from lpvit_cli.models.folder import load_model, require_same_model
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.report.bench_csv import write_csv
 from lpvit_cli.report.html import write_html
+from lpvit_cli.report.patches import merged_photos
 from lpvit_cli.report.schema import BenchReport
 from lpvit_cli.stages import BENCH, EXPORT, made_by
 
@@ -64,7 +67,8 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
             flops=pruned.flops,
             batches=batches,
         )
-    write_html(work / "report.html", recipe.name, report, pruned, finetuned)
+    photos = merged_photos(load_model(source), partial(validation_batches, recipe.data))
+    write_html(work / "report.html", recipe.name, report, pruned, finetuned, photos)
     write_csv(work / "report.csv", report)
     return report
 

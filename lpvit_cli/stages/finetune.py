@@ -29,7 +29,6 @@ from lpvit_cli.recovery.lora import adapters_of, merge, save_adapter
 from lpvit_cli.recovery.objective import objective_of, teacher_of
 from lpvit_cli.recovery.recover import recover
 from lpvit_cli.recovery.start import ranks_of
-from lpvit_cli.recovery.trainer import Trainer
 from lpvit_cli.report.pictures import recovery_picture
 from lpvit_cli.report.schema import FinetuneReport
 from lpvit_cli.sparse.masks import block_masks, require_same_masks
@@ -85,7 +84,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Finet
     skipped = distributed.all_gather(train.skipped)
     report = FinetuneReport(
         device=describe_device(device),
-        notes=[*_notes(trainer, resumed), *train.notes(skipped)],
+        notes=[*trainer.notes(resumed), *train.notes(skipped)],
         method=settings.method,
         rank=settings.rank if adapted else None,
         trainable_parameters=sum(p.numel() for p in trainer.trained.values()),
@@ -114,12 +113,3 @@ def _training_images(recipe: Recipe, model: VisionModel) -> Reader:
             "use a folder, tar or hfds/ dataset, or leave recovery out: --set finetune=null",
         )
     return source
-
-
-def _notes(trainer: Trainer, resumed: int) -> list[str]:
-    notes = [f"resumed after step {resumed}"] if resumed else []
-    if trainer.target_reached and len(trainer.history) < trainer.settings.epochs:
-        notes.append(f"stopped after epoch {len(trainer.history)}: finetune.target_top1 is reached")
-    if trainer.best_epoch == 0 and trainer.history:
-        notes.append("no epoch was better than the pruned model, which is kept: lower finetune.lr, or train longer")
-    return notes

@@ -32,7 +32,7 @@ from lpvit_cli.report.schema import MergedReport, PruneReport
 from lpvit_cli.stages import CALIBRATE
 from lpvit_cli.stages.calibrate import STATISTICS, planner
 from lpvit_cli.tasks.evaluation import Validation, validation_of
-from lpvit_cli.tokens.blocks import merging_of
+from lpvit_cli.tokens.blocks import merging_of, unmerged
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> PruneReport:
@@ -59,19 +59,23 @@ class Pruner:
         """The quality of the dense model."""
         return self._quality(self.model, "evaluating the dense model")
 
-    @cached_property
-    def merged(self) -> MergedReport | None:
-        """What merging tokens alone makes of the model."""
-        model = self.plan.model
-        if (merging := merging_of(model)) is None:
-            return None
-        quality = self._quality(model, "evaluating the model with merged tokens", neighbours=False)
-        return MergedReport(merging=merging, tokens=tokens_of_blocks(model), flops=self.plan.flops.total, quality=quality)
-
     def _quality(self, model: nn.Module, what: str, neighbours: bool = True) -> Any:
         quality = self.validation.quality(model, what, neighbours)
         model.cpu()
         return quality
+
+    def _merged(self, pruned: nn.Module) -> MergedReport | None:
+        """What merging tokens alone makes of the model, and pruning alone."""
+        model = self.plan.model
+        if (merging := merging_of(model)) is None:
+            return None
+        return MergedReport(
+            merging=merging,
+            tokens=tokens_of_blocks(model),
+            flops=self.plan.flops.total,
+            quality=self._quality(model, "evaluating the model with merged tokens", neighbours=False),
+            quality_unmerged=self._quality(unmerged(pruned), "evaluating the pruned model without merging", neighbours=False),
+        )
 
     def prune_each(self, wanted: Sequence[tuple[Budget, Path]]) -> list[PruneReport]:
         """Prune to several budgets, evaluate, and write a model folder for each; what they share is made once."""
@@ -95,7 +99,7 @@ class Pruner:
             method=recipe.prune.method,
             beta=allocation.beta,
             layers=layer_reports(allocation),
-            merged=self.merged,
+            merged=self._merged(model),
             flops_dense=plan.flops_dense,
             flops=predicted.flops,
             linear_kept_fraction=predicted.kept_fraction,

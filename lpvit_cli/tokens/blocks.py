@@ -5,9 +5,10 @@ The container of the blocks is replaced by one that merges; blocks, and the name
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lpvit_cli.errors import UsageError
 from lpvit_cli.tokens.merge import TokenMerge, take
 
+Model = TypeVar("Model", bound=nn.Module)
 MASKS = ("attn_mask", "attention_mask")  # what blocks of timm and of transformers call what is added to attention's logits
 WITHOUT = "leave merging out: --set tokens=null"
 
@@ -108,6 +110,19 @@ def install(model: nn.Module, merging: Merging) -> None:
         )
     kind = MergingBlocks if isinstance(container, nn.Sequential) else MergingLayers
     model.set_submodule(name, kind([block for block in blocks if block is not None], mask, merging))
+
+
+def unmerged(model: Model) -> Model:
+    """A copy that merges nothing."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, MergingBlocks):
+            blocks: list[Any] = list(module._modules.values())
+            for block in blocks:
+                block._modules.pop("merge", None)
+            plain = nn.ModuleList(blocks) if isinstance(module, MergingLayers) else nn.Sequential(*blocks)
+            model.set_submodule(name, plain)
+    return model
 
 
 def merging_of(model: nn.Module) -> Merging | None:
