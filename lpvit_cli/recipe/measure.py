@@ -47,13 +47,12 @@ class EnergySection(Section):
 
 class BenchSection(Section):
     """What is compared, in turn in one process. `subjects`: the dense model, masked-dense (the same zeros in dense layers), and
-    sparse; where tokens are merged also merged-dense, which has all weights, and sparse-unmerged, which has all tokens; in eager PyTorch (on a GPU also as CUDA graphs), -compiled by torch.compile, or as a CUDA -graph; onnx is the file
-    of `lpvit export`, dense-onnx the dense model in onnxruntime. Ratios are against the fastest dense one, or `baseline`."""
+    sparse; where tokens are merged also merged-dense, which has all weights, and sparse-unmerged, which has all tokens; in
+    eager PyTorch (on a GPU also as CUDA graphs), -compiled by torch.compile, or as a CUDA -graph; onnx is the file of
+    `lpvit export`, dense-onnx the dense model in onnxruntime. Ratios are against the fastest dense one, or `baseline`."""
 
-    subjects: tuple[
-        SubjectName, ...
-    ] = ()  # none: dense, masked-dense and sparse, where tokens are merged also merged-dense and
-    # sparse-unmerged; for onnxruntime dense-onnx and onnx
+    subjects: tuple[SubjectName, ...] = ()  # none: dense, masked-dense and sparse, and the two of merging; for onnxruntime
+    # dense-onnx and onnx
     baseline: Path | None = None  # another run folder, model folder or ONNX file
     batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)  # each is compared
     dtypes: tuple[Dtype, ...] = ()  # none: the target's precision

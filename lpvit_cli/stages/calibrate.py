@@ -38,7 +38,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Calib
         merging, note = split(model, recipe.prune.budget, planner(recipe, run, model, found, progress), progress)
         told.append(note)
     else:
-        merging = recipe.tokens and merging_for(model, recipe.tokens)
+        merging = merging_for(model, recipe.tokens) if recipe.tokens else None
     model = merge_tokens(model, merging)
     statistics, images, gradient = _gathered(recipe, run, model, progress)
     save_statistics(work / STATISTICS, statistics, prunable_layers(model, recipe.prune.layers))
