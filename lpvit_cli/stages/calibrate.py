@@ -25,8 +25,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Calib
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, recipe.task, recipe.features)
     layers = prunable_layers(model, recipe.prune.layers)
-    images = calibration_batches(recipe.data, recipe.calibrate, recipe.seed, model)
-    task = task_of(model)
+    task, images = task_of(model), calibration_batches(recipe.data, recipe.calibrate, recipe.seed, model)
     gradient = gradient_for(task, recipe.calibrate, images)
     statistics = collect(
         model,
@@ -36,6 +35,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Calib
         run.device,
         lambda done: progress("calibrating", done, images.share, f"{done}/{images.share} images"),
         fast_dtype(recipe.dtype, run.device),
+        recipe.prune.height,
     )
     save_statistics(work / STATISTICS, statistics, layers)
     return CalibrateReport(
