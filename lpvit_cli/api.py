@@ -84,6 +84,7 @@ def prune(
         judged.loss(gradient, seed),
         where,
         lambda done: progress("calibrating", done, 0, f"{done} images"),
+        height=options.height,
     )
     dense.cpu()
     plan = build_plan(

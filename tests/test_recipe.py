@@ -256,3 +256,16 @@ def test_what_pruning_cannot_do(tmp_path: Path, prune: str, told: str) -> None:
 @pytest.mark.parametrize("prune", ["{patterns: [balanced], budget: {latency_ms: 3}}", "{method: lpvit, sequential: true}"])
 def test_what_goes_together(tmp_path: Path, prune: str) -> None:
     assert Recipe.load(written(tmp_path, MINIMAL + f"prune: {prune}\n"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "height"),
+    [
+        ([], None),
+        (["prune.reorder=false"], 64),
+        (["prune.reorder=false", "prune.block=[[64,32],[48,16]]"], 192),
+        (["prune.reorder=false", "prune.patterns=[heads]"], None),
+    ],
+)
+def test_calibration_gathers_what_pruning_reads(overrides: list[str], height: int | None) -> None:
+    assert Recipe.load("digits_vit", ["prune.block=[64,32]", *overrides]).prune.height == height

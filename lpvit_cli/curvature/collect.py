@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lpvit_cli.curvature.inputs import observe_inputs
-from lpvit_cli.curvature.outputs import observe_outputs
+from lpvit_cli.curvature.outputs import observe_outputs, on_diagonal
 from lpvit_cli.curvature.statistics import LayerStatistics
 from lpvit_cli.devices import autocast
 from lpvit_cli.errors import CheckFailed, UsageError
@@ -30,9 +30,11 @@ def collect(
     device: torch.device,
     on_batch: Callable[[int], None],
     dtype: torch.dtype = torch.float32,
+    height: int | None = None,
 ) -> dict[str, LayerStatistics]:
     """Statistics of `layers` over `batches` (images [n, C, H, W], labels [n]) under `loss`. `on_batch` is told the images done;
-    `dtype`: in which the model computes (autocast).
+    `dtype`: in which the model computes (autocast). `height`: G is zero but for the blocks of so many outputs on its diagonal,
+    which cost less; None: all of it.
 
     With several processes, each with batches of its own, those of all images together.
 
@@ -41,13 +43,15 @@ def collect(
     """
     model.eval().requires_grad_(False).to(device)
     batches = _checked(model, layers, batches, device)
-    statistics, handles = {}, []
+    statistics, squares, handles = {}, {}, []
     for name, layer in layers.items():
         layer.weight.requires_grad_(True).grad = None
         rows, columns = layer.weight.shape
         a, weighted = (torch.zeros(columns, columns, device=device) for _ in range(2))
-        sums = LayerStatistics(a, torch.zeros(rows, rows, device=device), torch.empty(0), weighted, 0, 0)
-        handles += [observe_inputs(layer, sums), observe_outputs(layer, sums.G[None], partial(_weigh, weighted))]
+        at_once = height or rows
+        squares[name] = torch.zeros(-(-rows // at_once), at_once, at_once, device=device)
+        sums = LayerStatistics(a, torch.empty(0), torch.empty(0), weighted, 0, 0)
+        handles += [observe_inputs(layer, sums), observe_outputs(layer, squares[name], partial(_weigh, weighted))]
         statistics[name] = sums
     images = 0
     try:
@@ -63,6 +67,7 @@ def collect(
     for name, layer in layers.items():
         unseen = layer.weight.grad is None
         statistics[name].gradient = torch.zeros_like(layer.weight) if layer.weight.grad is None else layer.weight.grad
+        statistics[name].G = on_diagonal(squares.pop(name), layer.out_features)
         statistics[name].images = images
         statistics[name].sum_over_processes()
         if images and unseen:

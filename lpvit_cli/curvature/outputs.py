@@ -34,6 +34,11 @@ def observe_outputs(layer: nn.Module, into: Tensor, on_tokens: Callable[[Tensor,
     return layer.register_forward_hook(observe)
 
 
+def on_diagonal(blocks: Tensor, size: int) -> Tensor:
+    """[size, size], zero but for the blocks [rows, R, R] on the diagonal."""
+    return blocks[0] if len(blocks) == 1 and len(blocks[0]) == size else torch.block_diag(*blocks)[:size, :size].contiguous()
+
+
 def _append(to: list[Tensor], x: Tensor, weights: Tensor) -> None:
     to.append(weights)
 
@@ -71,4 +76,4 @@ def output_moments(
         for handle in handles:
             handle.remove()
     distributed.all_reduce(*sums.values())
-    return {name: torch.block_diag(*blocks)[: outputs[name], : outputs[name]] for name, blocks in sums.items()}, tokens
+    return {name: on_diagonal(blocks, outputs[name]) for name, blocks in sums.items()}, tokens

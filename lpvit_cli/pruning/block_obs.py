@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from lpvit_cli.pruning.blocks import Block, expand, grid
 
 DAMPING = 1e-2  # of the mean diagonal of H
+MASSIVE = 1e3  # times the median of the diagonal
 GROUP_BYTES = 2**30  # working memory: as many block rows at a time as fit
 
 _latest: dict[object, tuple[Tensor, Tensor]] = {}  # order and errors that `prune_layer` found last, by all that they depend on
@@ -116,8 +117,14 @@ def refitted(weight: Tensor, hessian: Tensor, wanted: Tensor) -> Tensor:
 
 
 def damped(hessian: Tensor) -> Tensor:
-    """H + lambda mean(diag H) I; an input that is always zero gets lambda alone, so that its weights cost next to nothing."""
-    mean = hessian.diagonal().mean()
+    """H + lambda mean(diag H) I; an input that is always zero gets lambda alone, so that its weights cost next to nothing.
+
+    Inputs of more than MASSIVE times the median do not count in the mean: a few of them, as DINOv3 has, would set a damping
+    under which all others vanish.
+    """
+    diagonal = hessian.diagonal()
+    seen = diagonal[diagonal > 0]
+    mean = diagonal[diagonal <= MASSIVE * seen.median()].mean() if len(seen) else diagonal.mean()
     return hessian + torch.diag_embed((DAMPING * mean).clamp_min(torch.finfo(hessian.dtype).tiny).expand(len(hessian)))
 
 

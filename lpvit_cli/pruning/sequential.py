@@ -24,6 +24,8 @@ from lpvit_cli.pruning.blocks import Block, block_sums
 from lpvit_cli.pruning.removal import Removal
 from lpvit_cli.pruning.replay import Replay, blocks_of
 
+UPPER = 384  # rows of a symmetric product that are made at a time
+
 
 @dataclass(frozen=True)
 class Target:
@@ -153,11 +155,19 @@ def _moments(ahead: Replay, walks: Sequence[_Walk], whole: Tensor, layer: str) -
         for (hessian, cross), (x_pruned, w) in zip(sums, of_models, strict=True):
             x_pruned = x_pruned.float()
             weighted = x_pruned if w is None else x_pruned * w[:, None]
-            hessian += x_pruned.T @ weighted
+            _add_upper(hessian, x_pruned, weighted)
             cross += reference.T @ weighted
         tokens += len(x)
     distributed.all_reduce(*chain(*sums), tokens)
-    scale = 2 / tokens
-    return [
-        (hessian.mul_(scale), cross.mul_(scale) if narrow else whole.double() @ cross.mul_(scale)) for hessian, cross in sums
-    ]
+    scale, made = 2 / tokens, []
+    for hessian, cross in sums:
+        upper = hessian.triu_().mul_(scale)
+        upper += upper.triu(1).T
+        made.append((upper, cross.mul_(scale) if narrow else whole.double() @ cross.mul_(scale)))
+    return made
+
+
+def _add_upper(into: Tensor, x: Tensor, weighted: Tensor) -> None:
+    """Add x^T `weighted`, which is symmetric: below the diagonal only what the blocks on it hold."""
+    for start in range(0, len(into), UPPER):
+        into[start : start + UPPER, start:] += x[:, start : start + UPPER].T @ weighted[:, start:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -189,6 +190,12 @@ class PruneSection(Section):
     def unit_width(self) -> int:
         """Hidden neurons of a group."""
         return self.neuron_group or self.blocks[0][1]
+
+    @property
+    def height(self) -> int | None:
+        """So many outputs share a mask, whatever the shape of their blocks: only errors of these are weighed together. None: of
+        all outputs, since whole units go, or outputs are sorted first."""
+        return None if self.reorder or self.units else math.lcm(*(block[0] for block in self.blocks))
 
     @property
     def blocks(self) -> tuple[Block, ...]:

@@ -67,6 +67,7 @@ def _gathered(
         run.device,
         lambda done: progress("calibrating", done, images.share, f"{done}/{images.share} images"),
         fast_dtype(recipe.dtype, run.device),
+        recipe.prune.height,
     )
     return statistics, images, gradient
 

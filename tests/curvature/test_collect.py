@@ -75,6 +75,20 @@ def test_output_moments_alone_are_those_of_calibration(tiny_vit: nn.Module) -> N
     assert all(parameter.grad is None for parameter in tiny_vit.parameters())
 
 
+def test_of_output_moments_only_the_blocks_on_the_diagonal_are_gathered_where_asked(tiny_vit: nn.Module) -> None:
+    """All other statistics are as they are with all of them."""
+    layers = prunable_layers(tiny_vit, Layers())
+    whole, part = (
+        collect(tiny_vit, layers, [images(6)], calibration_loss("empirical", 0), CPU, lambda done: None, height=height)
+        for height in (None, 40)  # the last block row is lower
+    )
+    for name, found in part.items():
+        rows = torch.arange(len(found.G)) // 40
+        assert relative(found.G, whole[name].G * (rows[:, None] == rows)) < 1e-6
+        for field in ("A", "weighted", "gradient"):
+            assert torch.equal(getattr(found, field), getattr(whole[name], field))
+
+
 def test_sampled_labels_have_the_models_distribution() -> None:
     logits = torch.tensor([[2.0, 0.0, -1.0]]).repeat(4000, 1).requires_grad_()
     calibration_loss("sampled", 0)(logits, torch.zeros(4000, dtype=torch.long)).backward()

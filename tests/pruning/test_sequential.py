@@ -63,8 +63,11 @@ def test_nothing_removed_changes_nothing(tiny_vit: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", ["blocks.0.attn.qkv", "blocks.0.mlp.fc2", LAST])
-def test_kept_weights_solve_the_normal_equations_of_the_pruned_inputs(tiny_vit: nn.Module, name: str) -> None:
+def test_kept_weights_solve_the_normal_equations_of_the_pruned_inputs(
+    tiny_vit: nn.Module, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """(X'^T X' + a I)_KK W'_K^T = (X'^T X + a I)_K W^T with a the damping, X and X' what dense and pruned model feed it."""
+    monkeypatch.setattr(sequential, "UPPER", 20)  # the last rows are fewer
     made, masks, _ = pruned(tiny_vit, 0.4)
     x, x_pruned = inputs(tiny_vit, name), inputs(made, name)
     w, new = tiny_vit.get_submodule(name).weight.detach().double(), made.get_submodule(name).weight.detach().double()

@@ -240,6 +240,25 @@ def test_badly_conditioned_inputs_do_not_disturb_the_order(monkeypatch: pytest.M
     assert relative(errors[0], torch.tensor(expected[1])) < 1e-3
 
 
+@pytest.mark.parametrize("massive", [1, 3])
+def test_massive_inputs_do_not_hide_the_others(massive: int) -> None:
+    """Some inputs 1e4 times as large as the rest, under weights that are as much smaller: the same layer, so pruned as well.
+    The error is that of the outputs, in float64."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(400, 96, generator=generator).double() @ torch.randn(96, 96, generator=generator).double()
+    weight = torch.randn(32, 96, generator=generator).double()
+    scale = torch.ones(96).double()
+    scale[:massive] = 1e4
+    errors = []
+    for factor in (torch.ones(96).double(), scale):
+        inputs, w = x * factor, weight / factor
+        hessian = 2 / len(x) * inputs.T @ inputs
+        new, mask, _ = prune_layer(w.float(), hessian.float(), (8, 8), keep=24)
+        assert not new[~expanded(mask, (32, 96), (8, 8))].any()
+        errors.append(relative(inputs @ new.double().T, inputs @ w.T))
+    assert errors[1] < 1.05 * errors[0]
+
+
 def test_float64_takes_over_where_float32_cannot_factor() -> None:
     """Inputs that are all but copies of one another: M loses its positive diagonal in float32, not in float64."""
     generator = torch.Generator().manual_seed(0)
