@@ -59,7 +59,7 @@ def require_layer(name: str, layer: Mapping[str, Any], values: Tensor, dense: nn
 
 def require_output(model: VisionModel, config: Mapping[str, Any]) -> None:
     """Raise UsageError where images as config.json describes them do not go through, or the output is another."""
-    size = config["preprocessing"].get("input_size")
+    size = model.pretrained_cfg.get("input_size")
     if size is None:
         return
     output = give_once(model, size)

@@ -44,7 +44,7 @@ class Record:
             content = read_json(path)
             if not isinstance(content, dict):
                 raise ValueError("not a record of a stage")
-            return TypeAdapter(cls).validate_python({"reads": [], "device": ""} | content, strict=True)
+            return TypeAdapter(cls).validate_python({"reads": [], "device": ""} | content)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

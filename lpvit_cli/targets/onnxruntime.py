@@ -21,7 +21,7 @@ def session(model: Path | bytes, threads: int | None = None) -> Any:
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = threads or 0
     source = model if isinstance(model, bytes) else str(model)
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
 
 
 class OnnxModel(ExportedModel):

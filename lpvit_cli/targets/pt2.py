@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -43,6 +44,9 @@ class TorchProgram(ExportedModel):
         super().__init__()
         metadata, compiled = _inspect(path)
         self.adopt(path, {METADATA_KEY: metadata})
+        said = logging.getLogger("torch.export")
+        level = said.level
+        said.setLevel(logging.CRITICAL)  # it logs the traceback of what it then raises
         try:  # a bound method: as a submodule, an exported program would refuse eval()
             self.program: Callable[[Tensor], Tensor] = (
                 _load_compiled(path) if compiled else torch.export.load(path).module().__call__
@@ -51,6 +55,8 @@ class TorchProgram(ExportedModel):
             raise EnvironmentFault(
                 f"{path}: torch {torch.__version__} cannot load it: {reason(error)}", "export it again with this torch, here"
             ) from error
+        finally:
+            said.setLevel(level)
 
     def run(self, images: Tensor) -> Tensor:
         return self.program(images)

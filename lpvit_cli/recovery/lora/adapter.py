@@ -74,7 +74,6 @@ def load_adapted(base: Path, adapter: Path) -> VisionModel:
             f"{path}: was made for another pruned model than {base}",
             "give the model folder that was recovered (its config: adapter_config.json, base_model_name_or_path)",
         )
-    require_finite(tensors.items(), path)
     factors = _factors(path, tensors)
     layers, places = sparse_layers(model), {**dict(model.named_parameters()), **dict(model.named_buffers())}
     others = {name.replace(".base_layer.", "."): t for name, t in tensors.items() if not name.endswith(tuple(FACTORS.values()))}
@@ -91,6 +90,7 @@ def load_adapted(base: Path, adapter: Path) -> VisionModel:
                 f"{list(places[name].shape)}",
                 "copy the adapter again",
             )
+    require_finite(tensors.items(), path)
     with torch.no_grad():
         for name, tensor in others.items():
             places[name].copy_(tensor)

@@ -1,0 +1,421 @@
+"""Files that are damaged or meant badly: one whole specimen of every kind, its mutations, and what must hold for each."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import resource
+import shutil
+import signal
+import sys
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from helpers import VIT as KWARGS
+from helpers import masked, random_model, random_statistics
+from PIL import Image
+from report.made import bench
+from torch import nn
+
+from lpvit_cli.commands.compare import read_report
+from lpvit_cli.curvature import load_statistics, save_statistics
+from lpvit_cli.data.classes import read_class_map
+from lpvit_cli.data.transforms import transform_for
+from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.export.graph import dense_graph, save_onnx
+from lpvit_cli.export.program import export_program, plain
+from lpvit_cli.measure.energy.power import Work
+from lpvit_cli.measure.profile import DeviceProfile, LayerProfile, SparseProfile
+from lpvit_cli.models.folder import load_model, save_model
+from lpvit_cli.pipeline.record import Record
+from lpvit_cli.recipe.finetune import FinetuneSection
+from lpvit_cli.recovery import checkpoint
+from lpvit_cli.recovery.history import History
+from lpvit_cli.recovery.lora import adapt, load_adapted, merge, save_adapter
+from lpvit_cli.recovery.start import choose_trained
+from lpvit_cli.sparse import sparsify
+from lpvit_cli.targets.onnxruntime import OnnxModel
+from lpvit_cli.targets.pt2 import EXTRA_FILE, TorchProgram
+
+SECONDS, BYTES, LONGEST = 5, 2**30, 1000  # of processor time and of memory for one file; characters of a message
+LAYER, FC = "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"
+PREPROCESSING = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1.0}
+CONFIG: dict[str, Any] = {
+    "family": "timm",
+    "architecture": "vit_tiny_patch16_224",
+    "kwargs": KWARGS,
+    "num_classes": 5,
+    "gives": "logits",
+    "preprocessing": {**PREPROCESSING, "label_names": list("abcde")},
+    "data": {"dataset": "digits", "root": "", "split": "test", "labels": "auto", "exif": False},
+    "parent": {"name": "vit_tiny_patch16_224", "kwargs": KWARGS},
+}
+DEEP = '"@deep@"'  # stands in JSON for what is nested deeply
+VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, -1, 1, 2, 3, 7, 2**31, 10**9, -(10**20), 10**30, 0.5, 1e308, float("nan"), float("inf")),
+    *("", "x", "../..", "\x1b[31m\nred\n\n\n", "\ud800", "\0", "x" * 5000, "hf-hub:timm/vit", "float16", "module:os:abort"),
+    *([], {}, [[]], [1, 2, 3], {"": {}}, [None], "@deep@"),
+)
+
+
+@dataclass
+class Tally:
+    """How many files were tried, how many refused, and those that broke a promise, by promise."""
+
+    tried: int = 0
+    refused: int = 0
+    broken: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def __iadd__(self, other: Tally) -> Tally:
+        self.tried, self.refused = self.tried + other.tried, self.refused + other.refused
+        self.broken, self.examples = self.broken + other.broken, other.examples | self.examples
+        return self
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`make` writes a whole one into a folder and says which file is mutated; `use` reads it as lpvit does."""
+
+    make: Callable[[Path], Path]
+    use: Callable[[Path], object]
+    mutate: Callable[[bytes, random.Random], bytes]
+
+
+def try_kind(name: str, folder: Path, seeds: range) -> Tally:
+    """Mutations of a kind's specimen, one for each seed."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    kind, tally = KINDS[name], Tally()
+    folder.mkdir(parents=True)
+    path = kind.make(folder)
+    whole = path.read_bytes()
+    kind.use(path)  # also imports all there is, before memory is looked at
+    for seed in seeds:
+        path.write_bytes(kind.mutate(whole, random.Random(seed)))
+        _try(tally, f"{name} {seed}", kind.use, path)
+    shutil.rmtree(folder)
+    return tally
+
+
+class _TooSlow(BaseException):
+    pass
+
+
+def _stop(*_: object) -> None:
+    raise _TooSlow
+
+
+def _try(tally: Tally, what: str, use: Callable[[Path], object], path: Path) -> None:
+    tally.tried += 1
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.signal(signal.SIGPROF, _stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    broken = ""
+    try:
+        use(path)
+    except (UsageError, EnvironmentFault) as error:
+        tally.refused += 1
+        lines = f"{error.message}\n{error.hint}" if error.hint else error.message
+        if lines.count("\n") > 2 or len(error.message) > LONGEST:
+            broken, what = "told at length", f"{what}: {error.message[:300]!r}"
+    except _TooSlow:
+        broken = f"over {SECONDS} s"
+    except BaseException as error:
+        broken, what = f"{type(error).__name__}", f"{what}: {str(error)[:300]!r} {_place(error)}"
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    if grown * (1 if sys.platform == "darwin" else 1024) > BYTES:
+        broken = "over 1 GiB"
+    if broken:
+        tally.broken[broken] += 1
+        tally.examples.setdefault(broken, what)
+
+
+def _place(error: BaseException) -> str:
+    trace = error.__traceback__
+    places = []
+    while trace:
+        places.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return " < ".join(reversed(places[-6:]))
+
+
+# mutations
+
+
+def flipped(content: bytes, chance: random.Random) -> bytes:
+    """Bits turned over, a part cut off, left out, made zero or repeated."""
+    made = bytearray(content)
+    start = chance.randrange(len(made)) if chance.random() < 0.5 else chance.randrange(min(len(made), 2000))
+    length = chance.choice([1, 8, 100, 5000])
+    match chance.randrange(6):
+        case 0:
+            del made[start:]
+        case 1:
+            del made[start : start + length]
+        case 2:
+            made[start : start + length] = bytes(min(length, len(made) - start))
+        case 3:
+            made[start:start] = made[start : start + length]
+        case 4:
+            made[start : start + length] = chance.randbytes(length)
+        case _:
+            for _ in range(chance.choice([1, 1, 4, 30])):
+                made[chance.randrange(len(made))] ^= 1 << chance.randrange(8)
+    return bytes(made)
+
+
+def as_json(content: bytes, chance: random.Random) -> bytes:
+    """A JSON document with values, keys or the whole replaced; now and then its bytes."""
+    return flipped(content, chance) if chance.random() < 0.2 else _changed(json.loads(content), chance)
+
+
+def _changed(document: Any, chance: random.Random) -> bytes:
+    document = copy.deepcopy(document)
+    for _ in range(chance.choice([1, 1, 1, 2, 5])):
+        places = list(_places(document))
+        if not places or chance.random() < 0.01:
+            document = chance.choice(VALUES)
+            continue
+        holder, key = chance.choice(places)
+        match chance.randrange(5):
+            case 0:
+                del holder[key]
+            case 1 if isinstance(holder, dict):
+                holder[chance.choice(["x", "", "format", "kept", "pretrained", "checkpoint_path", "depth"])] = holder.pop(key)
+            case 2:
+                other, at = chance.choice(places)
+                if at in other if isinstance(other, dict) else at < len(other):
+                    holder[key] = copy.deepcopy(other[at])
+            case 3 if isinstance(holder[key], int | float):
+                holder[key] = chance.choice([-1, 2, 1000, 1e6, 0]) * holder[key] + chance.choice([0, 1, -1])
+            case _:
+                holder[key] = copy.deepcopy(chance.choice(VALUES))
+    text = json.dumps(document)
+    depth = chance.choice([150, 900, 100_000])
+    return text.replace(DEEP, "[" * depth + "]" * depth).encode()
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, dict | list):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            yield value, key
+            yield from _places(value[key])
+
+
+def as_tensors(content: bytes, chance: random.Random) -> bytes:
+    """A safetensors file with another header, or other values: NaN, or bits turned over."""
+    length = int.from_bytes(content[:8], "little")
+    header, data = content[8 : 8 + length], content[8 + length :]
+    match chance.randrange(4):
+        case 0:
+            header = _changed(json.loads(header), chance)
+        case 1:
+            document = json.loads(header)
+            one = document[chance.choice([key for key in document if key != "__metadata__"])]
+            one["dtype"] = chance.choice(["F16", "BF16", "F64", "I32", "I64", "F8_E4M3", "BOOL", "U8"])
+            size = {"F64": 8, "I64": 8, "I32": 4, "F32": 4}.get(one["dtype"], 2 if "16" in one["dtype"] else 1)
+            count = (one["data_offsets"][1] - one["data_offsets"][0]) // size
+            one["shape"] = chance.choice([[count], [1, count], [count, 1]])
+            header = json.dumps(document).encode()
+        case 2:
+            at = 4 * chance.randrange(len(data) // 4)
+            data = data[:at] + chance.choice([b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\xff" * 4, b"\0" * 4]) + data[at + 4 :]
+        case _:
+            return flipped(content, chance)
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def as_lines(content: bytes, chance: random.Random) -> bytes:
+    lines = content.splitlines()
+    at = chance.randrange(len(lines))
+    lines[at] = as_json(lines[at], chance)
+    return b"\n".join(lines) + b"\n"
+
+
+def as_onnx(content: bytes, chance: random.Random) -> bytes:
+    """Another metadata document, or other bytes."""
+    if chance.random() < 0.5:
+        return flipped(content, chance)
+    model = onnx.load_from_string(content)
+    model.metadata_props[0].value = as_json(model.metadata_props[0].value.encode(), chance).decode("utf-8", "ignore")
+    return bytes(model.SerializeToString())
+
+
+def as_archive(content: bytes, chance: random.Random) -> bytes:
+    """Another part in a zip file whose checksums are right, or other bytes."""
+    if chance.random() < 0.2:
+        return flipped(content, chance)
+    import io
+
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w") as new:
+        chosen = chance.choice([name for name in old.namelist() if old.read(name)])
+        for name in old.namelist():
+            part = old.read(name)
+            if name == chosen:
+                part = as_json(part, chance) if name.endswith(".json") else flipped(part, chance)
+            new.writestr(name, part)
+    return made.getvalue()
+
+
+# specimens, and what lpvit does with them
+
+
+def sparse_model() -> Any:
+    model = random_model("vit")
+    for name in (LAYER, FC):
+        sparsify(model, {name: masked(model.get_submodule(name).weight.shape, (8, 16), 0.5)[1]}, (8, 16))
+    return model
+
+
+def a_folder(folder: Path) -> Path:
+    """Without a checksum, so that what else is wrong has to be seen."""
+    save_model(folder, sparse_model(), CONFIG)
+    config = json.loads((folder / "config.json").read_text())
+    del config["sha256"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def predicted(model: Any) -> None:
+    """As predict does."""
+    image = transform_for(model)(Image.new("RGB", (40, 30)))[None]
+    names = model.pretrained_cfg.get("label_names")
+    with torch.inference_mode():
+        best = model(image)[0].float().softmax(dim=0).topk(1).indices.tolist()
+    assert names is None or names[best[0]] is not None
+
+
+def _adapter(folder: Path) -> Path:
+    base = a_folder(folder / "base")
+    model = load_model(base)
+    for adapter in adapt(model, {LAYER: 2, FC: 3}, alpha=8.0).values():
+        adapter.start(torch.randn_like(adapter.lora_a), torch.randn_like(adapter.lora_b))
+    choose_trained(model, FinetuneSection())
+    save_adapter(folder, model, base)
+    return folder / "adapter.safetensors"
+
+
+def _merged(path: Path) -> None:
+    model = load_adapted(path.parent / "base", path)
+    merge(model)
+    predicted(model)
+
+
+def _layers() -> dict[str, nn.Linear]:
+    return {"fc1": nn.Linear(12, 20), "fc2": nn.Linear(20, 12)}
+
+
+def _statistics(folder: Path) -> Path:
+    torch.manual_seed(0)
+    path = folder / "statistics.safetensors"
+    save_statistics(path, {"fc1": random_statistics(20, 12), "fc2": random_statistics(12, 20)}, _layers())
+    return path
+
+
+def _hessians(path: Path) -> None:
+    torch.manual_seed(0)
+    for statistics in load_statistics(path, _layers()).values():
+        assert statistics.token_hessian.shape == statistics.hessian.shape
+        assert statistics.loss_weights.isfinite().all()
+
+
+def _profile(folder: Path) -> Path:
+    sparse = SparseProfile(block=(32, 16), kept=[0.1, 0.5, 1.0], ms=[1.0, 2.0, 4.0], mj=[10.0, 20.0, 40.0])
+    layer = LayerProfile(shape=(96, 48), rows=17, bias=True, names=["fc1"], dense_ms=3.0, dense_mj=30.0, sparse=[sparse])
+    DeviceProfile(
+        device="a CPU",
+        dtype="float32",
+        threads=2,
+        model="vit",
+        batch_size=1,
+        provenance={"date": "today"},
+        model_ms=20.0,
+        model_mj=700.0,
+        model_work=Work(macs=10**9, moved_bytes=10**6),
+        energy_source="RAPL",
+        energy_reasons=[],
+        layers=[layer],
+    ).save(folder / "profile.json")
+    return folder / "profile.json"
+
+
+def _times(path: Path) -> None:
+    profile = DeviceProfile.load(path)
+    assert profile.rest_ms >= 0
+    assert profile.rest_mj is None or profile.rest_mj >= 0
+    kept = torch.tensor([0.2, 1.0])
+    assert profile.linear_ms((96, 48), 17, (32, 16), kept).shape == profile.linear_mj((96, 48), 17, (32, 16), kept).shape
+
+
+def _record(folder: Path) -> Path:
+    Record("prune", "abc", ["a.b"], {"a.b": 1}, "2026-01-01", 1.5, "lpvit prune", None, "cpu").save(folder)
+    return folder / "stage.json"
+
+
+def _recorded(path: Path) -> None:
+    record = Record.load(path.parent)
+    if record:
+        sorted(record.inputs), [key.split(".") for key in record.reads], record.fingerprint.strip()
+
+
+def _report(folder: Path) -> Path:
+    (folder / "report.json").write_text(bench().model_dump_json())
+    return folder / "report.json"
+
+
+def _checkpoint(folder: Path) -> Path:
+    tensors = {"model": {"a": torch.ones(4, 3)}, "optimizer": {"0.step": torch.tensor(3.0)}}
+    checkpoint.write(folder / "last.safetensors", tensors, {"step": 3, "best": [0.5, 1]})
+    return folder / "last.safetensors"
+
+
+def _history(folder: Path) -> Path:
+    entries = [{"step": 1, "loss": 0.5}, {"epoch": 1, "loss": 0.4}, {"step": 2, "loss": 0.3}]
+    (folder / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return folder / "history.jsonl"
+
+
+def _classes(folder: Path) -> Path:
+    (folder / "classes.json").write_text(json.dumps({"cat": 0, "dog": 1, "eel": 2}))
+    return folder / "classes.json"
+
+
+def _onnx(folder: Path) -> Path:
+    save_onnx(dense_graph(random_model("vit"), 20), folder / "model.onnx", CONFIG)
+    return folder / "model.onnx"
+
+
+def _pt2(folder: Path) -> Path:
+    program = export_program(plain(random_model("vit"), {}, {}))
+    torch.export.save(program, folder / "model.pt2", extra_files={EXTRA_FILE: json.dumps(CONFIG)})
+    return folder / "model.pt2"
+
+
+KINDS = {
+    "config.json": Kind(lambda f: a_folder(f) / "config.json", lambda p: predicted(load_model(p.parent)), as_json),
+    "model.safetensors": Kind(
+        lambda f: a_folder(f) / "model.safetensors", lambda p: predicted(load_model(p.parent)), as_tensors
+    ),
+    "adapter.safetensors": Kind(_adapter, _merged, as_tensors),
+    "statistics.safetensors": Kind(_statistics, _hessians, as_tensors),
+    "checkpoint": Kind(_checkpoint, checkpoint.read, as_tensors),
+    "stage.json": Kind(_record, _recorded, as_json),
+    "profile.json": Kind(_profile, _times, as_json),
+    "report.json": Kind(_report, read_report, as_json),
+    "history.jsonl": Kind(_history, lambda p: History(p).cut(2, 1), as_lines),
+    "classes.json": Kind(_classes, read_class_map, as_json),
+    "model.onnx": Kind(_onnx, lambda p: predicted(OnnxModel(p, threads=1)), as_onnx),
+    "model.pt2": Kind(_pt2, lambda p: predicted(TorchProgram(p)), as_archive),
+}
