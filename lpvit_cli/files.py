@@ -99,7 +99,14 @@ def parse_json(text: str | bytes) -> Any:
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises OSError where it cannot be read, and ValueError as `parse_json`."""
+    require_regular(path)
     return parse_json(path.read_bytes())
+
+
+def require_regular(path: Path) -> None:
+    """Raise ValueError for pipes and devices, which may have no end."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError("not a regular file")
 
 
 def reason(error: BaseException) -> str:

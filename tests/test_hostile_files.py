@@ -76,7 +76,7 @@ def test_other_tensors_than_those_config_was_written_for(folder: Path) -> None:
         return cols
 
     change_tensors(folder, **{f"{LAYER}.cols": other_pattern})
-    assert load_model(folder), "a folder of lpvit before 0.4"
+    assert load_model(folder), "a folder of lpvit 0.2"
     (folder / "config.json").write_text(whole)
     assert "its checksum differs" in refusal(folder)
 
@@ -134,6 +134,16 @@ def test_weights_of_whole_numbers(folder: Path) -> None:
 def test_configs_that_cannot_be(folder: Path, change: dict[str, Any], told: str) -> None:
     configure(folder, lambda config: config.update(change))
     assert told in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_files_without_an_end(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    assert f"{name}: " in refusal(folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert "not a regular file" in refusal(folder)
 
 
 def test_later_versions_may_say_more(folder: Path) -> None:

@@ -97,17 +97,18 @@ class ModelConfig(Described):
     architecture: str
     kwargs: dict[str, Any]
     output: str | int | None = None
-    num_classes: NonNegativeInt
     widths: dict[str, PositiveInt] = {}
     sparsity: dict[str, SparseLayer]
     ordered: list[str] = []
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None  # of model.safetensors; none before lpvit 0.4
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None  # of model.safetensors; none in lpvit 0.2
     parent: str | dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _arguments_of_an_architecture(self) -> Self:
         if not all(abs(number) <= LARGEST_ARGUMENT for number in numbers_in(self.kwargs)):
             raise ValueError(f"kwargs: a number above {LARGEST_ARGUMENT} is no size of an architecture")
+        if self.family == "module" and (self.num_classes is None or self.gives is None):
+            raise ValueError("num_classes and gives: nobody else knows them of a module of yours")
         return self
 
 

@@ -64,8 +64,9 @@ def require_output(model: VisionModel, config: Mapping[str, Any]) -> None:
         return
     output = give_once(model, size)
     require_shape(output, model.gives)
-    if model.gives == "logits" and output.shape[-1] != config["num_classes"]:
-        raise UsageError(f"config.json says {config['num_classes']} classes, the model tells {output.shape[-1]} apart")
+    classes = config.get("num_classes")
+    if model.gives == "logits" and classes not in (None, output.shape[-1]):
+        raise UsageError(f"config.json says {classes} classes, the model tells {output.shape[-1]} apart")
 
 
 @contextmanager

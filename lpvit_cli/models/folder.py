@@ -114,7 +114,7 @@ def _assemble(model: VisionModel, config: dict[str, Any], tensors: dict[str, Ten
 
 
 def require_unchanged(weights: Path, config: dict[str, Any]) -> None:
-    """Raise EnvironmentFault where the weights are not those that config.json was written for; folders of lpvit before 0.4 do
+    """Raise EnvironmentFault where the weights are not those that config.json was written for; folders of lpvit 0.2 do
     not say."""
     if config.get("sha256") not in (None, sha256_of(weights)):
         raise EnvironmentFault(
@@ -133,13 +133,13 @@ def as_dense(source: Path, weights: Path) -> ModelSection:
     write_tensors(weights, tensors, orders_as_metadata(orders))
     given = config["preprocessing"]
     names = given.get("label_names")
-    classes = {"num_classes": config["num_classes"]} if config.get("family", "timm") == "timm" else {}
+    classes = {"num_classes": model.num_classes} if config.get("family", "timm") == "timm" else {}
     return ModelSection(
         name=name_of(config),
         kwargs={**config["kwargs"], **classes},
         weights=weights,
         output=config.get("output"),
-        label_names=tuple(names) if names and config["num_classes"] else None,
+        label_names=tuple(names) if names and model.num_classes else None,
         preprocess=Preprocess(
             mean=given.get("mean"),
             std=given.get("std"),

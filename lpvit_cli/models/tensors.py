@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.files import parse_json, reason, whole
+from lpvit_cli.files import parse_json, reason, require_regular, whole
 
 ORDERS = "lpvit_orders"  # in the metadata of dense weights: what modules gather, by name
 DTYPES = {
@@ -36,6 +36,7 @@ PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt", ".tar")
 def reading(path: Path) -> Iterator[None]:
     """Turn what is wrong with a safetensors file into an error a user can act on."""
     try:
+        require_regular(path)
         yield
     except OSError as error:
         if isinstance(error, FileNotFoundError) or path.is_dir():
@@ -44,7 +45,7 @@ def reading(path: Path) -> Iterator[None]:
             ) from error
         raise EnvironmentFault(f"{path}: cannot be read: {reason(error)}", "check its permissions and the disk") from error
     except (SafetensorError, ValueError, KeyError) as error:
-        if not is_pickled(path):
+        if not path.is_file() or not is_pickled(path):
             raise EnvironmentFault(
                 f"{path}: not a readable safetensors file: {reason(error)}", "copy or download it again"
             ) from error

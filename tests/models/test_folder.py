@@ -172,7 +172,7 @@ def test_a_folder_without_its_tensors(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Tensors]:
-    """Without the checksum, as folders of lpvit before 0.4: what is wrong has to be seen in the content."""
+    """Without the checksum, as folders of lpvit 0.2: what is wrong has to be seen in the content."""
     folder = save(tmp_path_factory.mktemp("whole"), sparse_tiny())
     config = json.loads((folder / "config.json").read_text())
     del config["sha256"]

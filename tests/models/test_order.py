@@ -231,7 +231,7 @@ def test_orders_that_are_none_are_damage(tmp_path: Path, order: Tensor | None) -
     model = build_model(section)
     save_model(tmp_path, shuffled(model.double()).model.float(), model_config(section, model))
     config = json.loads((tmp_path / "config.json").read_text())
-    del config["sha256"]  # as of lpvit before 0.4: the order itself is looked at
+    del config["sha256"]  # as of lpvit 0.2: the order itself is looked at
     (tmp_path / "config.json").write_text(json.dumps(config))
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["norm.order"]
