@@ -106,6 +106,11 @@ def try_kind(name: str, folder: Path, seeds: range) -> Tally:
     return tally
 
 
+def limit_memory() -> None:
+    """Of this process, so that what takes all of it does not take the machine."""
+    resource.setrlimit(resource.RLIMIT_DATA, (4 * BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
 class _TooSlow(BaseException):
     pass
 

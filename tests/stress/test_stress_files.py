@@ -19,7 +19,7 @@ PROMISE = "read, or an error of at most three lines, within 5 s and 1 GiB"
 def test_files(tmp_path: Path, row: Callable[..., None], kind: str) -> None:
     share = -(-COUNT // len(hostile_files.KINDS))
     total = hostile_files.Tally()
-    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn"), hostile_files.limit_memory) as pool:
         jobs = [
             pool.submit(hostile_files.try_kind, kind, tmp_path / str(first), range(first, min(first + AT_A_TIME, share)))
             for first in range(0, share, AT_A_TIME)
