@@ -238,7 +238,8 @@ def _times(path: Path) -> None:
 
 
 def _record(folder: Path) -> Path:
-    Record("prune", "abc", ["a.b"], {"a.b": 1}, "2026-01-01", 1.5, "lpvit prune", None, "cpu").save(folder)
+    facts = {"created": "2026-01-01", "duration_s": 1.5, "command": "lpvit prune", "git_commit": None, "device": "cpu"}
+    Record(stage="prune", fingerprint="abc", reads=["a.b"], inputs={"a.b": 1}, **facts).save(folder)  # type: ignore[arg-type]
     return folder / "stage.json"
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from lpvit_cli import __version__, distributed
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.files import content_id, digest, publish, read_json, replace_text, writing
+from lpvit_cli.files import content_id, digest, publish, replace_text, writing
 from lpvit_cli.pipeline.record import Record, differences, values_of
 from lpvit_cli.pipeline.stage import Stage
 from lpvit_cli.progress import Progress
@@ -97,7 +97,7 @@ class Run:
             raise UsageError(f"{self.folder}: is a file, a run needs a folder", "choose another --output")
         if not self.folder.is_dir() or not any(p.name != ".lock" for p in self.folder.iterdir()):
             return ""
-        name = re.search(r"^name: (.*)$", made_by.read_text(errors="replace"), re.MULTILINE) if made_by.is_file() else None
+        name = re.search(r"^name: (.*)$", made_by.read_text(), re.MULTILINE) if made_by.is_file() else None
         if name is None:
             return "is not empty and not a run folder"
         return (
@@ -221,8 +221,8 @@ class Run:
         what the stage reads was made again, which spoils it."""
         folder = self._progress_path(stage)
         try:
-            content = read_json(folder / INPUTS)
-            old, new = dict(content["inputs"]), self.inputs(stage, [str(key) for key in content["reads"]])
+            content = json.loads((folder / INPUTS).read_text())
+            old, new = content["inputs"], self.inputs(stage, content["reads"])
         except (OSError, ValueError, KeyError, TypeError):
             return None  # of no use: it does not say what it depends on
         changed = differences(old, new)
