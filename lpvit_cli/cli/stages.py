@@ -291,7 +291,7 @@ def _what_happens(changes: list[str] | None, resume: bool) -> str:
 def _require_together(stages: tuple[Stage, ...]) -> None:
     alone = next((stage for stage in stages if not stage.together), None)
     if distributed.world() > 1 and alone:
-        together = " and ".join(stage.command for stage in ALL_STAGES if stage.together)
+        together = ", ".join(stage.command for stage in ALL_STAGES if stage.together)
         raise UsageError(
             f"{alone.command} runs in one process, not under torchrun", f"torchrun takes {together}; run the others without it"
         )

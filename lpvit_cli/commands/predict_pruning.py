@@ -33,7 +33,7 @@ def predict(recipe: Recipe, run: Run, progress: Progress) -> PredictionReport:
         return PredictionReport(device=describe_device(run.device), kind=kind, points=[], reasons=reasons)
     plan = make_plan(recipe, run, progress).plan
     if plan.profile is None and run.changes(PROFILE) == []:
-        plan.profile = DeviceProfile.load(run.artefact(PROFILE) / PROFILE_FILE)
+        plan.take(DeviceProfile.load(run.artefact(PROFILE) / PROFILE_FILE))
     if plan.profile is None:
         reasons.append(f"latency: no device profile: {run.command(PROFILE)}")
     points = []
@@ -54,10 +54,10 @@ def predict(recipe: Recipe, run: Run, progress: Progress) -> PredictionReport:
     return PredictionReport(
         device=plan.profile.device if plan.profile else describe_device(run.device),
         kind=kind,
-        flops_dense=plan.flops.total,
+        flops_dense=plan.flops_dense,
         bytes_dense=plan.bytes_dense,
         energy_uj_dense=plan.energy_uj_dense,
-        latency_ms_dense=plan.profile.model_ms if plan.profile else None,
+        latency_ms_dense=plan.latency_ms_dense,
         points=points,
         reasons=reasons,
     )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from lpvit_cli import distributed
 from lpvit_cli.devices import autocast
 from lpvit_cli.tasks.base import Loss
 
@@ -49,6 +50,7 @@ def output_moments(
     but for the blocks of so many outputs on the diagonal, which is what costs of block rows of that height are made of. And
     |d|^2 of every token.
 
+    With several processes, each with batches of its own, the sums are those of all images, the tokens those of its own.
     Weights get no gradient: a backward pass costs as much as the forward pass.
     """
     model.eval().requires_grad_(False).to(device)
@@ -68,4 +70,5 @@ def output_moments(
     finally:
         for handle in handles:
             handle.remove()
+    distributed.all_reduce(*sums.values())
     return {name: torch.block_diag(*blocks)[: outputs[name], : outputs[name]] for name, blocks in sums.items()}, tokens

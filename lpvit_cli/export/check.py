@@ -16,20 +16,30 @@ from lpvit_cli.export.source import Source
 from lpvit_cli.measure.timing import Subject, time_in_visits, verdict
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.progress import Progress
+from lpvit_cli.tokens.blocks import merging_of
 
 DENSE = "dense"  # what files are measured against
 BATCH_SIZES = (1, 2, 7)
+MORE = 22  # images, where tokens are merged
+MOST_FLIPPED = 1 / 3  # of images whose near ties another runtime decides otherwise; a tenth is usual
 VISITS, SAMPLES = 3, 4  # of each file that is timed
 
 
 def check(exported: VisionModel, source: Source, file: str) -> tuple[list[Parity], Any]:
     """`exported` against the model on real images, and its quality. Raises CheckFailed where they differ too much."""
-    parity = []
+    merges = merging_of(source.original) is not None
+    sizes = [*BATCH_SIZES, MORE] if merges else list(BATCH_SIZES)
     with torch.inference_mode():
-        for batch in real_images(source.validation.images, sum(BATCH_SIZES)).split(BATCH_SIZES):
-            result = parity_of(exported(batch), source.original(batch), source.tolerance, bool(source.original.num_classes))
-            require_parity(result, source.tolerance, file)
-            parity.append(result)
+        batches = real_images(source.validation.images, sum(sizes)).split(sizes)
+        pairs = [(exported(batch), source.original(batch)) for batch in batches]
+    if merges:  # flips are counted: of one image or two there is nothing to count
+        ours, theirs = zip(*pairs, strict=True)
+        pairs = [(torch.cat(ours), torch.cat(theirs))]
+    parity = []
+    for outputs, reference in pairs:
+        judge = parity_of_merging if merges else parity_of
+        parity.append(judge(outputs, reference, source.tolerance, bool(source.original.num_classes)))
+        require_parity(parity[-1], source.tolerance, file)
     quality = source.validation.quality(exported, "evaluating the exported file")
     if quality.score[0] < source.quality.score[0] - source.settings.max_drop:
         now, before = quality.figures[0], source.quality.figures[0]
@@ -51,6 +61,18 @@ def parity_of(outputs: Tensor, reference: Tensor, tolerance: float, classes: boo
         )
     cosine = float(torch.cosine_similarity(outputs.double(), reference.double(), dim=-1).mean())
     return Parity(batch_size=len(outputs), relative_error=error, cosine=cosine)
+
+
+def parity_of_merging(outputs: Tensor, reference: Tensor, tolerance: float, classes: bool) -> Parity:
+    """As `parity_of`, of models that merge tokens: where two pairs of tokens are nearly as similar, rounding decides which is
+    merged, and an image then differs by more than rounding."""
+    differences = (outputs.double() - reference.double()).flatten(1).norm(dim=1)
+    errors = differences / reference.double().flatten(1).norm(dim=1)
+    same = errors <= tolerance
+    whole = parity_of(outputs, reference, tolerance, classes)
+    ties = agreement(outputs[same], reference[same], tolerance) if classes and same.any() else whole.agreement_but_ties
+    flipped = float((~same).double().mean())
+    return whole.model_copy(update={"relative_error": float(errors.median()), "agreement_but_ties": ties, "flipped": flipped})
 
 
 def measure(
@@ -101,7 +123,8 @@ def real_images(batches: Batches, count: int) -> Tensor:
 
 
 def require_parity(result: Parity, tolerance: float, file: str) -> None:
-    if not result.relative_error <= tolerance or ((result.agreement_but_ties or 0) < 1 and result.cosine is None):
+    differs = not result.relative_error <= tolerance or ((result.agreement_but_ties or 0) < 1 and result.cosine is None)
+    if differs or (result.flipped or 0) > MOST_FLIPPED:
         raise CheckFailed(
             f"export: {file} disagrees with the model at batch {result.batch_size}: relative error "
             f"{result.relative_error:.1e} (at most {tolerance:g}), {result.likeness}",

@@ -15,12 +15,13 @@ class Parity(BaseModel):
     agreement: float | None = None  # of logits: fraction of images with the same top-1
     agreement_but_ties: float | None = None  # the same, classes within the tolerance of the logits' norm counting as one: 1
     cosine: float | None = None  # of embeddings: mean over images
+    flipped: float | None = None  # where tokens are merged: fraction of images in which the file merged others, near ties;
+    # the error is then the median over images, and agreement_but_ties that of the other images
 
     @property
     def likeness(self) -> str:
-        if self.agreement is None:
-            return f"cosine {self.cosine:.6f}"
-        return f"same top-1 for {self.agreement:.0%} of the images"
+        same = f"cosine {self.cosine:.6f}" if self.agreement is None else f"same top-1 for {self.agreement:.0%} of the images"
+        return same if self.flipped is None else f"{same}, other tokens merged in {self.flipped:.0%}"
 
 
 class ExportedLayer(BaseModel):

@@ -7,6 +7,7 @@ timed one by one, their weights in the cache where it holds them: what a whole m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -47,6 +48,11 @@ class SparseProfile(BaseModel):
         if any(after <= before for before, after in zip(self.kept, self.kept[1:], strict=False)):
             raise ValueError("kept must ascend")
         return self
+
+    def times(self, share: float) -> SparseProfile:
+        """The same with all costs that many times as high."""
+        mj = None if self.mj is None else [share * cost for cost in self.mj]
+        return self.model_copy(update={"ms": [share * cost for cost in self.ms], "mj": mj})
 
     def break_even(self, dense_ms: float) -> float | None:
         """The largest kept fraction at which this takes no longer than `dense_ms`; None: at no measured one."""
@@ -139,6 +145,21 @@ class DeviceProfile(BaseModel):
             }
         )
 
+    def with_rows(self, rows: Mapping[str, int], rest: float) -> DeviceProfile:
+        """What it would say of a model whose layers see other `rows` of x, by name: costs in proportion; and what is outside of
+        them `rest` times what it was."""
+        layers = []
+        for layer in self.layers:
+            for seen in sorted({rows[name] for name in layer.names}):
+                names, share = [name for name in layer.names if rows[name] == seen], seen / layer.rows
+                sparse = [one.times(share) for one in layer.sparse]
+                costs = {"dense_ms": layer.dense_ms * share, "dense_mj": layer.dense_mj and layer.dense_mj * share}
+                layers.append(layer.model_copy(update={"rows": seen, "names": names, "sparse": sparse, **costs}))
+        bare = self.model_copy(update={"layers": layers})
+        ms = rest * self.rest_ms + sum(layer.dense_ms * len(layer.names) for layer in layers)
+        mj = None if self.rest_mj is None else rest * self.rest_mj + sum((one.dense_mj or 0) * len(one.names) for one in layers)
+        return bare.model_copy(update={"model_ms": ms, "model_mj": mj})
+
     def linear_ms(self, shape: tuple[int, int], rows: int, block: tuple[int, int], kept: Tensor) -> Tensor:
         """Milliseconds per call of a layer `shape` (out, in) on `rows` rows of x, at each fraction of blocks `kept`.
 
@@ -174,8 +195,9 @@ class DeviceProfile(BaseModel):
         path.write_text(self.model_dump_json(indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> DeviceProfile:
-        """Read a profile.json. Raises UsageError when it is none; EnvironmentFault when unreadable, damaged or too new."""
+    def load(cls, path: str | Path, needs_energy: bool = False) -> DeviceProfile:
+        """Read a profile.json. Raises UsageError when it is none, or has no energies but `needs_energy`; EnvironmentFault when
+        unreadable, damaged or too new."""
         try:
             content = read_json(Path(path))
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -195,9 +217,15 @@ class DeviceProfile(BaseModel):
                 f"update lpvit, or {AGAIN}" if version > FORMAT_VERSION else AGAIN,
             )
         try:
-            return cls.model_validate(content)
+            profile = cls.model_validate(content)
         except ValidationError as error:
             raise EnvironmentFault(f"{path}: damaged: {reason(error)}", AGAIN) from error
+        if needs_energy and profile.rest_mj is None:
+            raise UsageError(
+                f"prune.budget: energy_mj: no meter has filled this profile: {'; '.join(profile.energy_reasons)} ({path})",
+                "run `lpvit profile` where a power meter can be read, or with --fit, or give a latency_ms or flops budget",
+            )
+        return profile
 
 
 def named_profile(name: str) -> Path:

@@ -27,6 +27,7 @@ from lpvit_cli.models.tensors import _load_strictly, orders_as_metadata, read_he
 from lpvit_cli.recipe.code import allow_code
 from lpvit_cli.recipe.model import ModelSection, Preprocess
 from lpvit_cli.sparse import BlockSparseLinear, densify, sparse_layers
+from lpvit_cli.tokens.blocks import Merging, install, merging_of
 
 
 def model_config(section: ModelSection, model: VisionModel, **more: Any) -> dict[str, Any]:
@@ -61,6 +62,8 @@ def save_model(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
     content.pop("ordered", None)
     if ordered := ordered_modules(model):
         content["ordered"] = ordered
+    if merging := merging_of(model):
+        content["tokens"] = merging.model_dump(mode="json")
     replace_text(folder / "config.json", json.dumps(content, indent=1))
 
 
@@ -87,7 +90,7 @@ def load_model(path: str | Path, trust_code: bool = False) -> VisionModel:
             model = create(config)
         _assemble(model, config, tensors)
         _load_strictly(model, tensors, weights)
-        if not seen:
+        if not seen or "tokens" in config:
             require_output(model.eval(), config)
     except EnvironmentFault:
         raise
@@ -100,7 +103,10 @@ def load_model(path: str | Path, trust_code: bool = False) -> VisionModel:
 
 
 def _assemble(model: VisionModel, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Make a dense model, in place, what config.json says: its order, its widths, its block-sparse layers."""
+    """Make a dense model, in place, what config.json says: where tokens merge, its order, its widths, its block-sparse
+    layers."""
+    if "tokens" in config:
+        install(model, Merging.model_validate(config["tokens"]))
     for name in config.get("ordered", []):
         gather_at(model, name, tensors[f"{name}.order" if name else "order"])
     narrow_to(model, config.get("widths", {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -17,10 +18,20 @@ from lpvit_cli.sparse import sparsify
 
 def prune_model(plan: Plan, budget: Budget, progress: Progress) -> tuple[nn.Module, Allocation]:
     """A pruned copy of the plan's model under a budget that counts costs, and what each group has lost."""
+    return prune_models(plan, [budget], progress)[0]
+
+
+def prune_models(plan: Plan, budgets: Sequence[Budget], progress: Progress) -> list[tuple[nn.Module, Allocation]]:
+    """As `prune_model`, one for each budget; the passes of the dense model are made once for all of them."""
+    plans, told = [plan] * len(budgets), [list[str]()] * len(budgets)
     if plan.settings.is_mixed:
-        plan = mixed(plan, budget, progress)
-    model, allocation, masks = plan.method.prune(budget, progress)
-    return _packed(plan, model.cpu(), allocation, masks)
+        chosen = [mixed(plan, budget, progress) for budget in budgets]
+        plans, told = [nearest for nearest, _ in chosen], [[note] for _, note in chosen]
+    made = plan.method.prune_all(list(zip(plans, budgets, strict=True)), progress)
+    return [
+        _packed(one, model.cpu(), replace(allocation, told=[*notes, *allocation.told]), masks)
+        for one, notes, (model, allocation, masks) in zip(plans, told, made, strict=True)
+    ]
 
 
 def _packed(plan: Plan, model: nn.Module, allocation: Allocation, masks: dict[str, Tensor]) -> tuple[nn.Module, Allocation]:

@@ -24,14 +24,14 @@ from lpvit_cli.recipe.prune import Budget
 SHARES = (1.0, 2 / 3, 1 / 3, 0.0)  # of what goes, as units
 
 
-def mixed(plan: Plan, budget: Budget, progress: Progress) -> Plan:
+def mixed(plan: Plan, budget: Budget, progress: Progress) -> tuple[Plan, str]:
     """The plan whose pruning under `budget` is nearest to the dense model: `plan`, of units, or one of blocks in a model that
-    has lost some of them. Raises UsageError where none can meet the budget."""
+    has lost some of them; and a note on it. Raises UsageError where none can meet the budget."""
     nearest, chosen, refusal = plan, 1.0, None
     distances: dict[float, float] = {}
     for share in SHARES:
         try:
-            candidate = replace(plan) if share == 1 else narrowed(plan, budget, share, progress)
+            candidate = plan if share == 1 else narrowed(plan, budget, share, progress)
             distances[share] = candidate.method.distance(budget, progress)
         except UsageError as error:
             refusal = error
@@ -41,7 +41,7 @@ def mixed(plan: Plan, budget: Budget, progress: Progress) -> Plan:
     if not distances:
         assert refusal is not None
         raise refusal
-    return replace(nearest, told=[*plan.told, f"{chosen:.0%} of what goes are whole neurons and heads, the rest blocks"])
+    return nearest, f"{chosen:.0%} of what goes are whole neurons and heads, the rest blocks"
 
 
 def narrowed(plan: Plan, budget: Budget, share: float, progress: Progress) -> Plan:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from lpvit_cli import distributed
 from lpvit_cli.curvature import LayerStatistics
 from lpvit_cli.errors import UsageError
 from lpvit_cli.measure.profile import DeviceProfile
@@ -43,6 +44,7 @@ class Allocation:
     beta: float
     plan: Plan
     masks: dict[str, Tensor] = field(default_factory=dict)  # block masks by layer, coupled ones included
+    told: list[str] = field(default_factory=list)  # what a user should know of how it was chosen
 
     def option(self, name: str) -> Option:
         return self.groups[name].options[self.points[name].curve]
@@ -50,6 +52,10 @@ class Allocation:
     def planned_masks(self) -> dict[str, Tensor]:
         """Block masks of the layers that decide, as the removal orders have them."""
         return {name: self.option(name).removal.mask(point.removed) for name, point in self.points.items()}
+
+    def notes(self) -> list[str]:
+        """What a user should know about this pruning."""
+        return [*self.plan.notes(), *self.told]
 
     def distortion(self, name: str) -> float:
         return float(self.option(name).removal.distortion[self.points[name].removed])
@@ -83,6 +89,8 @@ class Plan:
     profile: DeviceProfile | None = None
     told: list[str] = field(default_factory=list)  # what a user should know of how it was made
     held_back: Iterable[tuple[Tensor, Tensor]] | None = None  # more images, that the statistics are not of
+    reference: nn.Module | None = None  # what pruned models are compared with, where it is not `model`: that without merging
+    latency_ms_dense: float | None = None  # of the model that pruned ones are compared with, measured for the profile
     whole: Plan | None = None
     rows: dict[str, Tensor] = field(default_factory=dict)  # of the whole layers, those that narrower ones have
     groups: dict[str, Group] = field(default_factory=dict)
@@ -97,6 +105,12 @@ class Plan:
         return count_flops(self.model, self.layers, self.example)
 
     @cached_property
+    def flops_dense(self) -> int:
+        """Of the model that pruned ones are compared with."""
+        one = self.dense
+        return one.flops.total if one.reference is None else count_flops(one.reference, (), one.example).total
+
+    @cached_property
     def method(self) -> Any:
         return METHODS.get(self.settings.method)(self)
 
@@ -106,12 +120,17 @@ class Plan:
         return self.whole or self
 
     def new_loss(self) -> Loss:
-        """The loss whose curvature was taken, its random numbers from the start."""
-        return self.task.loss(self.gradient, self.seed)
+        """The loss whose curvature was taken, its random numbers from the start; every process draws its own."""
+        return self.task.loss(self.gradient, self.seed + distributed.rank())
 
     def weight(self, layer: str) -> Tensor:
         """[out, in]"""
         return self.layers[layer].weight.detach()
+
+    def take(self, profile: DeviceProfile) -> None:
+        """Predict by a profile of the model, or where `model` merges tokens, of the reference."""
+        self.latency_ms_dense = profile.model_ms
+        self.profile = profile if self.reference is None else _of_merged(profile, self.model, self.reference, self.example)
 
     def profiled(self) -> DeviceProfile:
         """The device profile, where there must be one."""
@@ -128,7 +147,7 @@ class Plan:
         beta = automatic_beta(curves) if self.settings.beta == "auto" else self.settings.beta
         self._require_reachable(budget, curves)
         allowance = _highest(curves) - share * (_highest(curves) - self._allowance(budget))
-        return Allocation(groups, allocate(curves, allowance, beta), beta, self)
+        return Allocation(groups, distributed.broadcast(allocate(curves, allowance, beta)), beta, self)
 
     def reachable(self, budget: Budget) -> float:
         """The furthest value of this kind of budget that min_keep allows."""
@@ -260,21 +279,24 @@ def build_plan(
     dtype: torch.dtype = torch.float32,
     profile: DeviceProfile | None = None,
     held_back: Iterable[tuple[Tensor, Tensor]] | None = None,
+    reference: nn.Module | None = None,
 ) -> Plan:
     """The curves of all groups.
 
     `example`: an input of one image. `calibration` gives the images of the statistics, (images [n, C, H, W], labels [n]),
-    `held_back` others, to choose by. `dtype`: in which passes over them compute.
+    `held_back` others, to choose by. `dtype`: in which passes over them compute. `reference`: the model that pruned ones are
+    compared with, where `model` merges tokens and that one does not.
     Raises UsageError where blocks, patterns or the profile do not fit the layers.
     """
     if profile is not None:
         _require_same_layers(profile, layers)
     told: list[str] = []
     if settings.reorder:
-        model, statistics, told = reordered(model, layers, statistics, _first_images(calibration))
-    plan = Plan(
-        settings, model, statistics, calibration, example, task, gradient, seed, device, dtype, profile, told, held_back
-    )
+        model, statistics, told = reordered(model, layers, statistics, distributed.on_main(lambda: _first_images(calibration)))
+    plan = Plan(settings, model, statistics, calibration, example, task, gradient, seed, device, dtype)
+    plan.told, plan.held_back, plan.reference = told, held_back, reference
+    if profile is not None:
+        plan.take(profile)
     return grouped(plan, progress)
 
 
@@ -287,8 +309,8 @@ def grouped(plan: Plan, progress: Progress) -> Plan:
     make = partial(make_group, blocks=settings.blocks, balanced="balanced" in settings.patterns, flops=plan.flops)
     for done, name in enumerate(layers, start=1):
         if name not in producers:
-            group = make(name, layers, couplings.get(name), power=settings.power, removal=plan.method.removal)
-            plan.groups[name] = group
+            make_one = partial(make, name, layers, couplings.get(name), power=settings.power, removal=plan.method.removal)
+            plan.groups[name] = distributed.on_main(make_one)
             progress("layer curves", done, len(layers), name)
     return plan
 
@@ -306,6 +328,15 @@ def _require_same_layers(profile: DeviceProfile, layers: dict[str, nn.Linear]) -
             f"prune.profile: made for other layers: {other[0]} is only {'there' if other[0] in measured else 'here'}",
             "profile with the same model and prune.layers: lpvit profile RECIPE",
         )
+
+
+def _of_merged(profile: DeviceProfile, model: nn.Module, reference: nn.Module, example: Tensor) -> DeviceProfile:
+    """The profile of a model, as that of a copy which merges tokens."""
+    names = [name for layer in profile.layers for name in layer.names]
+    merged, dense = (count_flops(one, names, example) for one in (model, reference))
+    weights = {name: cast(nn.Linear, model.get_submodule(name)).weight.numel() for name in names}
+    after, before = (one.total - sum(2 * one.tokens[name] * weights[name] for name in names) for one in (merged, dense))
+    return profile.with_rows({name: rows * profile.batch_size for name, rows in merged.tokens.items()}, after / before)
 
 
 def _rounded(value: float, up: bool) -> float:

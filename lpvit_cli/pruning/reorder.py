@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lpvit_cli import distributed
 from lpvit_cli.curvature import LayerStatistics
 from lpvit_cli.models.axes import Axis, Member, axes
 from lpvit_cli.models.order import find_order, positions
@@ -31,8 +32,12 @@ def reordered(
     """A copy of the dense `model` with the most important features of every axis first, where `images` prove that it gives
     the same. `layers`: those that will be pruned, by name; axes that none of them has a part in stay."""
     found = axes(model)
-    elements = {name: saliency(layer.weight.detach(), statistics[name]) for name, layer in layers.items()}
-    scores = {axis.name: scored for axis in found if (scored := feature_scores(axis, elements)) is not None}
+
+    def scored() -> dict[str, Tensor]:
+        elements = {name: saliency(layer.weight.detach(), statistics[name]) for name, layer in layers.items()}
+        return {axis.name: scores for axis in found if (scores := feature_scores(axis, elements)) is not None}
+
+    scores = distributed.on_main(scored)
     ordered = find_order(model, found, scores, images)
     return Reordered(ordered.model, permuted(statistics, ordered.axes, ordered.orders), ordered.notes)
 

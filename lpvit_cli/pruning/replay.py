@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lpvit_cli.devices import autocast
+from lpvit_cli.tokens.merge import TokenMerge
 
 OUTSIDE = "/"  # no module has such a name
 
@@ -27,7 +28,8 @@ class _Reached(Exception):
 
 @dataclass(frozen=True)
 class Block:
-    """A module that is called once in a pass, and its layers of interest, in the order in which they run."""
+    """A module that is called once in a pass, and its layers of interest, in the order in which they run; a merge of tokens
+    has none."""
 
     name: str  # "": the whole model
     layers: tuple[str, ...]
@@ -42,6 +44,7 @@ def blocks_of(model: nn.Module, layers: Collection[str], example: Tensor) -> lis
     """
     names = {layer: _numbered(layer) for layer in layers}
     names = {layer: min((b for b in names.values() if _inside(name, b)), key=len) for layer, name in names.items()}
+    names |= {name: name for name, module in model.named_modules() if isinstance(module, TokenMerge)}
     called: dict[str, list[Any]] = {name: [] for name in (*names.values(), *layers)}
 
     def note(name: str) -> Callable[..., None]:
@@ -141,6 +144,19 @@ class Replay:
             self.gave[self.name] = [_mapped(result, self._blank) for result in self.gave[self.name]]
         self.name = name
 
+    def follow(self, other: Replay) -> None:
+        """Where the block is a merge of tokens: merge those which are merged in the `other` model, so that the tokens of both
+        stay comparable."""
+        if isinstance(self.model.get_submodule(self.name), TokenMerge):
+            pairs = zip(self.given, other.given, strict=True)
+            self.given = [(args, {**kwargs, "like": theirs[0]}) for (args, kwargs), (theirs, _) in pairs]
+
+    def taken_on(self, model: nn.Module) -> Replay:
+        """The passes of a copy of the model that is the same up to where these are."""
+        other = Replay(model, self.batches, self.device, self.dtype)
+        other.name, other.given, other.gave = self.name, self.given, dict(self.gave)
+        return other
+
     def inputs(self, layer: str) -> Iterator[Tensor]:
         """What `layer`, one of the block's, is given [tokens, in] when it is called first, batch by batch."""
         for given in self.given:
@@ -165,9 +181,10 @@ class Replay:
 
     def _blank(self, tensor: Tensor) -> Tensor:
         """Of the same shape, but without memory: what a block that is done gives where nothing depends on it any more. What
-        would depend on it after all becomes NaN."""
-        filler = torch.nan if tensor.is_floating_point() else 0
-        return torch.full((), filler, device=self.device, dtype=tensor.dtype).expand(tensor.shape)
+        would depend on it after all becomes NaN. What is no features, of how many patches a token stands for, stays."""
+        if not tensor.is_floating_point() or tensor.shape[-1] == 1:
+            return tensor
+        return torch.full((), torch.nan, device=self.device, dtype=tensor.dtype).expand(tensor.shape)
 
 
 def _give(result: Any, *args: Any, **kwargs: Any) -> Any:

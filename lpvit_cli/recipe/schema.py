@@ -7,10 +7,10 @@ fully resolved recipe or raises a `UsageError` that names the file, the line, th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from lpvit_cli.recipe.data import CalibrateSection, DataSection
 from lpvit_cli.recipe.errors import explain
@@ -23,6 +23,7 @@ from lpvit_cli.recipe.section import Section, flatten
 from lpvit_cli.recipe.shipped import find_recipe
 from lpvit_cli.recipe.source import apply_override, read_source
 from lpvit_cli.recipe.target import PRECISIONS, Dtype, TargetSection
+from lpvit_cli.recipe.tokens import TokensSection
 from lpvit_cli.registry import BUDGETS
 
 
@@ -39,6 +40,8 @@ class Recipe(Section):
     data: DataSection  # images to calibrate, recover and evaluate on
     target: TargetSection = TargetSection()  # where the model will run
     calibrate: CalibrateSection = CalibrateSection()  # `lpvit calibrate`
+    tokens: TokensSection | Literal["auto"] | None = None  # similar tokens are merged between blocks; auto: as many as is best
+    # for prune.budget; null: none
     prune: PruneSection = PruneSection()  # `lpvit prune`
     sweep: tuple[float, ...] = ()  # budgets of `lpvit prune --sweep`, of the same kind as prune.budget
     schedule: tuple[float, ...] = ()  # budgets of `lpvit gradual`, of the same kind, each below the one before
@@ -69,6 +72,14 @@ class Recipe(Section):
         if schedule != downwards:
             raise ValueError(f"each {prune.budget.kind} must leave less than the one before: {list(downwards)}")
         return schedule
+
+    @model_validator(mode="after")
+    def _can_split(self) -> Self:
+        if self.tokens == "auto" and (self.prune.budget.kind not in ("flops", "latency_ms") or self.prune.method != "obs"):
+            raise ValueError("tokens: auto splits a budget of flops or latency_ms, with method: obs; or give tokens.flops")
+        if self.tokens == "auto" and self.schedule:
+            raise ValueError("tokens: auto splits one budget, and a schedule has several; give tokens.flops")
+        return self
 
     def model_post_init(self, context: Any) -> None:
         self.place()
@@ -141,6 +152,20 @@ class Recipe(Section):
         if self.finetune:
             small["finetune"] |= {"epochs": 1, "init_batches": 1, "rank": 4, "warmup_epochs": 0}
         return Recipe.model_validate(small)
+
+    def step(self, model: ModelSection, value: float, profile: Path | None) -> Recipe:
+        """The recipe of one step of the schedule: another model and budget, the dense model as teacher; features are sorted in
+        the first only."""
+        assert self.finetune is not None
+        finetune = self.finetune
+        if distill := finetune.distill:
+            taught = distill.model_copy(update={"teacher": distill.teacher or self.model})
+            finetune = finetune.model_copy(update={"distill": taught})
+        sorts = self.prune.reorder and model == self.model
+        budget = Budget.model_validate({self.prune.budget.kind: value})
+        prune = self.prune.model_copy(update={"budget": budget, "profile": profile, "reorder": sorts})
+        changes = {"model": model, "prune": prune, "finetune": finetune, "schedule": (), "sweep": ()}
+        return Recipe.model_validate(self.model_copy(update=changes).plain())
 
     def flat(self) -> dict[str, Any]:
         """Dotted keys to plain values, as stage records and messages have them; nothing counts as read."""

@@ -17,6 +17,7 @@ from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.recovery.history import Epoch
 from lpvit_cli.targets.tuning import TunedLayers
 from lpvit_cli.tasks.quality import Accuracy, Quality
+from lpvit_cli.tokens.blocks import Merging
 
 DENSE = "dense"  # what sweeps and exported files are measured against
 
@@ -65,6 +66,7 @@ class CalibrateReport(Report):
     gradient: str
     layers: int
     statistics_bytes: int
+    merging: Merging | None = None  # of the tokens of the model that statistics are of
 
 
 class LayerReport(BaseModel):
@@ -87,12 +89,22 @@ class LayerReport(BaseModel):
         return self.kept_blocks / self.blocks
 
 
+class MergedReport(BaseModel):
+    """The model whose tokens are merged, before anything is pruned."""
+
+    merging: Merging
+    tokens: list[int]  # that each block sees, of one image
+    flops: int
+    quality: Quality
+
+
 class PruneReport(BesideDense):
     """`quality` is one-shot: pruned, nothing recovered yet."""
 
     method: str
     beta: float
     layers: list[LayerReport]
+    merged: MergedReport | None = None  # None: no tokens are merged
     flops_dense: int
     flops: int
     linear_kept_fraction: float  # of the prunable weights

@@ -37,6 +37,18 @@ def profile_path(run: Run) -> Path | None:
     return run.folder / PROFILE.folder / "profile.json" if own_profile(run) else given
 
 
+def _profile_to_split_by(run: Run) -> tuple[Stage, ...]:
+    return own_profile(run) if run.recipe.tokens == "auto" else ()
+
+
+def profile_of(run: Run) -> Any:
+    """What pruning reads of it; None: no budget or recipe asks for one."""
+    from lpvit_cli.measure.profile import DeviceProfile
+
+    path = profile_path(run)
+    return DeviceProfile.load(path, needs_energy=run.recipe.prune.budget.kind == "energy_mj") if path else None
+
+
 def _profile_content(run: Run) -> dict[str, Any]:
     path = profile_path(run)
     return {"prune.profile (content)": content_id(path)} if path else {}
@@ -86,6 +98,8 @@ CALIBRATE = _stage(
     "CalibrateReport",
     "Gather statistics of the dense model on calibration images.",
     together=True,
+    sources=_profile_to_split_by,
+    inputs=lambda run: _profile_content(run) if run.recipe.tokens == "auto" else {},
 )
 PRUNE = _stage(
     "prune",
@@ -95,6 +109,7 @@ PRUNE = _stage(
     upstream=lambda run: CALIBRATE,
     sources=own_profile,
     inputs=_profile_content,
+    together=True,
 )
 SWEEP = _stage(
     "sweep",

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from lpvit_cli.data.splits import calibration_batches
-from lpvit_cli.errors import UsageError
-from lpvit_cli.export.formats.base import Format
+from lpvit_cli.export.formats import require_precision, with_what_they_need
 from lpvit_cli.export.source import DENSE_FOLDER, Publication, Source
 from lpvit_cli.machine import cpu_name, installed
 from lpvit_cli.models.build import build_model, create
@@ -20,7 +19,6 @@ from lpvit_cli.models.trim import order_neurons, trim
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
-from lpvit_cli.registry import FORMATS
 from lpvit_cli.report.schema import ExportReport
 from lpvit_cli.stages import BENCH, EXPORT, made_by
 from lpvit_cli.tasks.evaluation import validation_of
@@ -28,8 +26,8 @@ from lpvit_cli.tasks.evaluation import validation_of
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> ExportReport:
     asked = recipe.export.formats
-    formats = _with_what_they_need(asked)
-    _require_precision(formats, recipe.file_precision)
+    formats = with_what_they_need(asked)
+    require_precision(formats, recipe.file_precision)
     for format_ in formats.values():
         format_.require()
     source = _source(recipe, run, progress)
@@ -50,23 +48,6 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Expor
         files=source.files,
         versions={package: installed(package) for package in ("lpvit", "torch", "timm", "onnx", "onnxruntime", "openvino")},
     )
-
-
-def _with_what_they_need(asked: tuple[str, ...]) -> dict[str, Format]:
-    """The formats by name, each after what it is made of; hub last, whose card tells of the others."""
-    chosen = {name: FORMATS.get(name)() for name in FORMATS.names() if name in asked}
-    needed = {one.made_of for one in chosen.values() if one.made_of}
-    whole = {name: FORMATS.get(name)() for name in FORMATS.names() if name in needed} | chosen
-    return dict(sorted(whole.items(), key=lambda item: (item[0] not in needed, item[0] == "hub")))
-
-
-def _require_precision(formats: dict[str, Format], precision: str) -> None:
-    if unable := sorted(name for name, one in formats.items() if precision not in one.precisions):
-        able = formats[unable[0]].precisions[0]
-        raise UsageError(
-            f"export.precision: {', '.join(unable)} is written in {able} only, not in {precision}",
-            f"leave them out of export.formats, or add --set export.precision={able}",
-        )
 
 
 def _source(recipe: Recipe, run: Run, progress: Progress) -> Source:

@@ -19,15 +19,11 @@ from lpvit_cli.models.folder import as_dense, load_model, model_config, read_con
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
-from lpvit_cli.recipe.model import ModelSection
-from lpvit_cli.recipe.prune import Budget
 from lpvit_cli.recipe.section import note_reads
 from lpvit_cli.report.pictures import gradual_picture
 from lpvit_cli.report.schema import GradualReport, GradualStep
 from lpvit_cli.sparse.masks import block_masks, require_nested
 from lpvit_cli.stages import CALIBRATE, FINETUNE, GRADUAL, PRUNE, profile_path, run_of
-
-STEP_STAGES = (CALIBRATE, PRUNE, FINETUNE)
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> GradualReport:
@@ -41,7 +37,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Gradu
         folder = kept / f"{number}"
         before = made[-1].folder / FINETUNE.folder if made else None
         model = as_dense(before, kept / f"{number}.safetensors") if before else recipe.model
-        made.append(run_of(step_recipe(recipe, model, value, profile_path(run)), folder))
+        made.append(run_of(recipe.step(model, value, profile_path(run)), folder))
         made[-1].origin = recipe.model
         _execute(made[-1], partial(_step_progress, progress, f"[{number}/{len(recipe.schedule)}, {value:g}]"))
 
@@ -78,23 +74,9 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Gradu
     return report
 
 
-def step_recipe(recipe: Recipe, model: ModelSection, value: float, profile: Path | None) -> Recipe:
-    """The recipe of one step: another model and budget, the dense model as teacher; features are sorted in the first only."""
-    assert recipe.finetune is not None
-    finetune = recipe.finetune
-    if distill := finetune.distill:
-        taught = distill.model_copy(update={"teacher": distill.teacher or recipe.model})
-        finetune = finetune.model_copy(update={"distill": taught})
-    sorts = recipe.prune.reorder and model == recipe.model
-    budget = Budget.model_validate({recipe.prune.budget.kind: value})
-    prune = recipe.prune.model_copy(update={"budget": budget, "profile": profile, "reorder": sorts})
-    changes = {"model": model, "prune": prune, "finetune": finetune, "schedule": (), "sweep": ()}
-    return Recipe.model_validate(recipe.model_copy(update=changes).plain())
-
-
 def _execute(step: Run, progress: Progress) -> None:
     with step.open():
-        for stage in STEP_STAGES:
+        for stage in (CALIBRATE, PRUNE, FINETUNE):
             if step.changes(stage) != []:
                 step.execute(stage, progress)
             elif record := step.record(stage):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,33 +11,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from lpvit_cli import distributed
 from lpvit_cli.curvature import load_statistics
 from lpvit_cli.data.readers import class_names
-from lpvit_cli.data.splits import calibration_batches, held_back_batches
-from lpvit_cli.devices import describe_device, fast_dtype, pick_dtype
-from lpvit_cli.errors import UsageError
-from lpvit_cli.measure.profile import DeviceProfile
+from lpvit_cli.devices import describe_device, pick_dtype
 from lpvit_cli.models.build import build_model
 from lpvit_cli.models.folder import model_config, save_model
 from lpvit_cli.models.layers import prunable_layers
+from lpvit_cli.models.merging import merge_tokens, tokens_of_blocks
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.pipeline.run import Run
 from lpvit_cli.progress import Progress
-from lpvit_cli.pruning.engine import prune_model
-from lpvit_cli.pruning.plan import Plan, build_plan
+from lpvit_cli.pruning.engine import prune_models
+from lpvit_cli.pruning.plan import Allocation, Plan
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.recipe.prune import Budget
 from lpvit_cli.registry import BUDGETS
 from lpvit_cli.report.layers import layer_reports
-from lpvit_cli.report.schema import PruneReport
-from lpvit_cli.stages import CALIBRATE, profile_path
-from lpvit_cli.stages.calibrate import STATISTICS
-from lpvit_cli.tasks.evaluation import Validation, gradient_for, task_of, validation_of
+from lpvit_cli.report.schema import MergedReport, PruneReport
+from lpvit_cli.stages import CALIBRATE
+from lpvit_cli.stages.calibrate import STATISTICS, planner
+from lpvit_cli.tasks.evaluation import Validation, validation_of
+from lpvit_cli.tokens.blocks import merging_of
 
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> PruneReport:
-    pruner = make_plan(recipe, run, progress)
-    return pruner.prune_to(recipe.prune.budget, work)
+    return make_plan(recipe, run, progress).prune_each([(recipe.prune.budget, work)])[0]
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Pruner:
 
     recipe: Recipe
     plan: Plan
-    model: VisionModel  # dense
+    model: VisionModel  # dense; that of the plan merges tokens where the recipe says so
     validation: Validation
     progress: Progress
 
@@ -59,63 +59,62 @@ class Pruner:
         """The quality of the dense model."""
         return self._quality(self.model, "evaluating the dense model")
 
+    @cached_property
+    def merged(self) -> MergedReport | None:
+        """What merging tokens alone makes of the model."""
+        model = self.plan.model
+        if (merging := merging_of(model)) is None:
+            return None
+        quality = self._quality(model, "evaluating the model with merged tokens", neighbours=False)
+        return MergedReport(merging=merging, tokens=tokens_of_blocks(model), flops=self.plan.flops.total, quality=quality)
+
     def _quality(self, model: nn.Module, what: str, neighbours: bool = True) -> Any:
         quality = self.validation.quality(model, what, neighbours)
         model.cpu()
         return quality
 
-    def prune_to(self, budget: Budget, work: Path) -> PruneReport:
-        """Prune to a budget, evaluate, and write the model folder `work`."""
+    def prune_each(self, wanted: Sequence[tuple[Budget, Path]]) -> list[PruneReport]:
+        """Prune to several budgets, evaluate, and write a model folder for each; what they share is made once."""
+        settled = [
+            BUDGETS.get(one.kind).settle(self.plan, one.value, self.points, self.progress) if one.is_searched else one
+            for one, _ in wanted
+        ]
+        made = prune_models(self.plan, settled, self.progress)
+        return [self._written(*pruned, work) for pruned, (_, work) in zip(made, wanted, strict=True)]
+
+    def _written(self, model: nn.Module, allocation: Allocation, work: Path) -> PruneReport:
         recipe, plan, dense = self.recipe, self.plan, self.dense
-        if budget.is_searched:
-            budget = BUDGETS.get(budget.kind).settle(plan, budget.value, self.points, self.progress)
-        model, allocation = prune_model(plan, budget, self.progress)
         quality = self._quality(model, "evaluating the pruned model")
         facts = {"data": recipe.data.remembered(), "parent": recipe.model.model_dump(mode="json")}
         save_model(work, model, model_config(recipe.model, self.model, **facts))
         predicted = allocation.plan.predict(allocation)
         return PruneReport(
             device=describe_device(plan.device),
-            notes=[*self.validation.images.notes(), *allocation.plan.notes()],
+            skipped_images=len(skipped := distributed.all_gather(self.validation.images.skipped)),
+            notes=[*self.validation.images.notes(skipped), *allocation.notes()],
             method=recipe.prune.method,
             beta=allocation.beta,
             layers=layer_reports(allocation),
-            flops_dense=plan.flops.total,
+            merged=self.merged,
+            flops_dense=plan.flops_dense,
             flops=predicted.flops,
             linear_kept_fraction=predicted.kept_fraction,
             bytes_dense=plan.bytes_dense,
             bytes=sum(path.stat().st_size for path in work.iterdir()),
-            latency_ms_dense=plan.profile.model_ms if plan.profile else None,
+            latency_ms_dense=plan.latency_ms_dense,
             latency_ms=predicted.latency_ms,
             quality_dense=dense,
             quality=quality,
-            skipped_images=len(self.validation.images.skipped),
         )
 
 
 def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Pruner:
     """The plan of a run, from its calibration."""
     torch.manual_seed(recipe.seed)
-    profile = open_profile(recipe, run)
     model = build_model(recipe.model, recipe.task, recipe.features)
-    layers = prunable_layers(model, recipe.prune.layers)
-    task, calibration = task_of(model), calibration_batches(recipe.data, recipe.calibrate, recipe.seed, model)
-    plan = build_plan(
-        recipe.prune,
-        model,
-        layers,
-        load_statistics(run.artefact(CALIBRATE) / STATISTICS, layers),
-        calibration,
-        example=torch.empty(1, *model.pretrained_cfg["input_size"]),
-        task=task,
-        gradient=gradient_for(task, recipe.calibrate, calibration),
-        seed=recipe.seed,
-        device=run.device,
-        progress=progress,
-        dtype=fast_dtype(recipe.dtype, run.device),
-        profile=profile,
-        held_back=held_back_batches(recipe.data, recipe.calibrate, recipe.seed, model),
-    )
+    merged = merge_tokens(model, run.report(CALIBRATE).merging)
+    statistics = load_statistics(run.artefact(CALIBRATE) / STATISTICS, prunable_layers(merged, recipe.prune.layers))
+    plan = planner(recipe, run, model, statistics, progress)(merged)
     dense = build_model(run.origin, recipe.task, recipe.features) if run.origin else model
     validation = validation_of(
         recipe.data, recipe.calibrate, model, dense, run.device, pick_dtype(recipe.dtype, run.device), progress
@@ -123,16 +122,3 @@ def make_plan(recipe: Recipe, run: Run, progress: Progress) -> Pruner:
     known = {"label_names": model.num_classes and class_names(validation.images.source), "exif": recipe.data.exif}
     model.pretrained_cfg |= {key: value for key, value in known.items() if value}
     return Pruner(recipe, plan, model, validation, progress)
-
-
-def open_profile(recipe: Recipe, run: Run) -> DeviceProfile | None:
-    """The profile that the recipe names, or where its budget needs one, that of this run."""
-    if (path := profile_path(run)) is None:
-        return None
-    profile = DeviceProfile.load(path)
-    if recipe.prune.budget.kind == "energy_mj" and profile.rest_mj is None:
-        raise UsageError(
-            f"prune.budget: energy_mj: no meter has filled this profile: {'; '.join(profile.energy_reasons)} ({path})",
-            "run `lpvit profile` where a power meter can be read, or with --fit, or give a latency_ms or flops budget",
-        )
-    return profile

@@ -17,7 +17,7 @@ from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.recipe.prune import Budget
 from lpvit_cli.report.pictures import sweep_picture
-from lpvit_cli.report.schema import DENSE, PruneReport, SweepPoint, SweepReport
+from lpvit_cli.report.schema import DENSE, SweepPoint, SweepReport
 from lpvit_cli.stages.prune import make_plan
 
 
@@ -25,13 +25,11 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Sweep
     if not recipe.sweep:
         raise UsageError("sweep: no budgets given", "for example: lpvit prune RECIPE --sweep 0.3,0.5,0.7")
     pruner = make_plan(recipe, run, progress)
-    kind = recipe.prune.budget.kind
-    reports: dict[float, PruneReport] = {}
-    for value in recipe.sweep:
-        folder = work / f"{value:g}"
-        reports[value] = pruner.prune_to(Budget.model_validate({kind: value}), folder)
-        replace_text(folder / "report.json", reports[value].model_dump_json(indent=1))
-    models = {DENSE: pruner.model} | {f"{value:g}": load_model(work / f"{value:g}") for value in reports}
+    folders = {f"{value:g}": Budget.model_validate({recipe.prune.budget.kind: value}) for value in recipe.sweep}
+    reports = pruner.prune_each([(budget, work / folder) for folder, budget in folders.items()])
+    for folder, report in zip(folders, reports, strict=True):
+        replace_text(work / folder / "report.json", report.model_dump_json(indent=1))
+    models = {DENSE: pruner.model} | {folder: load_model(work / folder) for folder in folders}
     device, generator = run.target_device, torch.Generator().manual_seed(recipe.seed)
     images = torch.randn(recipe.target.batch_size, *pruner.model.pretrained_cfg["input_size"], generator=generator)
     timing = time_models(
@@ -44,20 +42,15 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Sweep
         progress=progress,
     )
     points = [
-        SweepPoint(
-            budget=value,
-            folder=f"{value:g}",
-            report=report,
-            latency_ms=timing.subjects[f"{value:g}"].median_ms,
-            speedup=timing.ratio(DENSE, f"{value:g}"),
-        )
-        for value, report in reports.items()
+        SweepPoint(budget=budget.value, folder=folder, report=report, latency_ms=subject.median_ms, speedup=speedup)
+        for (folder, budget), report in zip(folders.items(), reports, strict=True)
+        for subject, speedup in [(timing.subjects[folder], timing.ratio(DENSE, folder))]
     ]
     busy = ["other processes used the machine while the speed was measured: it is doubtful"] if timing.busy else []
     result = SweepReport(
         device=points[0].report.device,
         notes=points[0].report.notes + busy,
-        kind=kind,
+        kind=recipe.prune.budget.kind,
         batch_size=recipe.target.batch_size,
         latency_ms_dense=timing.subjects[DENSE].median_ms,
         points=points,

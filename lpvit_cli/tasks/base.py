@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lpvit_cli import distributed
 from lpvit_cli.devices import autocast
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images [n, C, H, W], labels [n] (of no meaning where a task needs none)
@@ -57,7 +58,8 @@ class Task(ABC):
 
 
 def outputs_of(model: nn.Module, batches: Batches, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The outputs of all images, in float32 on the CPU."""
+    """The outputs of all images, of those of all processes, in float32 on the CPU."""
     model.eval().to(device)  # before inference mode, whose tensors no backward pass could use
     with torch.inference_mode(), autocast(device, dtype):
-        return torch.cat([model(images.to(device, non_blocking=True)).float().cpu() for images, _ in batches])
+        outputs = [model(images.to(device, non_blocking=True)).float().cpu() for images, _ in batches]
+    return torch.cat(distributed.all_gather(outputs))

@@ -14,7 +14,7 @@ from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.pruning import sequential
 from lpvit_cli.pruning.block_obs import DAMPING
 from lpvit_cli.pruning.blocks import block_elements, grid
-from lpvit_cli.pruning.sequential import Target, prune_sequentially
+from lpvit_cli.pruning.sequential import Pruning, Target, prune_sequentially
 from lpvit_cli.recipe.prune import Layers
 
 BLOCK = (8, 16)
@@ -40,7 +40,7 @@ def pruned(model: nn.Module, fraction: float) -> tuple[nn.Module, dict[str, Tens
     weights = {name: torch.diag(torch.rand(layer.out_features)) for name, layer in layers.items()}
     made, told = copy.deepcopy(model), []
     targets = {name: count_target(layers[name], count) for name, count in counts.items()}
-    masks = prune_sequentially(model, made, targets, weights, images(), told.append)
+    masks = prune_sequentially(model, [Pruning(made, targets, weights)], images(), told.append)[0]
     assert {name: int((~mask).sum()) for name, mask in masks.items()} == counts
     return made, masks, told
 
@@ -98,7 +98,7 @@ def test_tokens_weigh_what_they_are_given(tiny_vit: nn.Module) -> None:
     given[LAST] = given[LAST][:1]  # not known for every batch: all tokens of this layer weigh the same
     targets = {name: count_target(layer, 3) for name, layer in layers.items()}
     outputs, made = {name: torch.eye(layer.out_features) for name, layer in layers.items()}, copy.deepcopy(tiny_vit)
-    masks = prune_sequentially(tiny_vit, made, targets, outputs, images(), lambda name: None, token_weights=given)
+    masks = prune_sequentially(tiny_vit, [Pruning(made, targets, outputs, given)], images(), lambda name: None)[0]
     for name in ("blocks.0.mlp.fc2", "blocks.1.attn.qkv", LAST):
         x, x_pruned = inputs(tiny_vit, name), inputs(made, name)
         weights = torch.cat(given[name]).double()
@@ -117,7 +117,7 @@ def test_layers_that_lose_nothing_make_up_for_earlier_errors(tiny_vit: nn.Module
     targets = {name: count_target(layer, 6) if "blocks.0" in name else None for name, layer in layers.items()}
     outputs, made = {name: torch.eye(layer.out_features) for name, layer in layers.items()}, copy.deepcopy(tiny_vit)
     told: list[str] = []
-    masks = prune_sequentially(tiny_vit, made, targets, outputs, images(), told.append)
+    masks = prune_sequentially(tiny_vit, [Pruning(made, targets, outputs)], images(), told.append)[0]
     assert list(masks) == [name for name in layers if "blocks.0" in name]
     assert told == list(layers)
     for name in ("blocks.1.attn.proj", LAST):
@@ -145,7 +145,7 @@ def test_blocks_that_are_zero_go_first_and_stay_zero(tiny_vit: nn.Module, monkey
     judged: list[Tensor] = []
     order = sequential.removal_order
     monkeypatch.setattr(sequential, "removal_order", lambda weight, *more: judged.append(weight) or order(weight, *more))
-    masks = prune_sequentially(tiny_vit, made, targets, outputs, images(), lambda name: None)
+    masks = prune_sequentially(tiny_vit, [Pruning(made, targets, outputs)], images(), lambda name: None)[0]
     for (name, mask), weight in zip(masks.items(), judged, strict=True):
         assert not weight[expanded(gone[name], tuple(weight.shape), BLOCK)].any(), "what has gone was refitted"
         assert not (mask & gone[name]).any()
@@ -166,7 +166,7 @@ def test_blocks_go_until_what_is_left_costs_no_more_than_asked(tiny_vit: nn.Modu
         units[name] = float(elements[:, 0].sum() if balanced else elements.max())
     weights = {name: torch.eye(layer.out_features) for name, layer in layers.items()}
     made = copy.deepcopy(tiny_vit)
-    masks = prune_sequentially(tiny_vit, made, targets, weights, images(), lambda name: None)
+    masks = prune_sequentially(tiny_vit, [Pruning(made, targets, weights)], images(), lambda name: None)[0]
     spare = 0.0
     for name, target in targets.items():
         left = float(made.get_submodule(name).weight.count_nonzero())
@@ -198,7 +198,7 @@ def test_a_layer_that_is_called_twice_is_pruned_once_for_its_first_call() -> Non
     batches = [torch.randn(n, 16, generator=torch.Generator().manual_seed(n)) for n in (40, 30)]
     made, told = copy.deepcopy(model), []
     weights = {name: torch.eye(layer.out_features) for name, layer in layers.items()}
-    masks = prune_sequentially(model, made, targets, weights, batches, told.append)
+    masks = prune_sequentially(model, [Pruning(made, targets, weights)], batches, told.append)[0]
     assert told == list(masks) == ["shared", "last"]
     x = torch.cat(batches).double()
     w, new = model.shared.weight.detach().double(), made.shared.weight.detach().double()
@@ -235,7 +235,7 @@ def run_broken(dense: nn.Module, model: nn.Module, on_layer: Callable[[str], Non
         on_layer(name)
 
     with pytest.raises((Broken, KeyboardInterrupt)):
-        prune_sequentially(dense, model, targets, weights, images(), note)
+        prune_sequentially(dense, [Pruning(model, targets, weights)], images(), note)
     for one, modules in zip((dense, model), before, strict=True):
         assert dict(one.named_modules()) == modules
         assert not any(one.get_submodule(name)._forward_pre_hooks for name in layers)
@@ -261,5 +261,5 @@ def test_an_interrupt_ends_all_waiting_passes(tiny_vit: nn.Module, name: str) ->
 
 def test_an_error_before_the_first_layer(tiny_vit: nn.Module) -> None:
     made = copy.deepcopy(tiny_vit)
-    fail_at(made, "patch_embed", 10)
+    fail_at(tiny_vit, "patch_embed", 10)
     assert run_broken(tiny_vit, made) == []

@@ -16,7 +16,6 @@ from lpvit_cli.models.folder import load_model
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.sparse import sparse_layers
 from lpvit_cli.sparse.masks import require_nested
-from lpvit_cli.stages.gradual import step_recipe
 
 SMALL = [
     "model.weights=null",
@@ -118,7 +117,7 @@ def test_classes_keep_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_teacher_stays_the_dense_model() -> None:
     recipe = Recipe.load("digits_vit", ["schedule=[0.3,0.6]"])
     later = recipe.model.model_copy(update={"weights": Path("/later.safetensors")})
-    step = step_recipe(recipe, later, 0.6, None)
+    step = recipe.step(later, 0.6, None)
     assert step.finetune.distill.teacher == recipe.model
     assert (step.model.weights, step.prune.budget.sparsity, step.schedule) == (Path("/later.safetensors"), 0.6, ())
 

@@ -57,8 +57,8 @@ def test_the_nearest_share_is_taken_and_told(monkeypatch: pytest.MonkeyPatch) ->
     plan = plan_of("vit", *MIXED)
     distances = iter([3.0, 1.0, 2.0, 4.0])
     monkeypatch.setattr(type(plan.method), "distance", lambda self, budget, progress: next(distances))
-    chosen = mixed(plan, HALF, quiet)
-    assert chosen.notes()[0] == "67% of what goes are whole neurons and heads, the rest blocks"
+    chosen, note = mixed(plan, HALF, quiet)
+    assert note == "67% of what goes are whole neurons and heads, the rest blocks"
     assert chosen.dense is plan
     assert not plan.told
 

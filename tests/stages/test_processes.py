@@ -1,4 +1,4 @@
-"""calibrate and finetune-lora-ga in two processes (gloo): what one process does, and no hang when one of them dies."""
+"""calibrate, prune and finetune-lora-ga in two processes (gloo): what one process does, and no hang when one of them dies."""
 
 from __future__ import annotations
 
@@ -149,6 +149,24 @@ def test_calibration_gives_the_same_statistics_and_masks(alone: Path, tmp_path: 
     assert masks[0] == masks[1]
 
 
+def test_pruning_gives_the_same_masks_and_weights(alone: Path, tmp_path: Path) -> None:
+    """Each process has a share of the images: 9 and 8 in one batch, and one in a batch that the other does not have."""
+    folder = tmp_path / "run"
+    shutil.copytree(alone / "calibration", folder / "calibration")
+    shutil.copy(alone / "recipe.yaml", folder)
+    main, other = together("prune", "digits_vit", "-o", folder, *OPTIONS, "--set", "calibrate.batch_size=17")
+    assert (main[0], other[0]) == (0, 0), main[2] + other[2]
+    assert other[1:] == ("", ""), "only the main process prints"
+    ours, theirs = (report(run, "pruned") for run in (folder, alone))
+    assert [layer["kept_map"] for layer in ours["layers"]] == [layer["kept_map"] for layer in theirs["layers"]]
+    assert ours["quality"]["images"] == theirs["quality"]["images"]
+    weighed = [[note for note in one["notes"] if "weighed by" in note] for one in (ours, theirs)]
+    assert weighed[0] == weighed[1] != []
+    got, expected = (load_file(run / "pruned" / "model.safetensors") for run in (folder, alone))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-4)
+
+
 def report(run: Path, stage: str) -> dict:  # type: ignore[type-arg]
     content: dict = json.loads((run / stage / "report.json").read_text())  # type: ignore[type-arg]
     return content
@@ -218,7 +236,7 @@ def test_a_batch_smaller_than_the_job_leaves_some_without_images(alone: Path, tm
         assert relative(ours[name], statistic) < 1e-5
 
 
-@pytest.mark.parametrize("command", ["prune", "bench", "export", "run"])
+@pytest.mark.parametrize("command", ["bench", "export", "run"])
 def test_other_commands_are_for_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)

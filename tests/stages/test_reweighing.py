@@ -132,7 +132,7 @@ def test_the_weighing_nearest_to_the_dense_model_is_taken_and_told(
     for name, mask in pruned.masks.items():
         weight = watched.models[best].get_submodule(name).weight
         assert int((weight != 0).sum()) == int(mask.sum()) * 8 * 4
-    assert [note for note in plan.notes() if "weighed by" in note] == [f"layers weighed by {WEIGHINGS[best]}"]
+    assert [note for note in pruned.notes() if "weighed by" in note] == [f"layers weighed by {WEIGHINGS[best]}"]
 
 
 def test_models_are_judged_on_images_that_were_held_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,4 +30,4 @@ class Flops(BudgetKind):
 
     @classmethod
     def unit(cls, plan: Plan) -> float:
-        return plan.flops.total
+        return plan.flops_dense

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from lpvit_cli.recipe.prune import Budget
 
 if TYPE_CHECKING:
     from lpvit_cli.pruning.plan import Allocation, Plan
+
+    Pruned = tuple[nn.Module, Allocation, dict[str, Tensor]]
 
 
 class Method(ABC):
@@ -36,12 +39,17 @@ class Method(ABC):
     def removal(self, layer: str, block: Block, balanced: bool) -> Removal:
         """The removal order of a layer in blocks of this shape, and the distortion along it."""
 
-    def prune(self, budget: Budget, progress: Progress) -> tuple[nn.Module, Allocation, dict[str, Tensor]]:
+    def prune(self, budget: Budget, progress: Progress) -> Pruned:
         """A copy of the model with the kept weights as this method leaves them, what each group loses, and the block masks of
         the layers that decide. Removed weights may have any value."""
         allocation = self.plan.allocation(budget)
         return copy.deepcopy(self.plan.model), allocation, allocation.planned_masks()
 
+    @classmethod
+    def prune_all(cls, wanted: Sequence[tuple[Plan, Budget]], progress: Progress) -> list[Pruned]:
+        """`prune` for several plans of one dense model, each with its budget; a method may make once what they share."""
+        return [plan.method.prune(budget, progress) for plan, budget in wanted]
+
     def notes(self) -> list[str]:
-        """What a user should know about this pruning."""
+        """What a user should know about every pruning of the plan."""
         return []

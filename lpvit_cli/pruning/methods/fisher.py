@@ -9,7 +9,9 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from lpvit_cli import distributed
 from lpvit_cli.curvature import ImageGradients, single_images
+from lpvit_cli.errors import UsageError
 from lpvit_cli.progress import Progress
 from lpvit_cli.pruning.blocks import Block, block_sums, require_fit
 from lpvit_cli.pruning.methods.base import Method
@@ -31,6 +33,11 @@ class BlockFisher(Method):
         return ImageGradients(plan.model, plan.layers, images, plan.new_loss, plan.device)
 
     def prepare(self, progress: Progress) -> None:
+        if distributed.world() > 1:  # each has a share of the images
+            raise UsageError(
+                f"prune.method: {self.plan.settings.method} runs in one process, not under torchrun",
+                "run prune without torchrun, or choose obs",
+            )
         tell = partial(progress, "gradients of single images")
         self.scores = block_scores(self.score, self.gradients, self.plan.settings.blocks, tell)
 

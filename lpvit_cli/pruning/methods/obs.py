@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lpvit_cli.curvature import LayerStatistics, TokenWeights, output_moments
+from lpvit_cli.distributed import broadcast, on_main
 from lpvit_cli.measure.memory import release_memory
 from lpvit_cli.progress import Progress
 from lpvit_cli.pruning.block_obs import compensated, removal_order
@@ -24,9 +28,13 @@ from lpvit_cli.pruning.groups import Group
 from lpvit_cli.pruning.methods.base import Method
 from lpvit_cli.pruning.plan import Allocation, Plan
 from lpvit_cli.pruning.removal import Removal
-from lpvit_cli.pruning.sequential import Target, prune_sequentially
+from lpvit_cli.pruning.sequential import Pruning, Target, prune_sequentially
 from lpvit_cli.recipe.prune import Budget
 from lpvit_cli.registry import BUDGETS
+from lpvit_cli.tokens.blocks import merging_of
+
+if TYPE_CHECKING:
+    from lpvit_cli.pruning.methods.base import Pruned
 
 GRADIENTS, RELATIVE = "gradients of the dense model", "relative errors of their outputs"
 
@@ -43,32 +51,50 @@ class Weighing:
 
 class Obs(Method):
     takes_patterns = True
-    weighing: Weighing | None = None  # of the latest pruning
 
     def removal(self, layer: str, block: Block, balanced: bool) -> Removal:
         device = self.plan.device
         return obs(self.plan.weight(layer).to(device), self.plan.statistics[layer].to(device), block, balanced)
 
-    def prune(self, budget: Budget, progress: Progress) -> tuple[nn.Module, Allocation, dict[str, Tensor]]:
-        plan = self.plan
-        self.weighing = _by_dense(plan, budget)
-        if plan.settings.reweigh:
-            self.weighing = nearest(plan, self.weighing, budget, progress)
-        if plan.settings.sequential:
-            model, masks = _in_sequence(plan, self.weighing, budget, progress)
+    def prune(self, budget: Budget, progress: Progress) -> Pruned:
+        return self.prune_all([(self.plan, budget)], progress)[0]
+
+    @classmethod
+    def prune_all(cls, wanted: Sequence[tuple[Plan, Budget]], progress: Progress) -> list[Pruned]:
+        """Each as `prune` makes it, in one walk over the layers, where they are pruned in sequence."""
+        weighings = [nearest(plan, budget, progress) for plan, budget in wanted]
+        if wanted[0][0].settings.sequential:
+            made = _in_sequence(wanted, weighings, progress)
         else:
-            model, masks = _each_alone(plan, self.weighing.allocation, progress)
-        return model, self.weighing.allocation, masks
+            made = [_each_alone(plan, one.allocation, progress) for (plan, _), one in zip(wanted, weighings, strict=True)]
+        return [
+            (model, replace(one.allocation, told=[f"layers weighed by {one.by}"]), masks)
+            for (model, masks), one in zip(made, weighings, strict=True)
+        ]
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(self.plan)
+
+    @cached_property
+    def relative(self) -> tuple[dict[str, Tensor], dict[str, Group]]:
+        """Weights without gradients, of each layer's squared error relative to the squares of its outputs; and the groups."""
+        weights, plan = {}, self.plan
+        for name in plan.groups:
+            weight, hessian = plan.weight(name), plan.statistics[name].token_hessian
+            power = ((weight @ hessian) * weight).sum() / 2
+            weights[name] = torch.eye(len(weight)) / power.clamp_min(torch.finfo(power.dtype).tiny)
+        return weights, _reweighed(plan, weights)
 
     def compensated(self, name: str, mask: Tensor, block: Block) -> Tensor:
         """The weight [out, in] of a layer for a mask of its blocks, on the dense model's inputs; on the CPU."""
         weight, statistics = self.plan.weight(name).to(self.plan.device), self.plan.statistics[name]
-        return compensated(weight, statistics.token_hessian.to(weight.device), mask, block).cpu()
+        return on_main(lambda: compensated(weight, statistics.token_hessian.to(weight.device), mask, block).cpu())
 
     def distance(self, budget: Budget, progress: Progress) -> float:
         """How far from the dense model pruning takes it, each layer for itself and weighed by the dense model's gradients."""
         model, _ = _each_alone(self.plan, self.plan.allocation(budget), progress)
-        return Judge(self.plan)(model)
+        return float(self.plan.dense.method.judge(model))
 
     def notes(self) -> list[str]:
         plan, notes = self.plan, []
@@ -79,8 +105,6 @@ class Obs(Method):
                 f"calibration saw {layer.tokens} tokens of {name}, fewer than its {len(layer.A)} inputs "
                 f"({len(few)} such layers): raise calibrate.images"
             )
-        if self.weighing is not None:
-            notes.append(f"layers weighed by {self.weighing.by}")
         return notes
 
 
@@ -96,12 +120,12 @@ class Judge:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.reference = self._outputs(plan.dense.model)
+        self.reference = self._outputs(plan.reference or plan.model)
 
     def __call__(self, model: nn.Module) -> float:
         distance = self.plan.task.divergence(self._outputs(model), self.reference)
         release_memory()
-        return math.inf if math.isnan(distance) else distance
+        return broadcast(math.inf if math.isnan(distance) else distance)
 
     def _outputs(self, model: nn.Module) -> Tensor:
         plan = self.plan
@@ -110,15 +134,20 @@ class Judge:
         return outputs
 
 
-def nearest(plan: Plan, first: Weighing, budget: Budget, progress: Progress) -> Weighing:
-    """Of all weighings, the one whose model, each layer pruned for itself, is nearest to the dense one on held-back images."""
-    rounds, judge = plan.settings.reweigh, Judge(plan)
+def nearest(plan: Plan, budget: Budget, progress: Progress) -> Weighing:
+    """By the gradients of the dense model; with `prune.reweigh`, of all weighings the one whose model, each layer pruned for
+    itself, is nearest to the dense one on held-back images."""
+    weights = {name: plan.statistics[name].loss_weights for name in plan.groups}
+    best = Weighing(GRADIENTS, weights, plan.allocation(budget))
+    if not plan.settings.reweigh:
+        return best
+    rounds, judge = plan.settings.reweigh, plan.dense.method.judge
 
     def made(weighing: Weighing) -> tuple[float, nn.Module]:
         model, _ = _each_alone(plan, weighing.allocation, progress)
         return judge(model), model
 
-    best, (distance, model) = first, made(first)
+    distance, model = made(best)
     for done in range(rounds + 1):
         weighing = _by_pruned(plan, best, model, budget, done) if done else _by_relative_errors(plan, budget)
         further, other = made(weighing)
@@ -130,19 +159,9 @@ def nearest(plan: Plan, first: Weighing, budget: Budget, progress: Progress) -> 
     return best
 
 
-def _by_dense(plan: Plan, budget: Budget) -> Weighing:
-    weights = {name: plan.statistics[name].loss_weights for name in plan.groups}
-    return Weighing(GRADIENTS, weights, plan.allocation(budget))
-
-
 def _by_relative_errors(plan: Plan, budget: Budget) -> Weighing:
-    """No gradients: of each layer, its squared error relative to the squares of its outputs."""
-    weights = {}
-    for name in plan.groups:
-        weight, hessian = plan.weight(name), plan.statistics[name].token_hessian
-        power = ((weight @ hessian) * weight).sum() / 2
-        weights[name] = torch.eye(len(weight)) / power.clamp_min(torch.finfo(power.dtype).tiny)
-    return Weighing(RELATIVE, weights, plan.allocation(budget, _reweighed(plan, weights)))
+    weights, groups = plan.method.relative
+    return Weighing(RELATIVE, weights, plan.allocation(budget, groups))
 
 
 def _by_pruned(plan: Plan, best: Weighing, model: nn.Module, budget: Budget, number: int) -> Weighing:
@@ -176,22 +195,25 @@ def _each_alone(plan: Plan, allocation: Allocation, progress: Progress) -> tuple
     return model, masks
 
 
-def _in_sequence(plan: Plan, weighing: Weighing, budget: Budget, progress: Progress) -> tuple[nn.Module, dict[str, Tensor]]:
-    device, allocation = plan.device, weighing.allocation
-    targets = {name: _target(allocation, budget, name) if name in allocation.points else None for name in plan.layers}
-    done: list[str] = []
+def _in_sequence(
+    wanted: Sequence[tuple[Plan, Budget]], weighings: Sequence[Weighing], progress: Progress
+) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    dense, device, prunings, done = wanted[0][0].dense, wanted[0][0].device, [], list[str]()
+    for (plan, budget), one in zip(wanted, weighings, strict=True):
+        points = one.allocation.points
+        targets = {name: _target(one.allocation, budget, name) if name in points else None for name in plan.layers}
+        model = copy.deepcopy(plan.model).to(device)
+        tokens = None if merging_of(model) else one.tokens  # of a model that merges, each pass may merge others
+        prunings.append(Pruning(model, targets, one.weights, tokens, plan.rows))
 
     def on_layer(name: str) -> None:
         done.append(name)
-        progress("pruning in sequence", len(done), len(targets), name)
+        progress("pruning in sequence", len(done), len(dense.layers), name)
 
-    model = copy.deepcopy(plan.model).to(device)
-    batches = [images.to(plan.dtype) for images, _ in plan.calibration]
-    masks = prune_sequentially(
-        plan.dense.model.to(device), model, targets, weighing.weights, batches, on_layer, plan.dtype, weighing.tokens, plan.rows
-    )
-    plan.dense.model.cpu()
-    return model, masks
+    batches = [images.to(dense.dtype) for images, _ in dense.calibration]
+    masks = prune_sequentially(dense.model.to(device), prunings, batches, on_layer, dense.dtype)
+    dense.model.cpu()
+    return [(pruning.model, mask) for pruning, mask in zip(prunings, masks, strict=True)]
 
 
 def _target(allocation: Allocation, budget: Budget, name: str) -> Target:

@@ -38,19 +38,32 @@ def prune(report: PruneReport, folder: Path) -> list[Any]:
             f"{layer.energy_uj:.1f}",
         )
     energy, energy_dense = (sum(getattr(layer, k) for layer in report.layers) for k in ("energy_uj", "energy_uj_dense"))
-    summary = table("", "", "dense", "pruned", "ratio")
-    summary.add_row("FLOPs", giga(report.flops_dense), giga(report.flops), f"{report.flops / report.flops_dense:.2f}")
-    summary.add_row(
-        "prunable weights kept", "100 %", percent(report.linear_kept_fraction), f"{report.linear_kept_fraction:.2f}"
-    )
+    merged = report.merged
+    summary = table("", "", "dense", *(["tokens merged"] if merged else []), "pruned", "ratio")
+
+    def row(name: str, dense: str, pruned: str, ratio: str, of_merged: str = "") -> None:
+        summary.add_row(name, dense, *([of_merged] if merged else []), pruned, ratio)
+
+    of_merged = giga(merged.flops) if merged else ""
+    row("FLOPs", giga(report.flops_dense), giga(report.flops), f"{report.flops / report.flops_dense:.2f}", of_merged)
+    row("prunable weights kept", "100 %", percent(report.linear_kept_fraction), f"{report.linear_kept_fraction:.2f}")
     if energy_dense:
-        summary.add_row("predicted uJ/image", f"{energy_dense:.0f}", f"{energy:.0f}", f"{energy / energy_dense:.2f}")
+        row("predicted uJ/image", f"{energy_dense:.0f}", f"{energy:.0f}", f"{energy / energy_dense:.2f}")
     if report.latency_ms is not None and report.latency_ms_dense is not None:
         dense_ms, ms = report.latency_ms_dense, report.latency_ms
-        summary.add_row("predicted ms/batch", f"{dense_ms:.2f}", f"{ms:.2f}", f"{ms / dense_ms:.2f}")
-    summary.add_row("size on disk", size(report.bytes_dense), size(report.bytes), f"{report.bytes / report.bytes_dense:.2f}")
+        row("predicted ms/batch", f"{dense_ms:.2f}", f"{ms:.2f}", f"{ms / dense_ms:.2f}")
+    row("size on disk", size(report.bytes_dense), size(report.bytes), f"{report.bytes / report.bytes_dense:.2f}")
+    between = {figure.name: figure.text for figure in merged.quality.figures} if merged else {}
     for dense, pruned in zip(report.quality_dense.figures, report.quality.figures, strict=True):
-        summary.add_row(f"{dense.name}, one-shot", dense.text, pruned.text, pruned.minus(dense))
+        name = dense.name
+        row(f"{name}, one-shot", dense.text, pruned.text, pruned.minus(dense), between.get(name, ""))
+    if merged:
+        row(
+            "tokens of the last block",
+            f"{merged.tokens[0]}",
+            f"{merged.tokens[-1]}",
+            f"{merged.tokens[-1] / merged.tokens[0]:.2f}",
+        )
     return [rows, summary, f"model folder: {folder}"]
 
 

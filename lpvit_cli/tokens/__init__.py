@@ -1,0 +1,1 @@
+"""Merging of similar tokens between the blocks of a transformer."""
