@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from lpvit_cli.errors import EnvironmentFault
 
 
@@ -72,15 +74,67 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+MAX_DEPTH = 100  # of nested JSON: what lpvit and its libraries write has a tenth of it
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError for what is none, is nested too deeply, or holds no Unicode text."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from error
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            json.dumps(value, ensure_ascii=False).encode()  # a half of a surrogate pair could not be printed or written
+            return value
+    raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises OSError where it cannot be read, and ValueError as `parse_json`."""
+    require_regular(path)
+    return parse_json(path.read_bytes())
+
+
+def require_regular(path: Path) -> None:
+    """Raise ValueError for pipes and devices, which may have no end."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError("not a regular file")
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of a library says, as a part of one line: its first line that says something, shortened."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        text = f"{where}: {first['msg']}" if where else first["msg"]
+    else:
+        text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    line = f"has no {line}" if isinstance(error, KeyError) else line
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line[:300])
+
+
 def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_id(path: Path) -> str | None:
     """A file's hash, or the hash of all file names below a folder (reading ImageNet itself would take an hour)."""
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return sha256_of(path)[:16]
     if path.is_dir():
         return digest(
             sorted(os.path.relpath(os.path.join(top, name), path) for top, _, names in os.walk(path) for name in names)

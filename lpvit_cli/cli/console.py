@@ -103,6 +103,10 @@ class Console:
                 self._fail(type(error).__name__, error.message, error.hint, code)
             if self.verbose and error.__cause__:
                 traceback.print_exception(error.__cause__, file=sys.stderr)
+        except PermissionError as error:  # a file or folder of another user, anywhere
+            code = EnvironmentFault.exit_code
+            told = f"{error.filename or 'a file'}: {error.strerror}"
+            self._fail("EnvironmentFault", told, "ask its owner for the right to use it, or name another", code)
         except KeyboardInterrupt:
             code = INTERRUPTED
             self._fail("Interrupted", "interrupted", "nothing half-made was left; run the same command again to go on", code)

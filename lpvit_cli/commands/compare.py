@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from lpvit_cli.bench.results import BatchBench, Change, What
 from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.files import reason
 from lpvit_cli.measure.statistics import unpaired_ratio
 from lpvit_cli.recipe.measure import DENSE, PRUNED
 from lpvit_cli.report.schema import BenchReport, CompareReport
@@ -50,13 +51,9 @@ def read_report(path: Path) -> BenchReport:
     try:
         return BenchReport.model_validate_json(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise EnvironmentFault(f"{file}: cannot be read: {error}", MADE_BY) from error
+        raise EnvironmentFault(f"{file}: cannot be read: {reason(error)}", MADE_BY) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UsageError(
-            f"{file}: not a report of this lpvit's bench: {where}: {first['msg']}", f"{MADE_BY} made now"
-        ) from error
+        raise UsageError(f"{file}: not a report of this lpvit's bench: {reason(error)}", f"{MADE_BY} made now") from error
 
 
 def differing(old: BenchReport, new: BenchReport) -> list[str]:

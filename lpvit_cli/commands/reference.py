@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from lpvit_cli.errors import UsageError
+from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.export.opening import LATEST, open_model
+from lpvit_cli.files import reason
 from lpvit_cli.models.build import build_model
-from lpvit_cli.models.folder import read_config
+from lpvit_cli.models.config_file import read_config
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.recipe.code import is_allowed
 from lpvit_cli.recipe.model import MODULE, ModelSection
@@ -55,8 +57,9 @@ def dense_parent(name: str) -> VisionModel:
             "evaluate the model folder, such as runs/NAME/finetuned, or name the dense model",
         )
     config = read_config(folder)
-    parent = config.get("parent")
-    while isinstance(parent, str):  # of a recovered model: the pruned one
+    parent, passed = config.get("parent"), set[str]()
+    while isinstance(parent, str) and parent not in passed:  # of a recovered model: the pruned one
+        passed.add(parent)
         if not (Path(parent) / "config.json").is_file():
             raise UsageError(
                 f"--reference {DENSE}: {folder} was made of {parent}, which is not there",
@@ -65,10 +68,13 @@ def dense_parent(name: str) -> VisionModel:
         parent = read_config(Path(parent)).get("parent")
     if not isinstance(parent, dict):
         raise UsageError(f"--reference {DENSE}: {folder} does not say what it was made of", "name the dense model")
-    section = ModelSection.model_validate(parent)
+    try:
+        section = ModelSection.model_validate(parent)
+    except ValidationError as error:
+        raise EnvironmentFault(f"{folder / 'config.json'}: parent: {reason(error)}", "name the dense model instead") from error
     if section.name.startswith(MODULE) and not is_allowed(section.name.removeprefix(MODULE)):
         raise UsageError(
             f"--reference {DENSE}: {folder} names code of yours, {section.name}", "trust it: LPVIT_TRUST_MODULES=1 lpvit ..."
         )
-    gives = config["gives"]
+    gives = config.get("gives", "logits")
     return build_model(section) if gives == "logits" else build_model(section, "features", gives)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lpvit_cli import distributed
 from lpvit_cli.errors import EnvironmentFault
+from lpvit_cli.files import parse_json, reason
 from lpvit_cli.models.tensors import write_tensors
 
 WEIGHTS = "weights"  # in the metadata of files: fingerprints of the layers that the statistics are of
@@ -120,21 +121,42 @@ def load_statistics(path: Path, layers: Mapping[str, nn.Linear]) -> dict[str, La
     try:
         with safe_open(path, "pt") as file:
             statistics = {}
-            prints = json.loads((file.metadata() or {}).get(WEIGHTS, "{}"))  # none in files of lpvit 0.2
+            prints = parse_json((file.metadata() or {}).get(WEIGHTS, "{}"))  # none in files of lpvit 0.2
             for name, layer in layers.items():
-                tokens, images = file.get_tensor(f"{name}.counts").tolist()
+                tokens, images = _counts(name, file.get_tensor(f"{name}.counts"))
                 if prints and prints[name] != _fingerprint(layer):
                     raise EnvironmentFault(
                         f"{path}: statistics are of another model, or of one in another order: the weights of {name} differ",
                         again,
                     )
                 fields = {field: file.get_tensor(f"{name}.{stored}") for field, stored in FIELDS.items()}
+                _require_shapes(name, fields, layer)
                 statistics[name] = LayerStatistics(**fields, tokens=tokens, images=images)
                 if field := statistics[name].not_finite:
                     raise ValueError(f"{field} of {name} holds NaN or infinite values")
             return statistics
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise EnvironmentFault(f"{path}: unreadable statistics: {error}", again) from error
+        raise EnvironmentFault(f"{path}: unreadable statistics: {reason(error)}", again) from error
+
+
+def _counts(name: str, counts: Tensor) -> tuple[int, int]:
+    """Tokens and images of a layer. Raises ValueError where sums over so many cannot be averaged."""
+    if counts.dtype != torch.int64 or counts.shape != (2,) or not bool((counts > 0).all()):
+        raise ValueError(f"{name}.counts are no numbers of tokens and images")
+    tokens, images = counts.tolist()
+    return tokens, images
+
+
+def _require_shapes(name: str, fields: Mapping[str, Tensor], layer: nn.Linear) -> None:
+    """Raise ValueError where sums are not those of such a layer."""
+    out, columns = layer.weight.shape
+    shapes = {"A": (columns, columns), "G": (out, out), "gradient": (out, columns), "weighted": (columns, columns)}
+    for field, shape in shapes.items():
+        found = fields[field]
+        if found.shape != shape or found.dtype != torch.float32:
+            raise ValueError(
+                f"{name}.{FIELDS[field]} is {found.dtype} {list(found.shape)}, the layer needs {torch.float32} {list(shape)}"
+            )
 
 
 def _fingerprint(layer: nn.Linear) -> str:

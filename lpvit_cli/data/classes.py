@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lpvit_cli.errors import UsageError
+from lpvit_cli.files import parse_json, reason
 
 
 def natural(name: str) -> tuple[list[Any], str]:
@@ -83,12 +83,12 @@ def read_class_map(given: Path | tuple[str, ...]) -> tuple[list[str], str]:
 def _read(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-        return _of_json(json.loads(text)) if path.suffix.lower() == ".json" else _of_lines(text)
+        return _of_json(parse_json(text)) if path.suffix.lower() == ".json" else _of_lines(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"data.class_map: {path}: cannot be read: {error}", "check the path") from error
+        raise UsageError(f"data.class_map: {path}: cannot be read: {reason(error)}", "check the path") from error
     except ValueError as error:
         raise UsageError(
-            f"data.class_map: {path}: {error}", 'write {"name": index} with indices from 0 on, or a list of names'
+            f"data.class_map: {path}: {reason(error)}", 'write {"name": index} with indices from 0 on, or a list of names'
         ) from error
 
 

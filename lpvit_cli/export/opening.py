@@ -9,8 +9,9 @@ from typing import Any
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.export.formats.base import Format
 from lpvit_cli.models.build import build_model, family_of
+from lpvit_cli.models.config_file import read_config, remembered_data
 from lpvit_cli.models.families.timm import HUB
-from lpvit_cli.models.folder import load_model, read_config
+from lpvit_cli.models.folder import load_model
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.registry import FORMATS
@@ -42,11 +43,11 @@ def open_model(name: str) -> tuple[VisionModel, dict[str, Any]]:
                 "give a model folder, a .onnx, .pt2 or .xml file written by lpvit, or a timm name",
             )
         exported = endings[path.suffix].open(path)
-        return exported, exported.config.get("data", {})
+        return exported, remembered_data(exported.config)
     if path.is_dir():
         if not (path / "config.json").is_file():
             path = next((path / folder for folder in LATEST if (path / folder / "config.json").is_file()), path)
-        return load_model(path), read_config(path).get("data", {})
+        return load_model(path), remembered_data(read_config(path))
     prefixed = name.startswith(HUB) or family_of(name) != "timm"
     if path.suffix in endings or (len(path.parts) > 1 and not prefixed):
         raise UsageError(

@@ -7,7 +7,6 @@ timed one by one, their weights in the cache where it holds them: what a whole m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from torch import Tensor
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.files import read_json, reason
 from lpvit_cli.measure.energy.power import PowerModel, Work
 
 FORMAT, FORMAT_VERSION = "lpvit-profile", 2
@@ -91,7 +91,7 @@ class DeviceProfile(BaseModel):
     format: Literal["lpvit-profile"] = "lpvit-profile"
     format_version: Literal[2] = 2
     device: str
-    dtype: str
+    dtype: Annotated[str, Field(pattern="^(bfloat16|float(16|32|64))$")]
     threads: PositiveInt  # CPU threads
     model: str
     batch_size: PositiveInt
@@ -199,15 +199,15 @@ class DeviceProfile(BaseModel):
         """Read a profile.json. Raises UsageError when it is none, or has no energies but `needs_energy`; EnvironmentFault when
         unreadable, damaged or too new."""
         try:
-            content = json.loads(Path(path).read_text())
+            content = read_json(Path(path))
         except (FileNotFoundError, NotADirectoryError) as error:
             names = ", ".join(sorted(path.stem for path in saved_profiles()))
             known = f"saved here are {names}; or " if names else ""
             raise UsageError(f"{path}: no such device profile", f"{known}make one: lpvit profile RECIPE --name NAME") from error
         except OSError as error:
-            raise EnvironmentFault(f"{path}: cannot be read: {error.strerror}", "give a profile.json you may read") from error
+            raise EnvironmentFault(f"{path}: cannot be read: {reason(error)}", "give a profile.json you may read") from error
         except ValueError as error:
-            raise EnvironmentFault(f"{path}: damaged: {error}", AGAIN) from error
+            raise EnvironmentFault(f"{path}: damaged: {reason(error)}", AGAIN) from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UsageError(f"{path}: not a device profile", "give the profile.json that `lpvit profile RECIPE` writes")
         version = content.get("format_version")
@@ -219,9 +219,7 @@ class DeviceProfile(BaseModel):
         try:
             profile = cls.model_validate(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise EnvironmentFault(f"{path}: damaged: {where}: {first['msg']}", AGAIN) from error
+            raise EnvironmentFault(f"{path}: damaged: {reason(error)}", AGAIN) from error
         if needs_energy and profile.rest_mj is None:
             raise UsageError(
                 f"prune.budget: energy_mj: no meter has filled this profile: {'; '.join(profile.energy_reasons)} ({path})",

@@ -8,11 +8,13 @@ from typing import Any, cast
 import torch
 
 from lpvit_cli.errors import UsageError
+from lpvit_cli.files import reason
+from lpvit_cli.models.config_file import PREPROCESSING, Preprocessing, require_valid
 from lpvit_cli.models.families import module, timm, transformers
 from lpvit_cli.models.families.wrapper import Wrapper, give_once, require_shape
 from lpvit_cli.models.order import gather_at
 from lpvit_cli.models.protocol import Family, VisionModel
-from lpvit_cli.models.tensors import orders_beside
+from lpvit_cli.models.tensors import orders_beside, require_finite
 from lpvit_cli.recipe.model import FeaturesKind, ModelSection, TaskKind
 
 FAMILIES: dict[str, Family] = {"timm": timm, "transformers": transformers, "module": module}  # as config.json names them
@@ -53,8 +55,18 @@ def build_model(section: ModelSection, task: TaskKind = "auto", features: Featur
                 "give one name for each class",
             )
         model.pretrained_cfg["label_names"] = section.label_names
+    _require_preprocessing(model)
     require_shape(give_once(model, model.pretrained_cfg["input_size"]), model.gives)
+    require_finite(model.named_parameters(), section.weights or section.name)
     return model
+
+
+def _require_preprocessing(model: VisionModel) -> None:
+    """Raise UsageError where a model folder could not say how images are prepared."""
+    try:
+        require_valid(Preprocessing, {key: value for key, value in model.pretrained_cfg.items() if key in PREPROCESSING})
+    except ValueError as error:
+        raise UsageError(f"model: its preprocessing does not do: {reason(error)}", "set it: model.preprocess") from error
 
 
 def of_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:

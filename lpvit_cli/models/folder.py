@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast
 
-import torch
 from lpvit_kernels import BlockSparseMatrix
-from torch import nn
+from torch import Tensor, nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.files import reason, replace_text, sha256_of
 from lpvit_cli.models.build import create, name_of, resolve
-from lpvit_cli.models.narrow import narrow, width
+from lpvit_cli.models.config_file import FORMAT, PREPROCESSING
+from lpvit_cli.models.config_file import read_config as read_config
+from lpvit_cli.models.fit import require_layer, require_one_model, require_output
+from lpvit_cli.models.narrow import narrow_to, width
 from lpvit_cli.models.order import gather_at
 from lpvit_cli.models.ordered import ordered_modules
 from lpvit_cli.models.protocol import VisionModel
-from lpvit_cli.models.tensors import _load_strictly, orders_as_metadata, read_tensors, write_tensors
+from lpvit_cli.models.tensors import _load_strictly, orders_as_metadata, read_header, read_tensors, write_tensors
 from lpvit_cli.recipe.code import allow_code
-from lpvit_cli.recipe.model import Interpolation, ModelSection, Preprocess
+from lpvit_cli.recipe.model import ModelSection, Preprocess
 from lpvit_cli.sparse import BlockSparseLinear, densify, sparse_layers
 from lpvit_cli.tokens.blocks import Merging, install, merging_of
-
-FORMAT = "lpvit-model"
-PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "exif", "label_names")
 
 
 def model_config(section: ModelSection, model: VisionModel, **more: Any) -> dict[str, Any]:
@@ -58,25 +58,13 @@ def save_model(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     content = {"format": FORMAT, "format_version": 1, **config, "widths": widths, "sparsity": sparsity}
+    content["sha256"] = sha256_of(folder / "model.safetensors")
     content.pop("ordered", None)
     if ordered := ordered_modules(model):
         content["ordered"] = ordered
     if merging := merging_of(model):
         content["tokens"] = merging.model_dump(mode="json")
-    (folder / "config.json").write_text(json.dumps(content, indent=1))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        if not isinstance(config, dict) or config.get("format") != FORMAT:
-            raise ValueError("not an lpvit model")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(f"{folder}: no config.json there", "give a model folder, such as runs/NAME/pruned") from error
-    except (OSError, ValueError) as error:
-        raise EnvironmentFault(f"{path}: unreadable: {error}", "make the model folder again with `lpvit run`") from error
-    return config
+    replace_text(folder / "config.json", json.dumps(content, indent=1))
 
 
 def load_model(path: str | Path, trust_code: bool = False) -> VisionModel:
@@ -84,42 +72,61 @@ def load_model(path: str | Path, trust_code: bool = False) -> VisionModel:
 
     `trust_code`: where the model is one of your own modules, import the function that the folder names; without it only
     functions that a recipe of this process names are. Raises UsageError when `path` is no model folder, or its code is not
-    trusted, EnvironmentFault when its files are damaged or do not fit together.
+    trusted, EnvironmentFault when its files are damaged or do not fit together, or a weight is NaN or infinite.
     """
     folder = Path(path)
-    config = read_config(folder)
-    if trust_code and config.get("family") == "module":
+    config, weights = read_config(folder), folder / "model.safetensors"
+    own_code = config.get("family") == "module"
+    if trust_code and own_code:
         allow_code(config["architecture"])
-    tensors = read_tensors(folder / "model.safetensors")
-    damaged = f"{folder}: config.json and model.safetensors do not fit together"
-    if config.get("family") == "module":
+    header = read_header(weights)
+    require_unchanged(weights, config)
+    if own_code:
         model = create(config)  # what its code does wrong is no damage of the folder
     try:
-        if config.get("family") != "module":
+        seen = not own_code and require_one_model(config, header, weights)
+        tensors = read_tensors(weights)
+        if not own_code:
             model = create(config)
-        if "tokens" in config:
-            install(model, Merging.model_validate(config["tokens"]))
-        for name in config.get("ordered", []):
-            gather_at(model, name, tensors[f"{name}.order" if name else "order"])
-        for name, kept in config.get("widths", {}).items():
-            whole = width(model.get_submodule(name))
-            if whole is None or type(kept) is not int or not 0 < kept <= whole:
-                raise ValueError(f"{name}: config.json says {kept} neurons or heads, the architecture has {whole}")
-            if kept < whole:
-                narrow(model.get_submodule(name), torch.arange(kept))
-        for name, layer in config["sparsity"].items():
-            values = tensors[f"{name}.values"]
-            if list(values.shape[1:]) != layer["block"]:
-                raise ValueError(f"{name}: blocks of {list(values.shape[1:])}, config.json says {layer['block']}")
-            dense = model.get_submodule(name)
-            if not isinstance(dense, nn.Linear) or list(dense.weight.shape) != layer["shape"]:
-                raise ValueError(f"{name}: config.json says {layer['shape']}, the architecture something else")
-            weight = BlockSparseMatrix(values, tensors[f"{name}.row_ptr"], tensors[f"{name}.cols"], tuple(layer["shape"]))
-            model.set_submodule(name, BlockSparseLinear(weight, dense.bias))
-    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
-        raise EnvironmentFault(f"{damaged}: {error}", "make the model folder again with `lpvit run`") from error
-    _load_strictly(model, tensors, folder / "model.safetensors")
+        _assemble(model, config, tensors)
+        _load_strictly(model, tensors, weights)
+        if not seen or "tokens" in config:
+            require_output(model.eval(), config)
+    except EnvironmentFault:
+        raise
+    except Exception as error:  # libraries raise any kind for arguments that their architectures do not take
+        raise EnvironmentFault(
+            f"{folder}: config.json and model.safetensors do not fit together: {reason(error)}",
+            "make the model folder again with `lpvit run`",
+        ) from error
     return model.eval()
+
+
+def _assemble(model: VisionModel, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Make a dense model, in place, what config.json says: where tokens merge, its order, its widths, its block-sparse
+    layers."""
+    if "tokens" in config:
+        install(model, Merging.model_validate(config["tokens"]))
+    for name in config.get("ordered", []):
+        gather_at(model, name, tensors[f"{name}.order" if name else "order"])
+    narrow_to(model, config.get("widths", {}))
+    for name, layer in config["sparsity"].items():
+        values, dense = tensors[f"{name}.values"], cast(nn.Linear, model.get_submodule(name))
+        require_layer(name, layer, values, dense)
+        if values.is_floating_point():
+            values = values.to(dense.weight.dtype)
+        weight = BlockSparseMatrix(values, tensors[f"{name}.row_ptr"], tensors[f"{name}.cols"], tuple(layer["shape"]))
+        model.set_submodule(name, BlockSparseLinear(weight, dense.bias))
+
+
+def require_unchanged(weights: Path, config: dict[str, Any]) -> None:
+    """Raise EnvironmentFault where the weights are not those that config.json was written for; folders of lpvit 0.2 do
+    not say."""
+    if config.get("sha256") not in (None, sha256_of(weights)):
+        raise EnvironmentFault(
+            f"{weights}: is not the file that config.json was written for: its checksum differs",
+            "copy the whole folder again, or make it again with `lpvit run`",
+        )
 
 
 def as_dense(source: Path, weights: Path) -> ModelSection:
@@ -131,21 +138,21 @@ def as_dense(source: Path, weights: Path) -> ModelSection:
     orders = {name: tensors.pop(f"{name}.order" if name else "order") for name in ordered_modules(model)}
     write_tensors(weights, tensors, orders_as_metadata(orders))
     given = config["preprocessing"]
-    interpolation, names = given.get("interpolation"), given.get("label_names")
-    classes = {"num_classes": config["num_classes"]} if config.get("family", "timm") == "timm" else {}
+    names = given.get("label_names")
+    classes = {"num_classes": model.num_classes} if config.get("family", "timm") == "timm" else {}
     return ModelSection(
         name=name_of(config),
         kwargs={**config["kwargs"], **classes},
         weights=weights,
         output=config.get("output"),
-        label_names=tuple(names) if names and config["num_classes"] else None,
+        label_names=tuple(names) if names and model.num_classes else None,
         preprocess=Preprocess(
             mean=given.get("mean"),
             std=given.get("std"),
             input_size=given.get("input_size"),
             crop_pct=given.get("crop_pct"),
             crop_mode=given.get("crop_mode"),
-            interpolation=interpolation if interpolation in get_args(Interpolation) else None,
+            interpolation=given.get("interpolation"),
         ),
     )
 

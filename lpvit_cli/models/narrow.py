@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lpvit_kernels import BlockSparseMatrix
 from torch import Tensor, nn
 
@@ -32,6 +34,18 @@ def narrow(module: nn.Module, keep: Tensor) -> None:
     setattr(module, found.consumer, _columns(getattr(module, found.consumer), found.columns(keep)))
     if found.heads:
         set_heads(module, keep)
+
+
+def narrow_to(model: nn.Module, widths: Mapping[str, int]) -> None:
+    """Keep, in place, the first hidden neurons or heads of modules, as many as `widths` says by name. Raises ValueError or
+    AttributeError where the model has no such module or not so many."""
+    for name, kept in widths.items():
+        module = model.get_submodule(name)
+        units = width(module)
+        if units is None or not 0 < kept <= units:
+            raise ValueError(f"{name}: config.json says {kept} neurons or heads, the architecture has {units}")
+        if kept < units:
+            narrow(module, torch.arange(kept))
 
 
 def dense_weight(layer: nn.Module) -> Tensor:

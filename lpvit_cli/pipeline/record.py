@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from lpvit_cli.errors import EnvironmentFault
-from lpvit_cli.files import replace_text
+from lpvit_cli.files import read_json, reason, replace_text
 from lpvit_cli.recipe import Recipe
 from lpvit_cli.recipe.content import model_content
 
@@ -39,12 +41,16 @@ class Record:
         """The record in an artefact's folder; None where there is none. Raises EnvironmentFault where it cannot be read."""
         path = folder / FILE
         try:
-            content = json.loads(path.read_text())
-            return cls(**({"reads": [], "device": ""} | content))
+            content = read_json(path)
+            if not isinstance(content, dict):
+                raise ValueError("not a record of a stage")
+            return TypeAdapter(cls).validate_python({"reads": [], "device": ""} | content)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError) as error:
-            raise EnvironmentFault(f"{path}: unreadable: {error}", f"delete {folder} and run the stage again") from error
+        except (OSError, ValueError) as error:
+            raise EnvironmentFault(
+                f"{path}: unreadable: {reason(error)}", f"delete {folder} and run the stage again"
+            ) from error
 
 
 def values_of(recipe: Recipe, reads: list[str], content_of: Callable[[Path], str | None]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lpvit_cli.errors import EnvironmentFault
+from lpvit_cli.files import parse_json, reason
 from lpvit_cli.models.tensors import write_tensors
 
 Groups = dict[str, dict[str, Tensor]]  # "model", "optimizer" and so on: tensors by name
@@ -30,12 +31,14 @@ def read(path: Path) -> tuple[Groups, dict[str, Any]]:
     groups: Groups = {}
     try:
         with safe_open(path, "pt") as file:
-            state: dict[str, Any] = json.loads(file.metadata()["state"])
+            state: dict[str, Any] = parse_json(file.metadata()["state"])
+            if not isinstance(state, dict):
+                raise ValueError("its state has no names")
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 group, name = key.split(".", 1)
                 groups.setdefault(group, {})[name] = file.get_tensor(key)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise EnvironmentFault(f"{path}: unreadable checkpoint: {error}", "start anew with --no-resume") from error
+        raise EnvironmentFault(f"{path}: unreadable checkpoint: {reason(error)}", "start anew with --no-resume") from error
     return groups, state
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, computed_field
 
 from lpvit_cli import distributed
+from lpvit_cli.files import parse_json, replace_text
 
 
 class History:
@@ -26,12 +27,17 @@ class History:
     def cut(self, steps: int, epochs: int) -> None:
         """Forget what came after so many steps and epochs, and a line that a kill has cut short."""
         if self.path is not None and distributed.is_main() and self.path.is_file():
-            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            self.path.write_text("".join(line for line in lines if _within(json.loads(line), steps, epochs)))
+            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+            replace_text(self.path, "".join(line for line in lines if line.endswith("\n") and _within(line, steps, epochs)))
 
 
-def _within(entry: dict[str, Any], steps: int, epochs: int) -> bool:
-    within: bool = entry["step"] <= steps if "step" in entry else entry["epoch"] <= epochs
+def _within(line: str, steps: int, epochs: int) -> bool:
+    """Whether an entry is of those; a damaged line is of none."""
+    try:
+        entry = parse_json(line)
+        within: bool = entry["step"] <= steps if "step" in entry else entry["epoch"] <= epochs
+    except (ValueError, KeyError, TypeError):
+        return False
     return within
 
 

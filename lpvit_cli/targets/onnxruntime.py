@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lpvit_cli.errors import EnvironmentFault, require
+from lpvit_cli.files import reason
 from lpvit_cli.targets.base import ExportedModel
 
 
@@ -20,7 +21,7 @@ def session(model: Path | bytes, threads: int | None = None) -> Any:
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = threads or 0
     source = model if isinstance(model, bytes) else str(model)
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
 
 
 class OnnxModel(ExportedModel):
@@ -39,8 +40,7 @@ class OnnxModel(ExportedModel):
             self.session = session(path, threads)
             metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
         except Exception as error:  # onnxruntime raises one class per failure, all private
-            reason = str(error).strip().splitlines()[0]
-            raise EnvironmentFault(f"{path}: onnxruntime cannot load it: {reason}", "export it again") from error
+            raise EnvironmentFault(f"{path}: onnxruntime cannot load it: {reason(error)}", "export it again") from error
         self.input, self.output = self.session.get_inputs()[0], self.session.get_outputs()[0]
         self.adopt(path, metadata, (self.output.shape or [None])[-1])
         if len(self.input.shape) != 4 or isinstance(self.input.shape[0], int):
@@ -54,6 +54,6 @@ class OnnxModel(ExportedModel):
                 "correct the metadata, or export it again",
             )
 
-    def forward(self, images: Tensor) -> Tensor:
-        (logits,) = self.session.run([self.output.name], {self.input.name: images.float().cpu().numpy()})
+    def run(self, images: Tensor) -> Tensor:
+        (logits,) = self.session.run([self.output.name], {self.input.name: images.numpy()})
         return torch.from_numpy(logits)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lpvit_cli.errors import EnvironmentFault, require
+from lpvit_cli.files import reason
 from lpvit_cli.targets.base import METADATA_KEY, ExportedModel
 
 
@@ -33,12 +34,11 @@ class OpenVinoModel(ExportedModel):
             self.compiled = compiled(path, threads or torch.get_num_threads())
             metadata = {METADATA_KEY: _rt_info(path)}
         except Exception as error:  # openvino raises RuntimeError and kinds of its own
-            reason = str(error).strip().splitlines()[0]
-            raise EnvironmentFault(f"{path}: openvino cannot load it: {reason}", "export it again") from error
+            raise EnvironmentFault(f"{path}: openvino cannot load it: {reason(error)}", "export it again") from error
         self.adopt(path, metadata)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self.compiled(images.float().cpu().numpy())[0].copy())
+    def run(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.compiled(images.numpy())[0].copy())
 
 
 def _rt_info(path: Path) -> str:

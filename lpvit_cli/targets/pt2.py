@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
+import logging
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lpvit_cli.errors import EnvironmentFault
+from lpvit_cli.files import parse_json, reason
 from lpvit_cli.targets.base import METADATA_KEY, ExportedModel
 
 EXTRA_FILE = f"{METADATA_KEY}.json"  # of an exported program; a compiled one has it as a string among its metadata
@@ -43,18 +44,22 @@ class TorchProgram(ExportedModel):
         super().__init__()
         metadata, compiled = _inspect(path)
         self.adopt(path, {METADATA_KEY: metadata})
+        said = logging.getLogger("torch.export")
+        level = said.level
+        said.setLevel(logging.CRITICAL)  # it logs the traceback of what it then raises
         try:  # a bound method: as a submodule, an exported program would refuse eval()
-            self.run: Callable[[Tensor], Tensor] = (
+            self.program: Callable[[Tensor], Tensor] = (
                 _load_compiled(path) if compiled else torch.export.load(path).module().__call__
             )
         except Exception as error:  # torch raises many kinds: another version's format, another machine's code
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise EnvironmentFault(
-                f"{path}: torch {torch.__version__} cannot load it: {reason[0]}", "export it again with this torch, here"
+                f"{path}: torch {torch.__version__} cannot load it: {reason(error)}", "export it again with this torch, here"
             ) from error
+        finally:
+            said.setLevel(level)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.run(images.float().cpu().contiguous())
+    def run(self, images: Tensor) -> Tensor:
+        return self.program(images)
 
 
 def _load_compiled(path: Path) -> Callable[[Tensor], Tensor]:
@@ -68,12 +73,14 @@ def _inspect(path: Path) -> tuple[str, bool]:
     """What lpvit wrote about the model, and whether the file is compiled. Loads nothing; raises EnvironmentFault."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it unpacks to more than it is")  # torch packs without compressing
             damaged = archive.testzip()
             parts = {name.partition("/")[2]: name for name in archive.namelist()}  # they lie in one folder
             texts = {part: archive.read(name).decode() for part, name in parts.items() if part.endswith(".json")}
             sample = archive.read(parts["data/sample_inputs/model.pt"]) if "data/sample_inputs/model.pt" in parts else b""
     except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, ValueError, NotImplementedError, RuntimeError) as error:
-        raise EnvironmentFault(f"{path}: not a readable .pt2 file: {error}", AGAIN) from error
+        raise EnvironmentFault(f"{path}: not a readable .pt2 file: {reason(error)}", AGAIN) from error
     if damaged:
         raise EnvironmentFault(f"{path}: damaged: {damaged} does not fit its checksum", AGAIN)
     foreign = EnvironmentFault(
@@ -83,7 +90,7 @@ def _inspect(path: Path) -> tuple[str, bool]:
     compiled = next((text for part, text in texts.items() if part.startswith("data/aotinductor/model/")), None)
     try:
         if compiled is not None:
-            return json.loads(compiled)[METADATA_KEY], True
+            return parse_json(compiled)[METADATA_KEY], True
         metadata = texts[f"extra/{EXTRA_FILE}"]
         odd = next(_odd_parts(parts, texts, sample), None)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -97,14 +104,14 @@ def _odd_parts(parts: dict[str, str], texts: dict[str, str], sample: bytes) -> I
     """What is not as in the exported programs that lpvit writes."""
     yield from (f"holds {part!r}" for part in parts if not EXPECTED.fullmatch(part))
     for kind in ("weights", "constants"):
-        for name, payload in json.loads(texts[f"data/{kind}/model_{kind}_config.json"])["config"].items():
+        for name, payload in parse_json(texts[f"data/{kind}/model_{kind}_config.json"])["config"].items():
             if payload["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", payload["path_name"]):
                 yield f"{name} is pickled"
     try:
         torch.load(io.BytesIO(sample), weights_only=True)
     except Exception:  # whatever it is, torch.export.load would go on and unpickle it
         yield "its sample inputs hold more than tensors"
-    graph = json.loads(texts["models/model.json"])
+    graph = parse_json(texts["models/model.json"])
     if graph.get("guards_code"):
         yield "holds Python code"
     for key, value in _entries(graph):

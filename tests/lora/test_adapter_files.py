@@ -28,7 +28,12 @@ def saved_base(model: nn.Module, folder: Path, density: float) -> Path:
     for name in NAMES:
         out, features = model.get_submodule(name).weight.shape
         sparsify(model, {name: torch.rand(out // 8, features // 16, generator=generator) < density}, (8, 16))
-    config = {"architecture": "vit_tiny_patch16_224", "kwargs": KWARGS, "num_classes": 5, "preprocessing": {}}
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "kwargs": KWARGS,
+        "num_classes": 5,
+        "preprocessing": {"input_size": [3, 32, 32]},
+    }
     folder.mkdir()
     save_model(folder, model, config)
     return folder

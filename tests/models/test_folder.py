@@ -172,8 +172,11 @@ def test_a_folder_without_its_tensors(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Tensors]:
+    """Without the checksum, as folders of lpvit 0.2: what is wrong has to be seen in the content."""
     folder = save(tmp_path_factory.mktemp("whole"), sparse_tiny())
-    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    del config["sha256"]
+    return config, load_file(folder / "model.safetensors")
 
 
 def gone(name: str) -> Damage:
@@ -290,14 +293,14 @@ def test_writing_over_a_file_keeps_its_permissions(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt", "note": "mine"}
 
 
-@pytest.mark.parametrize("interpolation", ["bicubic", "lanczos", "box", "cubic", None])
+@pytest.mark.parametrize("interpolation", ["bicubic", "lanczos", "box", None])
 def test_as_a_dense_model_it_keeps_its_classes_and_pixels(tmp_path: Path, interpolation: str | None) -> None:
     model: Any = tiny()
     names = ["d", "a", "c", "b", "e"]
     model.pretrained_cfg = {**model.pretrained_cfg, "label_names": names, "interpolation": interpolation}
     save_model(tmp_path / "m", model, model_config(TINY, model))
     section = as_dense(tmp_path / "m", tmp_path / "w.safetensors")
-    assert section.preprocess.interpolation == (interpolation if interpolation in ("bicubic", "lanczos", "box") else None)
+    assert section.preprocess.interpolation == interpolation
     assert list(build_model(section).pretrained_cfg["label_names"]) == names
     with pytest.raises(UsageError, match="model.label_names: 2 names, the model tells 5 classes apart"):
         build_model(section.model_copy(update={"label_names": ("a", "b")}))

@@ -149,7 +149,7 @@ def test_indices_are_made_where_they_are_used(module: Any) -> None:
 def save(folder: Path, which: str, model: nn.Module) -> Path:
     name, kwargs = MODELS[which]
     preprocessing = {"input_size": (3, 32, 32)}
-    save_model(folder, model, {"architecture": name, "kwargs": kwargs, "preprocessing": preprocessing})
+    save_model(folder, model, {"architecture": name, "kwargs": kwargs, "num_classes": 5, "preprocessing": preprocessing})
     return folder
 
 
@@ -195,12 +195,12 @@ def test_a_folder_from_before_widths_is_read(tmp_path: Path) -> None:
         ({"blocks.0.attn": 2}, "blocks.0.attn"),
         ({"blocks.0.attn": 4}, "blocks.0.attn"),
         ({"blocks.0.attn": 5}, "config.json says 5 neurons or heads, the architecture has 4"),
-        ({"blocks.0.attn": 0}, "config.json says 0 neurons or heads"),
-        ({"blocks.0.attn": -1}, "config.json says -1 neurons or heads"),
-        ({"blocks.0.attn": 2.5}, "config.json says 2.5 neurons or heads"),
-        ({"blocks.0.attn": "3"}, "config.json says 3 neurons or heads"),
-        ({"blocks.0.attn": None}, "config.json says None neurons or heads"),
-        ({"blocks.0.attn": True}, "config.json says True neurons or heads"),
+        ({"blocks.0.attn": 0}, r"widths\.blocks\.0\.attn: Input should be"),
+        ({"blocks.0.attn": -1}, r"widths\.blocks\.0\.attn: Input should be"),
+        ({"blocks.0.attn": 2.5}, r"widths\.blocks\.0\.attn: Input should be"),
+        ({"blocks.0.attn": "3"}, r"widths\.blocks\.0\.attn: Input should be"),
+        ({"blocks.0.attn": None}, r"widths\.blocks\.0\.attn: Input should be"),
+        ({"blocks.0.attn": True}, r"widths\.blocks\.0\.attn: Input should be"),
         ({"blocks.0.mlp": 42}, "blocks.0.mlp"),
         ({"blocks.0.mlp": 44}, "blocks.0.mlp"),
         ({"blocks.0": 1}, "blocks.0: config.json says 1 neurons or heads, the architecture has None"),

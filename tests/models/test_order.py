@@ -230,6 +230,9 @@ def test_orders_that_are_none_are_damage(tmp_path: Path, order: Tensor | None) -
     section = ModelSection(name=TIMM["swin"][0], kwargs=SWIN)
     model = build_model(section)
     save_model(tmp_path, shuffled(model.double()).model.float(), model_config(section, model))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["sha256"]  # as of lpvit 0.2: the order itself is looked at
+    (tmp_path / "config.json").write_text(json.dumps(config))
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["norm.order"]
     save_file({**tensors, **({} if order is None else {"norm.order": order})}, tmp_path / "model.safetensors", {"format": "pt"})
@@ -244,7 +247,7 @@ def test_a_folder_that_gathers_where_nothing_is(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     for ordered in (["nothing"], [3], "norm", 5):
         (tmp_path / "config.json").write_text(json.dumps({**config, "ordered": ordered}))
-        with pytest.raises(EnvironmentFault, match="do not fit together"):
+        with pytest.raises(EnvironmentFault, match=r"ordered|has foreign tensors: norm\.order"):
             load_model(tmp_path)
 
 

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lpvit_cli.errors import EnvironmentFault, LpvitError, UsageError
 from lpvit_cli.models.tensors import pickled
 from lpvit_cli.recipe.model import TRANSFORMERS
+
+# arguments by which timm and transformers read files, which may be pickles, or fetch weights and code
+SOURCES = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_model_name_or_path"}
+
+
+def refuse_sources(kwargs: Any) -> None:
+    """Raise UsageError where arguments of an architecture name weights or code from elsewhere."""
+    inside = kwargs.items() if isinstance(kwargs, Mapping) else enumerate(kwargs) if isinstance(kwargs, list | tuple) else ()
+    for key, value in inside:
+        kernels = str(key).endswith("attn_implementation") and "/" in str(value)  # a repository of them
+        if key in SOURCES or kernels:
+            raise UsageError(
+                f"model.kwargs: {key} would fetch weights or code from elsewhere",
+                "leave it out; weights come from model.weights",
+            )
+        refuse_sources(value)
 
 
 def refuse_pickles(source: str) -> None:

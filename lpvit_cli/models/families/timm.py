@@ -16,7 +16,7 @@ from timm.models import PretrainedCfg, load_model_config_from_hf
 from torch import Tensor, nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.models.families.checkpoint import quiet_hub, without_waiting
+from lpvit_cli.models.families.checkpoint import quiet_hub, refuse_sources, without_waiting
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.tensors import _load_strictly, read_tensors
 from lpvit_cli.recipe.model import FeaturesKind, ModelSection, TaskKind
@@ -66,6 +66,8 @@ def build(section: ModelSection, task: TaskKind, features: FeaturesKind) -> Visi
 
 def create(config: Mapping[str, Any]) -> VisionModel:
     """The architecture of a config.json, with random weights. Folders of lpvit 0.2 do not say what they give: logits."""
+    if config["architecture"].startswith(HUB):
+        raise UsageError("config.json names a repository, and opening a folder asks no hub", "name the architecture")
     model = _made(config["architecture"], config["kwargs"], pretrained=False)
     _give(model, config.get("gives", "logits"))
     return model
@@ -173,6 +175,7 @@ def _made(name: str, kwargs: dict[str, Any], pretrained: bool) -> VisionModel:
             f"model.name: timm has no model {name!r}",
             f"did you mean {', '.join(near)}?" if near else "list them: python -c 'import timm; print(timm.list_models())'",
         )
+    refuse_sources(kwargs)
     try:
         with quiet_hub():
             model = cast(VisionModel, timm.create_model(name, pretrained=pretrained, **kwargs))

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from lpvit_cli.errors import EnvironmentFault, LpvitError, UsageError, require
+from lpvit_cli.files import read_json, reason
 from lpvit_cli.models.families.checkpoint import (
     explained,
     file_of,
     is_class,
     quiet,
     refuse_pickles,
+    refuse_sources,
     repository_of,
     revision_of,
     without_waiting,
@@ -29,7 +31,7 @@ from lpvit_cli.models.families.checkpoint import (
 from lpvit_cli.models.families.image_processor import preprocessing_of
 from lpvit_cli.models.families.wrapper import Wrapper, give_once, pick
 from lpvit_cli.models.protocol import VisionModel
-from lpvit_cli.models.tensors import _load_strictly, read_tensors
+from lpvit_cli.models.tensors import _load_strictly, read_header, read_tensors
 from lpvit_cli.recipe.model import TRANSFORMERS, FeaturesKind, ModelSection, TaskKind
 
 PREFIX = TRANSFORMERS
@@ -184,6 +186,7 @@ def _of_a_folder(tensors: Tensors, architecture: str, kwargs: Mapping[str, Any],
 
 def _random(architecture: str, kwargs: Mapping[str, Any]) -> Any:
     kind = _vision_class(architecture)
+    refuse_sources(kwargs)
     with explained(architecture):
         config = kind.config_class(**_without(kwargs, NO_POOLER))
         return kind(config, **_pooling(architecture, kwargs)).float()
@@ -313,22 +316,24 @@ def _has_pooler(section: ModelSection, architecture: str, entries: Mapping[str, 
 
 def _tensor_names(section: ModelSection) -> list[str]:
     """Of a checkpoint, without reading its tensors."""
-    import json
-
-    from safetensors import safe_open
-
     if section.weights:
         return list(read_tensors(section.weights))
     source = section.name.removeprefix(PREFIX)
     for file in ("model.safetensors.index.json", "model.safetensors"):
         path = file_of(source, file)
         if path and file.endswith(".json"):
-            return list(json.loads(path.read_text())["weight_map"])
+            return _indexed_names(path)
         if path:
-            with safe_open(path, "pt") as tensors:
-                return list(tensors.keys())
+            return list(read_header(path))
     refuse_pickles(source)
     raise EnvironmentFault(f"model.name: {source}: there is no model.safetensors", "check the name, or give weights: FILE")
+
+
+def _indexed_names(path: Path) -> list[str]:
+    try:
+        return list(read_json(path)["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EnvironmentFault(f"{path}: no index of weights: {reason(error)}", "copy or download it again") from error
 
 
 def _without(kwargs: Mapping[str, Any], *names: str) -> dict[str, Any]:

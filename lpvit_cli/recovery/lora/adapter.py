@@ -7,8 +7,8 @@ What peft cannot know is the mask: outside of it B A is not zero, and lpvit neve
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.files import reason, replace_text, sha256_of
 from lpvit_cli.models.folder import load_model
 from lpvit_cli.models.protocol import VisionModel
-from lpvit_cli.models.tensors import write_tensors
+from lpvit_cli.models.tensors import require_finite, write_tensors
 from lpvit_cli.recovery.lora.layers import adapt, adapters_of
 from lpvit_cli.sparse import sparse_layers
 
@@ -57,7 +58,7 @@ def save_adapter(folder: Path, model: nn.Module, base: Path) -> None:
         "lora_dropout": 0.0,
         "bias": "none",
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=1))
+    replace_text(folder / CONFIG, json.dumps(config, indent=1))
 
 
 def load_adapted(base: Path, adapter: Path) -> VisionModel:
@@ -73,18 +74,23 @@ def load_adapted(base: Path, adapter: Path) -> VisionModel:
             f"{path}: was made for another pruned model than {base}",
             "give the model folder that was recovered (its config: adapter_config.json, base_model_name_or_path)",
         )
-    factors = {
-        name.removesuffix(FACTORS["A"]): (a, tensors[name.replace(FACTORS["A"], FACTORS["B"])])
-        for name, a in tensors.items()
-        if name.endswith(FACTORS["A"])
-    }
+    factors = _factors(path, tensors)
     layers, places = sparse_layers(model), {**dict(model.named_parameters()), **dict(model.named_buffers())}
     others = {name.replace(".base_layer.", "."): t for name, t in tensors.items() if not name.endswith(tuple(FACTORS.values()))}
     if foreign := sorted((factors.keys() - layers.keys()) | (others.keys() - places.keys())):
         raise EnvironmentFault(f"{path}: {foreign[0]} is not in {base}", "copy the adapter again, or recover again")
     for name, (a, b) in factors.items():
-        if a.shape != (len(a), layers[name].in_features) or b.shape != (layers[name].out_features, len(a)):
+        rank, ends = a.shape[0] if a.ndim else 0, (layers[name].out_features, layers[name].in_features)
+        if not rank or (b.shape, a.shape) != ((ends[0], rank), (rank, ends[1])) or not a.dtype == b.dtype == torch.float32:
             raise EnvironmentFault(f"{path}: factors of {name} do not fit the layer", "copy the adapter again")
+    for name, tensor in others.items():
+        if tensor.shape != places[name].shape or tensor.dtype != places[name].dtype:
+            raise EnvironmentFault(
+                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, the model's {places[name].dtype} "
+                f"{list(places[name].shape)}",
+                "copy the adapter again",
+            )
+    require_finite(tensors.items(), path)
     with torch.no_grad():
         for name, tensor in others.items():
             places[name].copy_(tensor)
@@ -93,6 +99,14 @@ def load_adapted(base: Path, adapter: Path) -> VisionModel:
             made.lora_a.copy_(a)
             made.lora_b.copy_(b)
     return model.requires_grad_(False).eval()
+
+
+def _factors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B by layer. Raises EnvironmentFault where one is missing."""
+    named = {which: {n.removesuffix(end): t for n, t in tensors.items() if n.endswith(end)} for which, end in FACTORS.items()}
+    if alone := sorted(named["A"].keys() ^ named["B"].keys()):
+        raise EnvironmentFault(f"{path}: one of the two factors of {alone[0]} is missing", "copy the adapter again")
+    return {name: (a, named["B"][name]) for name, a in named["A"].items()}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -105,10 +119,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str]:
             if metadata.get("format") != FORMAT:
                 raise UsageError(f"{path}: not an adapter made by lpvit", "give one that finetune-lora-ga wrote")
             return {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}, metadata["base"]  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError) as error:
-        raise EnvironmentFault(f"{path}: unreadable: {error}", "copy it again, or recover again") from error
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise EnvironmentFault(f"{path}: unreadable: {reason(error)}", "copy it again, or recover again") from error
 
 
 def _digest(base: Path) -> str:
-    with (base / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return sha256_of(base / "model.safetensors")[:16]
