@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lpvit_cli import distributed
-from lpvit_cli.errors import EnvironmentFault, ForeignImage, LpvitError
+from lpvit_cli.errors import EnvironmentFault, ForeignImage, LpvitError, escaped, printable
 from lpvit_cli.registry import foreign_culprit
 
 INTERRUPTED = 130
@@ -27,12 +27,12 @@ class Console:
     """
 
     def __init__(self, json_mode: bool = False, quiet: bool = False, verbose: bool = False):
-        from rich.console import Console as Rich
+        from lpvit_cli.cli.screen import Screen
 
         main = distributed.is_main()
         self.json_mode, self.quiet, self.verbose = json_mode and main, quiet or not main, verbose
-        self.out = Rich(stderr=json_mode, highlight=False, markup=False, emoji=False)
-        self.err = Rich(stderr=True, highlight=False, markup=False, emoji=False)
+        self.out = Screen(stderr=json_mode)
+        self.err = Screen(stderr=True)
         self.document: Any = None
         self._bar: Any = None
         self._printed = 0.0
@@ -102,20 +102,20 @@ class Console:
             if distributed.is_main() or own:  # all processes meet the other errors
                 self._fail(type(error).__name__, error.message, error.hint, code)
             if self.verbose and error.__cause__:
-                traceback.print_exception(error.__cause__, file=sys.stderr)
+                _show_trace(error.__cause__)
         except KeyboardInterrupt:
             code = INTERRUPTED
             self._fail("Interrupted", "interrupted", "nothing half-made was left; run the same command again to go on", code)
         except Exception as error:
-            told = f"{type(error).__name__}: {error}"
+            told = printable(f"{type(error).__name__}: {error}")
             if culprit := foreign_culprit(error.__traceback__):
                 code = EnvironmentFault.exit_code
                 if self.verbose:
-                    traceback.print_exc(file=sys.stderr)
+                    _show_trace(error)
                 self._fail("PluginFault", f"{culprit} failed: {told}", "report it to its author; --verbose shows where", code)
             else:
                 code = 1
-                traceback.print_exc(file=sys.stderr)
+                _show_trace(error)
                 self._fail("Bug", told, "this is a bug in lpvit: please report it with the lines above", code)
         finally:
             self._stop_bar()
@@ -123,3 +123,7 @@ class Console:
             sys.stdout.write(json.dumps(self.document, indent=1) + "\n")
         if code:
             sys.exit(code)
+
+
+def _show_trace(error: BaseException) -> None:
+    sys.stderr.write(escaped("".join(traceback.format_exception(error))))
