@@ -1,5 +1,6 @@
 """The errors a user can meet. Each knows its exit code and ends in what to do; anything else is a bug."""
 
+import errno
 import re
 
 LONGEST = 1000  # characters of a message
@@ -48,6 +49,19 @@ class CheckFailed(LpvitError):
     """The work was done, but its result failed a check: parity, an accuracy guard, a filled zero."""
 
     exit_code = 4
+
+
+def known(error: BaseException) -> LpvitError | None:
+    """What an exception of Python's or torch's means, if it tells of the machine or of what a user has typed; None: a bug."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UsageError(f"{printable(str(error.filename), 200)}: {error.strerror}", "give a shorter path")
+    if isinstance(error, RuntimeError) and re.match(r"DataLoader (worker \(pid|timed out)", str(error)):
+        return EnvironmentFault(
+            f"data.workers: a process that decodes images has died or says nothing ({str(error).split('. ')[0]})",
+            "memory, /dev/shm or the disk may be too small or slow (lpvit doctor):"
+            " --set data.workers=0, or docker run --shm-size=1g",
+        )
+    return None
 
 
 def require(*modules: str, install: str = "") -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lpvit_cli import distributed
-from lpvit_cli.errors import EnvironmentFault, ForeignImage, LpvitError, escaped, printable
+from lpvit_cli.errors import EnvironmentFault, ForeignImage, LpvitError, escaped, known, printable
 from lpvit_cli.registry import foreign_culprit
 
 INTERRUPTED = 130
@@ -108,7 +108,10 @@ class Console:
             self._fail("Interrupted", "interrupted", "nothing half-made was left; run the same command again to go on", code)
         except Exception as error:
             told = printable(f"{type(error).__name__}: {error}")
-            if culprit := foreign_culprit(error.__traceback__):
+            if fault := known(error):
+                code = fault.exit_code
+                self._fail(type(fault).__name__, fault.message, fault.hint, code)
+            elif culprit := foreign_culprit(error.__traceback__):
                 code = EnvironmentFault.exit_code
                 if self.verbose:
                     _show_trace(error)

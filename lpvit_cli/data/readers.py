@@ -13,9 +13,10 @@ from typing import Any, Protocol
 from torch.utils.data import IterableDataset
 
 from lpvit_cli import distributed
+from lpvit_cli.data.archives import TarReader
 from lpvit_cli.data.builtin import DigitsReader, SyntheticReader
 from lpvit_cli.data.classes import in_words, order_of, read_class_map
-from lpvit_cli.data.files import ALL, SPLIT_NAMES, FileReader, FolderReader, TarReader, held_out, split_folders
+from lpvit_cli.data.files import ALL, SPLIT_NAMES, FileReader, FolderReader, held_out, split_folders
 from lpvit_cli.data.hub import open_hub, open_shards
 from lpvit_cli.errors import UsageError
 from lpvit_cli.models.protocol import VisionModel
