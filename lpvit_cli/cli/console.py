@@ -6,6 +6,7 @@ Results go to stdout, progress and notes to stderr; with --json stdout holds the
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -98,9 +99,7 @@ class Console:
             yield
         except LpvitError as error:
             code = error.exit_code
-            own = isinstance(error, EnvironmentFault | ForeignImage) and not isinstance(error, distributed.PeerLost)
-            if distributed.is_main() or own:  # all processes meet the other errors
-                self._fail(type(error).__name__, error.message, error.hint, code)
+            self._tell(error)
             if self.verbose and error.__cause__:
                 _show_trace(error.__cause__)
         except KeyboardInterrupt:
@@ -122,10 +121,30 @@ class Console:
                 self._fail("Bug", told, "this is a bug in lpvit: please report it with the lines above", code)
         finally:
             self._stop_bar()
-        if self.json_mode:
-            sys.stdout.write(json.dumps(self.document, indent=1) + "\n")
+        self._print_document()
         if code:
             sys.exit(code)
+
+    def give_up(self, lost: distributed.PeerLost) -> None:
+        """End the program from any thread, as `command` would; nothing that is half made counts."""
+        self._tell(lost)
+        self._print_document()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(lost.exit_code)
+
+    def _tell(self, error: LpvitError) -> None:
+        """Of several processes one tells of an error that all meet, and each of its own."""
+        if isinstance(error, distributed.PeerLost):
+            tells = distributed.speaks(error)
+        else:
+            tells = distributed.is_main() or isinstance(error, EnvironmentFault | ForeignImage)
+        if tells:
+            self._fail(type(error).__name__, error.message, error.hint, error.exit_code)
+
+    def _print_document(self) -> None:
+        if self.json_mode:
+            sys.stdout.write(json.dumps(self.document, indent=1) + "\n")
 
 
 def _show_trace(error: BaseException) -> None:
