@@ -119,7 +119,10 @@ def _require_as_many_classes(reader: Any, data: DataSection, split: str, num_cla
 def _read_files(data: DataSection, split: str, model: VisionModel) -> FileReader:
     """The images of a split with their labels. To list a million takes minutes on a network disk: one process does it."""
     if data.root is None:
-        raise UsageError(f"data.root: dataset {data.dataset!r} needs a place", "pass --set data.root=/path/to/images")
+        raise UsageError(
+            f"data.root: dataset {data.dataset!r} needs a place",
+            "pass --set data.root=/path/to/images; to evaluate: --root /path/to/images",
+        )
     if not data.root.is_dir():
         raise UsageError(f"{data.root}: no such folder", "check data.root")
     if data.dataset == "tar":
