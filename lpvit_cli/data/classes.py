@@ -86,7 +86,7 @@ def _read(path: Path) -> list[str]:
         return _of_json(json.loads(text)) if path.suffix.lower() == ".json" else _of_lines(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"data.class_map: {path}: cannot be read: {error}", "check the path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"data.class_map: {path}: {error}", 'write {"name": index} with indices from 0 on, or a list of names'
         ) from error
