@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test lint docs bench aot clean
+.PHONY: setup demo test stress lint docs bench aot clean
 
 setup: $(READY)
 
@@ -22,6 +22,10 @@ demo: setup
 # A process for each core, each with one thread.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+
+# What lpvit promises under kills, damage and hostile input, tried ten thousand times; `make test` tries a sample.
+stress: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/stress
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,5 +1,23 @@
 """The errors a user can meet. Each knows its exit code and ends in what to do; anything else is a bug."""
 
+import errno
+import re
+
+LONGEST = 1000  # characters of a message
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # also what turns text around
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
+
+
+def escaped(text: str) -> str:
+    """As `text`, with escapes for what could steer a terminal, but for line ends and tabs; without credentials of addresses."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), _CREDENTIALS.sub("", text))
+
+
+def printable(text: str, longest: int = LONGEST) -> str:
+    """One line of at most `longest` characters, which says what `text` says and cannot steer a terminal."""
+    line = escaped(" ".join(text.split("\n")))
+    return line if len(line) <= longest else f"{line[: longest * 2 // 3]} ... {line[-(longest // 4) :]}"
+
 
 class LpvitError(Exception):
     """A known error: one line that states rule and value, one that says what to do."""
@@ -7,9 +25,8 @@ class LpvitError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str = ""):
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = printable(message), printable(hint)
+        super().__init__(self.message)
 
 
 class UsageError(LpvitError):
@@ -32,6 +49,19 @@ class CheckFailed(LpvitError):
     """The work was done, but its result failed a check: parity, an accuracy guard, a filled zero."""
 
     exit_code = 4
+
+
+def known(error: BaseException) -> LpvitError | None:
+    """What an exception of Python's or torch's means, if it tells of the machine or of what a user has typed; None: a bug."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UsageError(f"{printable(str(error.filename), 200)}: {error.strerror}", "give a shorter path")
+    if isinstance(error, RuntimeError) and re.match(r"DataLoader (worker \(pid|timed out)", str(error)):
+        return EnvironmentFault(
+            f"data.workers: a process that decodes images has died or says nothing ({str(error).split('. ')[0]})",
+            "memory, /dev/shm or the disk may be too small or slow (lpvit doctor):"
+            " --set data.workers=0, or docker run --shm-size=1g",
+        )
+    return None
 
 
 def require(*modules: str, install: str = "") -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import platform
 import re
+import stat
+import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+_temporary_home: Path | None = None
 
 
 def cpu_name() -> str:
@@ -39,3 +44,36 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def settle() -> None:
+    """Give this process a home folder and a user name where it has none, as a uid without an account in a container.
+
+    Without one some libraries raise, and others write into a folder named ~. The home is then a folder of this user's alone
+    among the temporary ones.
+    """
+    global _temporary_home
+    home = os.path.expanduser("~")
+    if home == "~" or (home == "/" and not os.access(home, os.W_OK)):  # docker says / where it knows no better
+        _temporary_home = _private_folder()
+        os.environ["HOME"] = str(_temporary_home)
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid{os.getuid()}"
+
+
+def temporary_home() -> Path | None:
+    """Where `settle` has put the home folder; None: the user has one."""
+    return _temporary_home
+
+
+def _private_folder() -> Path:
+    folder = Path(tempfile.gettempdir(), f"lpvit-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        facts = folder.lstat()
+        if facts.st_uid != os.getuid() or not stat.S_ISDIR(facts.st_mode) or facts.st_mode & 0o022:  # somebody else's trap
+            return Path(tempfile.mkdtemp(prefix="lpvit-"))
+    return folder

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 from helpers import Result
+from rich.table import Table
 
 from lpvit_cli import __version__
+from lpvit_cli.cli.console import Console
+from lpvit_cli.errors import UsageError
 from lpvit_cli.stages import STAGES
 
 Cli = Callable[..., Result]
@@ -250,3 +253,32 @@ def test_doctor_names_what_is_there_and_how_to_get_what_is_not(lpvit: Cli, monke
     table = lpvit("doctor").out
     assert "pip install matplotlib" in table
     assert "1.2.3" in table
+
+
+@pytest.mark.parametrize(
+    "text", ["\x1b[31mred", "\x1b]0;title\x07", "a\x9bb", "\u202egnp.exe", "\ud800", "http://me:hush@host/"]
+)
+def test_nothing_that_is_printed_steers_the_terminal(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Class names and the like come from files that somebody else has made."""
+    table = Table()
+    table.add_column("class")
+    table.add_row(text)
+    console = Console(json_mode=True)
+    console.human(table, f"the class {text}")
+    console.note(text)
+    console.progress("reading", 1, 1, text)
+    with pytest.raises(SystemExit), console.command():
+        raise UsageError(f"no class {text}", f"add {text}\nto the file")
+    with pytest.raises(SystemExit), console.command():
+        raise ValueError(text)
+    out, err = capsys.readouterr()
+    for printed in (err, json.loads(out.split("}\n{")[0] + "}" if "}\n{" in out else out)["error"]["message"]):
+        assert "hush" not in printed
+        assert all(letter.isprintable() for letter in printed.replace("\n", ""))
+
+
+def test_messages_are_of_one_line_and_not_endless() -> None:
+    error = UsageError("x" * 5000 + "\nend", "a\nb")
+    assert len(error.message) < 1000
+    assert error.message.endswith("x end")
+    assert error.hint == "a b"

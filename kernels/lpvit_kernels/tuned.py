@@ -63,8 +63,12 @@ _changes = 0
 
 
 def cache_folder() -> Path:
-    """$LPVIT_CACHE, or lpvit/ of the user's cache folder."""
-    return Path(os.environ.get("LPVIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lpvit")
+    """$LPVIT_CACHE, or lpvit/ of the user's cache folder, or of a temporary one for users without a home."""
+    if given := os.environ.get("LPVIT_CACHE"):
+        return Path(given)
+    home = os.path.expanduser("~")
+    none = Path(tempfile.gettempdir(), f"lpvit-{os.getuid()}") if home == "~" else None
+    return Path(os.environ.get("XDG_CACHE_HOME") or none or Path(home, ".cache"), "lpvit")
 
 
 def path() -> Path:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lpvit_cli.cli.common import app
+from lpvit_cli.machine import settle
 
 from lpvit_cli.cli import stages, models, tools  # isort: skip  (they add their commands, in the order of --help)
 
@@ -10,4 +11,5 @@ __all__ = ["app", "main", "models", "stages", "tools"]
 
 
 def main() -> Any:
+    settle()
     return app()

@@ -6,6 +6,7 @@ Results go to stdout, progress and notes to stderr; with --json stdout holds the
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lpvit_cli import distributed
-from lpvit_cli.errors import EnvironmentFault, ForeignImage, LpvitError
+from lpvit_cli.errors import EnvironmentFault, ForeignImage, LpvitError, escaped, known, printable
 from lpvit_cli.registry import foreign_culprit
 
 INTERRUPTED = 130
@@ -27,12 +28,12 @@ class Console:
     """
 
     def __init__(self, json_mode: bool = False, quiet: bool = False, verbose: bool = False):
-        from rich.console import Console as Rich
+        from lpvit_cli.cli.screen import Screen
 
         main = distributed.is_main()
         self.json_mode, self.quiet, self.verbose = json_mode and main, quiet or not main, verbose
-        self.out = Rich(stderr=json_mode, highlight=False, markup=False, emoji=False)
-        self.err = Rich(stderr=True, highlight=False, markup=False, emoji=False)
+        self.out = Screen(stderr=json_mode)
+        self.err = Screen(stderr=True)
         self.document: Any = None
         self._bar: Any = None
         self._printed = 0.0
@@ -98,11 +99,9 @@ class Console:
             yield
         except LpvitError as error:
             code = error.exit_code
-            own = isinstance(error, EnvironmentFault | ForeignImage) and not isinstance(error, distributed.PeerLost)
-            if distributed.is_main() or own:  # all processes meet the other errors
-                self._fail(type(error).__name__, error.message, error.hint, code)
+            self._tell(error)
             if self.verbose and error.__cause__:
-                traceback.print_exception(error.__cause__, file=sys.stderr)
+                _show_trace(error.__cause__)
         except PermissionError as error:  # a file or folder of another user, anywhere
             code = EnvironmentFault.exit_code
             told = f"{error.filename or 'a file'}: {error.strerror}"
@@ -111,19 +110,46 @@ class Console:
             code = INTERRUPTED
             self._fail("Interrupted", "interrupted", "nothing half-made was left; run the same command again to go on", code)
         except Exception as error:
-            told = f"{type(error).__name__}: {error}"
-            if culprit := foreign_culprit(error.__traceback__):
+            told = printable(f"{type(error).__name__}: {error}")
+            if fault := known(error):
+                code = fault.exit_code
+                self._fail(type(fault).__name__, fault.message, fault.hint, code)
+            elif culprit := foreign_culprit(error.__traceback__):
                 code = EnvironmentFault.exit_code
                 if self.verbose:
-                    traceback.print_exc(file=sys.stderr)
+                    _show_trace(error)
                 self._fail("PluginFault", f"{culprit} failed: {told}", "report it to its author; --verbose shows where", code)
             else:
                 code = 1
-                traceback.print_exc(file=sys.stderr)
+                _show_trace(error)
                 self._fail("Bug", told, "this is a bug in lpvit: please report it with the lines above", code)
         finally:
             self._stop_bar()
-        if self.json_mode:
-            sys.stdout.write(json.dumps(self.document, indent=1) + "\n")
+        self._print_document()
         if code:
             sys.exit(code)
+
+    def give_up(self, lost: distributed.PeerLost) -> None:
+        """End the program from any thread, as `command` would; nothing that is half made counts."""
+        self._tell(lost)
+        self._print_document()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(lost.exit_code)
+
+    def _tell(self, error: LpvitError) -> None:
+        """Of several processes one tells of an error that all meet, and each of its own."""
+        if isinstance(error, distributed.PeerLost):
+            tells = distributed.speaks(error)
+        else:
+            tells = distributed.is_main() or isinstance(error, EnvironmentFault | ForeignImage)
+        if tells:
+            self._fail(type(error).__name__, error.message, error.hint, error.exit_code)
+
+    def _print_document(self) -> None:
+        if self.json_mode:
+            sys.stdout.write(json.dumps(self.document, indent=1) + "\n")
+
+
+def _show_trace(error: BaseException) -> None:
+    sys.stderr.write(escaped("".join(traceback.format_exception(error))))

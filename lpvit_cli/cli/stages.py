@@ -223,7 +223,7 @@ def carry_out(
         return {}
     _require_together(stages)
     reports: Reports = {}
-    with distributed.joined(on_gpus=_on_gpus(run)), run.open(order.overwrite):
+    with distributed.joined(_on_gpus(run), console.give_up), run.open(order.overwrite):
         for number, stage in enumerate(stages, start=1):
             position = f"[{number}/{len(stages)}] " if len(stages) > 1 else ""
             reports[stage.command] = _bring_up_to_date(console, order, run, stage, position)

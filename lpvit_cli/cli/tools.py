@@ -6,6 +6,7 @@ import typer
 
 from lpvit_cli.cli.common import RecipeArgument, Set, app, command
 from lpvit_cli.cli.console import Console
+from lpvit_cli.errors import escaped
 
 recipes_app = typer.Typer(help="List, show and validate recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
@@ -37,11 +38,12 @@ def recipes_show(console: Console, recipe: RecipeArgument) -> None:
     """Print a recipe as it is written; --json resolves it, with every default."""
     from lpvit_cli.recipe import Recipe
     from lpvit_cli.recipe.shipped import find_recipe
+    from lpvit_cli.recipe.source import read_text
 
     if console.json_mode:
         console.document = Recipe.load(recipe).plain()
     else:
-        typer.echo(find_recipe(recipe).read_text().rstrip())
+        typer.echo(escaped(read_text(find_recipe(recipe)).rstrip()))
 
 
 @command(recipes_app, "validate")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import tempfile
 from dataclasses import dataclass
 
+from lpvit_kernels.tuned import cache_folder
+
 from lpvit_cli.errors import LpvitError
-from lpvit_cli.machine import cpu_name, installed
+from lpvit_cli.machine import cpu_name, installed, temporary_home
 from lpvit_cli.measure.energy.meters import open_meter
 
 OPTIONAL = {
@@ -20,6 +24,9 @@ OPTIONAL = {
     "datasets": "hfds/ datasets",
     "webdataset": "wds/ datasets",
 }
+
+
+SHARED_MEMORY, ENOUGH_SHARED_MEMORY = "/dev/shm", 2**30
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,36 @@ def examine() -> list[Finding]:
         detail = f"readable ({meter.source})" if meter else "; ".join(reasons)
         findings.append(Finding(name, meter is not None, detail, "energy is reported as not measured"))
     findings += _profiles()
+    findings += [_cache(), *_shared_memory()]
     for package, use in OPTIONAL.items():
         found = installed(package)
         findings.append(Finding(package, bool(found), found or f"not installed; needed for {use}", f"pip install {package}"))
     return findings
+
+
+def _cache() -> Finding:
+    """Where tuning, profiles and listings of tar files are kept."""
+    folder = cache_folder()
+    above = next(place for place in (folder, *folder.parents) if place.exists())
+    if temporary_home() and above.is_relative_to(tempfile.gettempdir()):
+        return Finding(
+            "cache", False, f"{folder}: temporary, for want of a home folder", "set HOME or LPVIT_CACHE to one that stays"
+        )
+    writable = above.is_dir() and os.access(above, os.W_OK)
+    return Finding(
+        "cache", writable, f"{folder}{'' if writable else ': cannot be written'}", "set LPVIT_CACHE to a folder of yours"
+    )
+
+
+def _shared_memory(mount: str = SHARED_MEMORY) -> list[Finding]:
+    """Through which processes that decode images give them to lpvit; containers have little of it."""
+    if not os.path.isdir(mount):
+        return []
+    facts = os.statvfs(mount)
+    free = facts.f_bavail * facts.f_frsize
+    enough = free >= ENOUGH_SHARED_MEMORY
+    remedy = f"docker run --shm-size={ENOUGH_SHARED_MEMORY >> 30}g, or --set data.workers=0"
+    return [Finding(mount, enough, f"{free / 2**20:,.0f} MiB free{'' if enough else ', little for data.workers'}", remedy)]
 
 
 def _profiles() -> list[Finding]:

@@ -16,12 +16,13 @@ from lpvit_cli import distributed
 from lpvit_cli.data.pixels import UNREADABLE, ModelImage, read_picture
 from lpvit_cli.data.readers import Reader, is_labelled
 from lpvit_cli.data.transforms import channels_of, transform_for, turns
-from lpvit_cli.errors import EnvironmentFault, ForeignImage, LpvitError
+from lpvit_cli.errors import EnvironmentFault, ForeignImage, LpvitError, known
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.randomness import seeded
 from lpvit_cli.recipe.data import DataSection
 
 Batch = tuple[Tensor, Tensor]  # images [n, C, H, W] float32, labels [n] int64, -1 where there are none
+SILENCE = 120  # seconds that workers may take for a batch: one that finds no shared memory says nothing for ever
 Item = tuple[Tensor, int] | str | LpvitError  # an image, the name of an unreadable one, or what stops the command
 
 
@@ -98,7 +99,9 @@ def _loader(dataset: Any, workers: int, **options: Any) -> DataLoader:
     """Its workers stay; where this process computes on a GPU, batches lie in pinned memory, from where copies need not wait."""
     own = torch.Generator().manual_seed(0)  # workers are seeded of it: loading draws no random numbers of others
     pinned = torch.cuda.is_initialized()
-    return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0, pin_memory=pinned, generator=own, **options)
+    if workers:
+        options |= {"num_workers": workers, "persistent_workers": True, "timeout": SILENCE}
+    return DataLoader(dataset, pin_memory=pinned, generator=own, **options)
 
 
 @dataclass
@@ -214,8 +217,7 @@ class Batches:
 
     def _read(self, total: int | None) -> Iterator[Batch]:
         """What the loader gives, checked; `total`: how many images this process asks for."""
-        assert self._loader is not None
-        for loaded in self._loader:
+        for loaded in self._loaded():
             if isinstance(loaded, LpvitError):
                 raise loaded
             images, labels, unreadable = loaded
@@ -224,6 +226,16 @@ class Batches:
                 labels = torch.full_like(labels, -1)
             self._require_known(labels)
             yield images, labels
+
+    def _loaded(self) -> Iterator[Any]:
+        """What the loader gives; an EnvironmentFault where its workers are no more."""
+        assert self._loader is not None
+        try:
+            yield from self._loader
+        except RuntimeError as error:
+            if fault := known(error):
+                raise fault from error
+            raise
 
     def _count(self, unreadable: list[str], total: int | None) -> None:
         self.skipped += [name for name in unreadable if name not in self.skipped]

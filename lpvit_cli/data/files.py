@@ -1,20 +1,17 @@
-"""Images in files: folders of any depth and tar files, listed in one order everywhere, with what was left out."""
+"""Images in files: folders of any depth, listed in one order everywhere, with what was left out; how splits are named."""
 
 from __future__ import annotations
 
 import os
-import tarfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
-from timm.data import get_img_extensions, set_img_extensions
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 
 from lpvit_cli.data.classes import natural
 from lpvit_cli.errors import EnvironmentFault, UsageError
@@ -110,24 +107,6 @@ class FolderReader(FileReader):
         self.paths, self.labels = [self.paths[i] for i in chosen], [self.labels[i] for i in chosen]
 
 
-class TarReader(FileReader):
-    """The images in a tar file, or in tar files within it, opened as timm does; a class is the folder or tar they lie in."""
-
-    def __init__(self, archive: Path):
-        self.inner = _open_tar(archive)
-        found = [(member.path.removeprefix("./"), at) for at, (member, _, _) in enumerate(self.inner.samples)]
-        listed = sorted((natural(path), at) for path, at in found if is_image(path))
-        super().__init__(archive, [path for (_, path), _ in listed], [path for path, _ in found if not is_image(path)])
-        self.at = [at for _, at in listed]
-
-    def open(self, index: int) -> BinaryIO:
-        stream: BinaryIO = self.inner[self.at[index]][0]
-        return stream
-
-    def folders(self) -> list[str]:
-        return [self.inner.class_idx_to_name[self.inner.targets[at]].removeprefix(".") for at in self.at]
-
-
 def _walk(folder: str, inside: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
     """The files below, as paths with slashes. Hidden folders and files are passed over, but for hidden images, which are told;
     links are followed, but for those to a folder that they lie in."""
@@ -157,19 +136,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
-
-
-def _open_tar(archive: Path) -> Any:
-    before = get_img_extensions()
-    set_img_extensions(image_endings())
-    try:
-        return ReaderImageInTar(str(archive))
-    except tarfile.TarError as error:
-        raise EnvironmentFault(f"{archive}: not a readable tar file: {error}", "copy or download it again") from error
-    except (RuntimeError, ValueError) as error:  # timm unpacks an empty list where a tar file holds no images
-        raise UsageError(f"{archive}: holds no images", "put images into one folder per class in it") from error
-    finally:
-        set_img_extensions(before)
 
 
 def _kinds(others: list[str]) -> str:

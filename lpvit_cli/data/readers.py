@@ -13,9 +13,10 @@ from typing import Any, Protocol
 from torch.utils.data import IterableDataset
 
 from lpvit_cli import distributed
+from lpvit_cli.data.archives import TarReader
 from lpvit_cli.data.builtin import DigitsReader, SyntheticReader
 from lpvit_cli.data.classes import in_words, order_of, read_class_map
-from lpvit_cli.data.files import ALL, SPLIT_NAMES, FileReader, FolderReader, TarReader, held_out, split_folders
+from lpvit_cli.data.files import ALL, SPLIT_NAMES, FileReader, FolderReader, held_out, split_folders
 from lpvit_cli.data.hub import open_hub, open_shards
 from lpvit_cli.errors import UsageError
 from lpvit_cli.models.protocol import VisionModel
@@ -118,7 +119,10 @@ def _require_as_many_classes(reader: Any, data: DataSection, split: str, num_cla
 def _read_files(data: DataSection, split: str, model: VisionModel) -> FileReader:
     """The images of a split with their labels. To list a million takes minutes on a network disk: one process does it."""
     if data.root is None:
-        raise UsageError(f"data.root: dataset {data.dataset!r} needs a place", "pass --set data.root=/path/to/images")
+        raise UsageError(
+            f"data.root: dataset {data.dataset!r} needs a place",
+            "pass --set data.root=/path/to/images; to evaluate: --root /path/to/images",
+        )
     if not data.root.is_dir():
         raise UsageError(f"{data.root}: no such folder", "check data.root")
     if data.dataset == "tar":

@@ -15,14 +15,6 @@ from lpvit_cli.recipe.model import TRANSFORMERS
 from lpvit_cli.recipe.source import PATHS
 
 
-def public_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A model folder's config.json without the paths of this machine: neither where the images lie nor the parent."""
-    public = {key: value for key, value in config.items() if key != "parent"}
-    if public.get("data"):
-        public["data"] = {key: value for key, value in public["data"].items() if key != "root"}
-    return public
-
-
 def public_recipe(recipe: Any) -> tuple[str, list[str]]:
     """The recipe as YAML with file names for paths, and these names: they are meant from the recipe's own folder."""
     content: dict[str, Any] = recipe.model_dump(mode="json")

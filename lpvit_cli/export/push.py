@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.errors import EnvironmentFault, UsageError, escaped
 
 
 def require_repository_name(name: str) -> None:
@@ -24,7 +24,8 @@ def require_repository_name(name: str) -> None:
 
 
 def push(folder: Path, repository: str, show_progress: bool = False) -> str:
-    """Upload `folder` to the model repository OWNER/NAME, which is made, private, where there is none; its address.
+    """Upload `folder` to the model repository OWNER/NAME, which is made, private, where there is none.
+    Returns its address, without credentials.
 
     An ONNX file of an earlier push that `folder` no longer has is removed; other files of the repository stay. The hub is
     that of $HF_ENDPOINT, if set. Raises EnvironmentFault: no token, refused, out of reach.
@@ -57,4 +58,4 @@ def push(folder: Path, repository: str, show_progress: bool = False) -> str:
             f"--push {repository}: cannot upload to {hub.endpoint} ({reason})",
             f"check the network, then push again; ready in {folder}",
         ) from error
-    return str(address)
+    return escaped(str(address))

@@ -44,7 +44,7 @@ class Source:
     asked_threads: int | None  # None: nobody said how many
     batch_size: int  # that forms and files are timed on
     folder: Path  # of the model
-    config: dict[str, Any]  # of the model folder
+    config: dict[str, Any]  # of the model folder, but for paths of this machine: files travel
     original: Any
     model: Any
     validation: Validation  # on the CPU
@@ -74,6 +74,14 @@ class Source:
     def file(self, format_: str) -> ExportedFile | None:
         """What was written in another format."""
         return next((file for file in self.files if file.format == format_), None)
+
+
+def public_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A model folder's config.json without the paths of this machine: neither where the images lie nor the parent."""
+    public = {key: value for key, value in config.items() if key != "parent"}
+    if "data" in public:
+        public["data"] = {key: value for key, value in public["data"].items() if key != "root"}
+    return public
 
 
 def link(file: Path, target: Path) -> None:

@@ -19,7 +19,7 @@ def allow_code(path: str, folder: Path | None = None) -> None:
     if folder is None:
         return
     package = path.partition(":")[0].partition(".")[0]
-    beside = (folder / f"{package}.py").is_file() or (folder / package).is_dir()
+    beside = os.path.isfile(folder / f"{package}.py") or os.path.isdir(folder / package)  # False for any name, however long
     if package.isidentifier() and beside and str(folder) not in sys.path:
         sys.path.append(str(folder))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lpvit_cli.errors import UsageError
+from lpvit_cli.errors import UsageError, printable
 from lpvit_cli.recipe.source import RENAMED
 
 UNKNOWN_KEY, WRONG_VALUE = "unknown_key", "wrong_value"  # types of errors that a section raises about one of its keys
@@ -22,7 +22,7 @@ def explain(
     path: Path,
 ) -> UsageError:
     """The first problem in words; the number of others."""
-    problems = error.errors()
+    problems = error.errors(include_url=False)
     first = next((p for p in problems if p["type"] in ("extra_forbidden", UNKNOWN_KEY)), problems[0])
     keys = _keys_of(first)
     while keys and keys[:-1] and not _holds(content, keys):
@@ -30,13 +30,13 @@ def explain(
     above = (origin[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in origin)
     below = (place for key, place in origin.items() if key[: len(keys)] == keys)
     where = next(above, next(below, str(path)))
-    dotted = ".".join(keys)
+    dotted = printable(".".join(keys), 200)
     if keys in RENAMED:
         new = RENAMED[keys]
         message, hint = f"{where}: {dotted}: is now {new}", f"write {new}, or pass --set {new}=VALUE"
     elif first["type"] in ("extra_forbidden", UNKNOWN_KEY):
         valid = _valid_keys(schema, keys[:-1])
-        near = difflib.get_close_matches(keys[-1], valid, n=1)
+        near = difflib.get_close_matches(keys[-1][:100], valid, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(valid)}"
         message = f"{where}: {dotted}: unknown key"
     elif first["type"] == "missing" and isinstance(first["loc"][-1], str):
@@ -48,7 +48,7 @@ def explain(
         rules = dict.fromkeys(p["msg"].removeprefix("Value error, ").removeprefix("Input ") for p in same_key)
         rules = {"needs more values": None} if first["type"] == "missing" else rules
         given = first.get("ctx", {}).get("given", first["input"])
-        given = "this section" if isinstance(given, dict) else given
+        given = "this section" if isinstance(given, dict) else printable(str(given), 200)
         message = f"{where}: {dotted}: {', or '.join(rules)} (given: {given})"
         hint = f"change {dotted}; a valid recipe to compare with: lpvit recipes show digits_vit"
     others = len({_keys_of(p)[: len(keys)] for p in problems}) - 1

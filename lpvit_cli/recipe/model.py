@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from lpvit_cli.recipe.code import allow_code
-from lpvit_cli.recipe.section import Section, beside_the_recipe
+from lpvit_cli.recipe.section import Section, absolute, beside_the_recipe
 
 TRANSFORMERS, MODULE = "transformers:", "module:"  # how names of these families begin
 TaskKind = Literal["auto", "classification", "features"]
@@ -68,6 +69,6 @@ def model_at(name: str, base: Path) -> str:
     if not name.startswith(TRANSFORMERS):
         return name
     given = name.removeprefix(TRANSFORMERS)
-    folder = base / Path(given).expanduser()
-    written_as_path = given.startswith(("/", "./", "../", "~"))
-    return TRANSFORMERS + str(folder.resolve()) if written_as_path or (folder / "config.json").is_file() else name
+    if given.startswith(("/", "./", "../", "~")) or os.path.isfile(base / given / "config.json"):
+        return TRANSFORMERS + str(absolute(Path(given), base))
+    return name

@@ -89,7 +89,7 @@ def _checked(kind: str, value: Any) -> float:
         if isinstance(value, bool):
             raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise PydanticCustomError(WRONG_VALUE, "should be a valid number", {"key": kind, "given": value}) from None
     if rule := BUDGETS.get(kind).refusal(number):
         raise PydanticCustomError(WRONG_VALUE, "{rule}", {"key": kind, "given": value, "rule": rule})

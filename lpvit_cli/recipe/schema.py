@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from lpvit_cli.errors import printable
 from lpvit_cli.recipe.data import CalibrateSection, DataSection
 from lpvit_cli.recipe.errors import explain
 from lpvit_cli.recipe.export import ExportSection
@@ -30,7 +31,8 @@ from lpvit_cli.registry import BUDGETS
 class Recipe(Section):
     """Everything a run does. Frozen; paths are absolute; every default is filled in."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]  # default: the file's; the run folder is runs/NAME
+    name: Annotated[str, Field(pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=200)]  # default: the file's; the run
+    # folder is runs/NAME
     seed: int = Field(default=0, ge=0)  # of everything random, but for weights that nobody gave
     device: str = "auto"  # where lpvit works: auto, cpu, cuda, cuda:1
     dtype: Dtype = "auto"  # compute type of evaluation and recovery; auto: bfloat16 on GPUs, float32 on CPUs
@@ -96,7 +98,7 @@ class Recipe(Section):
         for override in overrides:
             key = apply_override(content, override)
             origin = {k: v for k, v in origin.items() if k[: len(key)] != key}
-            origin[key] = f"--set {override}"
+            origin[key] = f"--set {printable(override, 200)}"
         try:
             return cls.model_validate(content, context={"folder": path.parent})
         except ValidationError as error:

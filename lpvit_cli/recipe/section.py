@@ -5,6 +5,7 @@ A stage runs inside `recording(...)`, so that what its artefact depends on is wh
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,13 +122,27 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def absolute(path: Path, base: Path) -> Path:
+    """The whole path, counted from `base`, with ~ for the home folder. ValueError where no file can have it."""
+    try:
+        whole = (base / path.expanduser()).resolve()
+        whole.lstat()
+    except RuntimeError as error:  # ~nosuchuser, and a circle of links
+        raise ValueError(f"{path}: {error}") from error
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise ValueError(f"{path}: {error.strerror}") from error
+    return whole
+
+
 def beside_the_recipe(path: Path | None, info: ValidationInfo) -> Path | None:
     """A relative path counts from the recipe's folder; in a copy of a shipped recipe, also from that of the original."""
-    if path is None or path.is_absolute() or not info.context:
-        return path and path.expanduser().resolve()
-    beside = info.context["folder"] / path.expanduser()
-    shipped = recipes_folder() / path
-    return (shipped if shipped.exists() and not beside.exists() else beside).resolve()
+    if path is None:
+        return None
+    if path.is_absolute() or not info.context:
+        return absolute(path, Path())
+    beside, shipped = absolute(path, info.context["folder"]), absolute(path, recipes_folder())
+    return shipped if shipped.exists() and not beside.exists() else beside
 
 
 def recipes_folder() -> Path:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lpvit_cli.errors import UsageError
+from lpvit_cli.recipe.loader import MAX_BYTES, MAX_DEPTH, parse
 from lpvit_cli.recipe.model import model_at
+from lpvit_cli.recipe.section import absolute
 
 PATHS = {  # keys whose values are paths
     ("model", "weights"),
@@ -28,20 +29,22 @@ RENAMED = {  # keys of lpvit 0.1
 }
 
 
+def read_text(path: Path) -> str:
+    """A recipe file as it is written. Raises UsageError where it is no UTF-8 text."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)  # a longer one is refused, whatever follows
+        return raw.decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}", "check the path and its permissions") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}:{line}: not UTF-8 text: {error.reason}", "save it as UTF-8") from error
+
+
 def read_source(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
     """What a recipe file holds, and "file:line" of every key. Raises UsageError where it is no YAML mapping."""
-    try:
-        source = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(source)
-        lines = key_lines(yaml.compose(source, Loader=yaml.SafeLoader))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}", "check the path and its permissions") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UsageError(
-            f"{where}: not valid YAML: {getattr(error, 'problem', error)}", "fix the syntax at that line"
-        ) from error
+    content, lines = parse(read_text(path), str(path), "compare: lpvit recipes show digits_vit")
     if not isinstance(content, dict):
         raise UsageError(
             f"{path}: a recipe is a YAML mapping, this is {type(content).__name__}", "compare: lpvit recipes show digits_vit"
@@ -60,10 +63,9 @@ def apply_override(content: dict[str, Any], override: str) -> tuple[str, ...]:
     keys = tuple(dotted.strip().split("."))
     if not equals or not all(keys):
         raise UsageError(f"--set {override}: not of the form key=value", "for example: --set prune.block=[64,32]")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {override}: {text!r} is not valid YAML", "quote it for your shell") from error
+    if len(keys) > MAX_DEPTH:
+        raise UsageError(f"--set {override}: no key has that many parts", "for example: --set prune.block=[64,32]")
+    value, _ = parse(text, f"--set {dotted.strip()}", "quote it for your shell")
     node = content
     for key in keys[:-1]:
         child = node.setdefault(key, {})
@@ -75,21 +77,16 @@ def apply_override(content: dict[str, Any], override: str) -> tuple[str, ...]:
     if keys[:2] == ("prune", "budget") and len(keys) == 3:
         node.clear()  # a budget is one of several kinds: naming one replaces the other
     if keys in PATHS and isinstance(value, str) and not (keys == ("prune", "profile") and is_profile_name(value)):
-        value = str(Path(value).expanduser().resolve())  # typed in a shell: from the current folder
+        value = _of_shell(override, lambda: str(absolute(Path(value), Path.cwd())))
     if keys in MODELS and isinstance(value, str):
-        value = model_at(value, Path.cwd())
+        value = _of_shell(override, lambda: model_at(value, Path.cwd()))
     node[keys[-1]] = value
     return keys
 
 
-def key_lines(node: yaml.Node | None, at: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """Line of every key, by its path; a key given twice is refused."""
-    lines: dict[tuple[str, ...], int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = (*at, str(key.value))
-            if path in lines:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
-            lines[path] = key.start_mark.line + 1
-            lines |= key_lines(value, path)
-    return lines
+def _of_shell(override: str, path: Callable[[], str]) -> str:
+    """A path that was typed in a shell counts from the current folder."""
+    try:
+        return path()
+    except ValueError as error:
+        raise UsageError(f"--set {override}: {error}", "give another path") from error

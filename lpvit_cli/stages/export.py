@@ -11,7 +11,7 @@ import torch
 
 from lpvit_cli.data.splits import calibration_batches
 from lpvit_cli.export.formats import require_precision, with_what_they_need
-from lpvit_cli.export.source import DENSE_FOLDER, Publication, Source
+from lpvit_cli.export.source import DENSE_FOLDER, Publication, Source, public_config
 from lpvit_cli.machine import cpu_name, installed
 from lpvit_cli.models.build import build_model, create
 from lpvit_cli.models.folder import load_model, read_config
@@ -66,7 +66,7 @@ def _source(recipe: Recipe, run: Run, progress: Progress) -> Source:
         asked_threads=target.threads,
         batch_size=target.batch_size,
         folder=folder,
-        config=config,
+        config=public_config(config),
         original=original,
         model=model,
         validation=validation_of(recipe.data, recipe.calibrate, original, dense, torch.device("cpu"), torch.float32, progress),

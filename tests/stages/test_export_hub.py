@@ -25,9 +25,9 @@ from torch import nn
 from lpvit_cli import Recipe, load_model
 from lpvit_cli.export.formats.hub import copy_onnx
 from lpvit_cli.export.formats.triton_server import TritonServer
-from lpvit_cli.export.model_card import model_card, public_config, public_name, public_recipe
+from lpvit_cli.export.model_card import model_card, public_name, public_recipe
 from lpvit_cli.export.results import ExportedFile
-from lpvit_cli.export.source import Publication
+from lpvit_cli.export.source import Publication, public_config
 from lpvit_cli.measure.energy.run import Energy, EnergyRun
 from lpvit_cli.report.schema import BenchReport
 from lpvit_cli.stages import BENCH, PRUNE, run_of
@@ -120,7 +120,11 @@ def test_the_card_tells_what_the_reports_say(exported: Exported) -> None:
 
 def test_nothing_tells_of_this_machine(exported: Exported) -> None:
     places = [exported.folder, Path(__file__).parents[2], Path(sys.prefix), Path(np.__file__).parents[1], Path.home()]
-    for file in exported.hub.iterdir():
+    for file in [
+        *exported.hub.iterdir(),
+        exported.folder / "export" / "model.onnx",
+        *exported.folder.glob("export/*/*/1/*.onnx"),
+    ]:
         content = file.read_bytes()
         for place in places:
             assert str(place).encode() + b"/" not in content, f"{file.name} names {place}"
@@ -154,7 +158,7 @@ def test_onnx_weights_beside_the_file_come_along(tmp_path: Path) -> None:
     node.metadata_props.add(key="stack_trace", value="/secret/code.py")
     graph = onnx.helper.make_graph([node], "g", values[:1], values[1:], [weight])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
-    model.metadata_props.add(key="lpvit", value=json.dumps({"data": {"dataset": "folder", "root": "/secret"}}))
+    model.metadata_props.add(key="lpvit", value=json.dumps({"data": {"dataset": "folder"}}))
     (tmp_path / "hub").mkdir()
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="model.onnx.data")
     copy_onnx(tmp_path / "model.onnx", tmp_path / "hub" / "model.onnx")
@@ -336,10 +340,11 @@ def test_a_refused_push_keeps_the_export(exported: Exported, hub: FakeHub, statu
 
 
 def test_a_push_without_token_or_network(exported: Exported, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:hush@127.0.0.1:9")
     result = exported.export("--push", "me/digits", "--json")
     assert result.code == 3
     assert "cannot upload to http://127.0.0.1:9" in json.loads(result.out)["error"]["message"]
+    assert "hush" not in result.out + result.err
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(exported.folder / "none"))
     result = exported.export("--push", "me/digits")

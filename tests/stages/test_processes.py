@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,9 @@ import pytest
 import torch
 from helpers import FRESH, relative, run_cli
 from safetensors.torch import load_file
+
+from lpvit_cli import distributed
+from lpvit_cli.errors import UsageError
 
 SMALL = [
     "dtype=float32",  # sums in bfloat16 depend on how images are cut into batches
@@ -48,6 +52,7 @@ def dying(self, batches):
 Trainer._step = dying
 {LPVIT}
 """
+STOPS = DIES.replace("os._exit(9)", "os.kill(os.getpid(), signal.SIGSTOP)").replace("import os", "import os, signal")
 
 
 KNOWS_NO_LABEL = f"""
@@ -93,11 +98,16 @@ def run_script(script: str, arguments: list[str], environment: dict[str, str], o
     exec(script, {"__name__": "__main__"})
 
 
-def together(*arguments: object, script: str = LPVIT) -> list[tuple[int | None, str, str]]:
-    """Exit code, stdout and stderr of the same command in two processes, as torchrun sets them up."""
+def together(
+    *arguments: object, script: str = LPVIT, stopped: int | None = None, **environment: str
+) -> list[tuple[int | None, str, str]]:
+    """Exit code, stdout and stderr of the same command in two processes, as torchrun sets them up.
+
+    `stopped`: the process that will not end by itself.
+    """
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
-        job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), **environment}
         free.close()
         files = [(Path(folder) / f"out{rank}", Path(folder) / f"err{rank}") for rank in "01"]
         processes = [
@@ -108,9 +118,10 @@ def together(*arguments: object, script: str = LPVIT) -> list[tuple[int | None, 
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(120)
+        for process in sorted(processes, key=lambda process: process is processes[stopped or 0] and stopped is not None):
+            process.join(0 if stopped is not None and process is processes[stopped] else 120)
             process.kill()
+            process.join()
         return [
             (process.exitcode, out.read_text(), err.read_text()) for process, (out, err) in zip(processes, files, strict=True)
         ]
@@ -211,7 +222,7 @@ def test_a_process_that_dies_ends_the_job_and_one_process_goes_on(alone: Path, p
     main, other = together("finetune-lora-ga", "digits_vit", "-o", pruned, *OPTIONS, script=DIES)
     assert other[0] == 9
     assert main[0] == 3, main[2]
-    assert "error: process 0 of 2: another process of this job has ended or does not answer" in main[2]
+    assert re.search(r"error: process 0 of 2: process 1 \(pid \d+ on .+\) has ended\n  see its own message; ", main[2])
     assert "Traceback" not in main[2]
     assert not (pruned / "finetuned").exists()
     result = run_cli("finetune-lora-ga", "digits_vit", "-o", pruned, *OPTIONS)
@@ -224,7 +235,29 @@ def test_an_error_that_one_process_alone_meets_is_told_by_it(tmp_path: Path) -> 
     main, other = together("calibrate", "digits_vit", "-o", tmp_path / "run", *OPTIONS, script=KNOWS_NO_LABEL)
     assert (main[0], other[0]) == (3, 2)
     assert "an image has label 10, but the model has classes 0 to 9" in other[2]
-    assert "another process of this job has ended" in main[2]
+    assert "process 0 of 2: process 1 (pid " in main[2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_stopped_ends_the_job(alone: Path, pruned: Path, rank: int) -> None:
+    script = STOPS.replace('"1"', f'"{rank}"')
+    results = together(
+        "finetune-lora-ga", "digits_vit", "-o", pruned, *OPTIONS, script=script, stopped=rank, LPVIT_PATIENCE="3"
+    )
+    code, _, err = results[1 - rank]
+    assert code == 3, err
+    assert re.search(rf"error: process {1 - rank} of 2: process {rank} \(pid \d+ on .+\) has not answered for 3 s", err)
+    assert "LPVIT_PATIENCE=SECONDS" in err
+    assert not (pruned / "finetuned").exists()
+
+
+@pytest.mark.parametrize("seconds", ["soon", "0", "-1", "inf", "nan"])
+def test_patience_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch, seconds: str) -> None:
+    monkeypatch.setenv("LPVIT_PATIENCE", seconds)
+    with pytest.raises(UsageError, match="not a number of seconds"):
+        distributed.patience()
+    monkeypatch.delenv("LPVIT_PATIENCE")
+    assert distributed.patience() == 60
 
 
 def test_a_batch_smaller_than_the_job_leaves_some_without_images(alone: Path, tmp_path: Path) -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from lpvit_cli.export.documents import output_name, preprocessing_steps
 from lpvit_cli.export.formats.base import Format
-from lpvit_cli.export.model_card import model_card, public_config, public_recipe
+from lpvit_cli.export.model_card import model_card, public_recipe
 from lpvit_cli.export.results import ExportedFile
 from lpvit_cli.export.source import Source, link
 from lpvit_cli.machine import cpu_name, installed
 from lpvit_cli.progress import Progress
-from lpvit_cli.targets.base import METADATA_KEY
 
 FOLDER = "hub"
 PACKAGES = ("lpvit", "torch", "timm", "onnx", "onnxruntime")
@@ -24,7 +23,7 @@ class Hub(Format):
         folder, published = work / FOLDER, source.publication()
         folder.mkdir()
         link(source.folder / "model.safetensors", folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(public_config(source.config), indent=1))
+        (folder / "config.json").write_text(json.dumps(source.config, indent=1))
         (folder / "recipe.yaml").write_text(public_recipe(published.recipe)[0])
         if onnx_file := source.file("onnx"):
             copy_onnx(work / onnx_file.file, folder / onnx_file.file)
@@ -44,16 +43,13 @@ class Hub(Format):
 
 
 def copy_onnx(file: Path, target: Path) -> None:
-    """The same file with the public part of its metadata; weights that lie beside it are linked.
+    """The same file; weights that lie beside it are linked.
 
     What torch's exporter says of each node goes: where in the files of this machine it comes from.
     """
     import onnx
 
     graph = onnx.load(file, load_external_data=False)
-    for entry in graph.metadata_props:
-        if entry.key == METADATA_KEY:
-            entry.value = json.dumps(public_config(json.loads(entry.value)))
     for node in graph.graph.node:
         del node.metadata_props[:]
     onnx.save(graph, target)

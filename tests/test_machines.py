@@ -1,0 +1,119 @@
+"""Machines that lack something: a home folder, shared memory, a folder that can be written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Result
+from lpvit_kernels.tuned import cache_folder
+
+from lpvit_cli import machine
+from lpvit_cli.commands import doctor
+from lpvit_cli.data.batches import Batches
+from lpvit_cli.data.builtin import SyntheticReader
+from lpvit_cli.errors import EnvironmentFault
+
+HERE = os.getpid()
+
+
+def nobody(*_: object) -> str:
+    raise KeyError("uid not found")
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process whose uid has no account, as by docker --user."""
+    for name in ("HOME", "LPVIT_CACHE", "XDG_CACHE_HOME", "USER", "LOGNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path.replace("~", os.environ.get("HOME", "~")))
+    monkeypatch.setattr("getpass.getuser", lambda: os.environ.get("USER") or nobody())
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(machine, "_temporary_home", None)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / f"lpvit-{os.getuid()}"
+    assert cache_folder() == own / "lpvit", "the kernels alone do not fail either"
+    machine.settle()
+    assert os.environ["HOME"] == str(own)
+    assert os.environ["USER"] == f"uid{os.getuid()}"
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert cache_folder() == own / ".cache" / "lpvit"
+    finding = doctor._cache()
+    assert (finding.ok, finding.detail) == (False, f"{cache_folder()}: temporary, for want of a home folder")
+    assert "HOME" in finding.remedy
+    monkeypatch.delenv("HOME")
+    own.chmod(0o777)
+    machine.settle()
+    assert os.environ["HOME"] != str(own), "others may write there"
+    assert Path(os.environ["HOME"]).parent == tmp_path
+
+
+def test_a_home_folder_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    machine.settle()
+    assert os.environ["HOME"] == str(tmp_path)
+    assert doctor._cache().ok
+
+
+def test_doctor_knows_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert doctor._shared_memory(str(tmp_path / "none")) == []
+    monkeypatch.setattr(doctor, "ENOUGH_SHARED_MEMORY", 2**62)
+    (finding,) = doctor._shared_memory(str(tmp_path))
+    assert not finding.ok
+    assert "--shm-size=" in finding.remedy
+    assert "data.workers=0" in finding.remedy
+
+
+def silent(_: Any) -> torch.Tensor:
+    time.sleep(2)
+    return torch.zeros(1)
+
+
+def dies(_: Any) -> torch.Tensor:
+    assert os.getpid() != HERE
+    os.kill(os.getpid(), signal.SIGKILL)
+    return torch.zeros(1)
+
+
+@pytest.mark.parametrize("transform", [silent, dies])
+def test_workers_that_say_nothing_or_die(transform: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lpvit_cli.data.batches.SILENCE", 1)
+    with pytest.raises(
+        EnvironmentFault, match="data.workers: a process that decodes images has died or says nothing"
+    ) as caught:
+        list(Batches(SyntheticReader(1, 2, (8, 8), 3), transform, batch_size=1, workers=1))
+    assert "--set data.workers=0" in caught.value.hint
+    assert "--shm-size" in caught.value.hint
+
+
+def test_a_worker_that_dies_while_the_program_is_elsewhere(
+    lpvit: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch raises at once, wherever that is."""
+
+    def elsewhere() -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
+
+    monkeypatch.setattr("lpvit_cli.commands.doctor.examine", elsewhere)
+    result = lpvit("doctor")
+    assert result.code == 3
+    assert "killed by signal: Bus error" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_name_that_no_file_can_have(lpvit: Callable[..., Result]) -> None:
+    for command in (["evaluate", "x" * 5000], ["predict", "x" * 5000, "a.png"], ["calibrate", "digits_vit", "-o", "x" * 5000]):
+        result = lpvit(*command)
+        assert result.code in (2, 3)
+        assert "Traceback" not in result.err
+        assert len(result.err) < 2500
