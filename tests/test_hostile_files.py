@@ -147,7 +147,7 @@ def test_files_without_an_end(folder: Path, name: str) -> None:
 
 
 def test_later_versions_may_say_more(folder: Path) -> None:
-    configure(folder, lambda config: config.update(tokens={"kept": 0.5}, preprocessing={**config["preprocessing"], "x": 1}))
+    configure(folder, lambda config: config.update(later={"kept": 0.5}, preprocessing={**config["preprocessing"], "x": 1}))
     assert load_model(folder)
 
 
