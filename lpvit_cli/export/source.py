@@ -79,7 +79,7 @@ class Source:
 def public_config(config: dict[str, Any]) -> dict[str, Any]:
     """A model folder's config.json without the paths of this machine: neither where the images lie nor the parent."""
     public = {key: value for key, value in config.items() if key != "parent"}
-    if "data" in public:
+    if public.get("data"):
         public["data"] = {key: value for key, value in public["data"].items() if key != "root"}
     return public
 
