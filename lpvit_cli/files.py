@@ -9,46 +9,82 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lpvit_cli.errors import EnvironmentFault
 
 
 def publish(work: Path, target: Path) -> None:
     """Put a complete folder in its place; the old one goes only when the new one stands."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = beside(target, "old")
+    remove(old)
     if target.exists():
         target.rename(old)
     work.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):  # it stands: an old one that cannot go is no failure
+        remove(old)
+
+
+def beside(path: Path, kind: str) -> Path:
+    """Where what belongs to `path` lies while it is no file or folder of its own: `.name.kind`."""
+    return path.with_name(f".{path.name}.{kind}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it points to) or a folder, if there is one. Raises OSError where it cannot go."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def discard(folder: Path, rubbish: Path) -> None:
+    """Remove a folder by way of the name `rubbish`, so that a kill never leaves a part of it under its own."""
+    remove(rubbish)
+    if folder.exists():
+        folder.rename(rubbish)
+        remove(rubbish)
+
+
+def open_unlinked(path: Path, mode: str) -> IO[str]:
+    """A text file to write ("x": that must be new, "a": to add to), never through a link. Raises OSError."""
+    return open(path, mode, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to; it becomes `path` when all is well, and goes when not."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = beside(path, "partial")
+    partial.unlink(missing_ok=True)  # who writes would follow a link
     try:
         yield partial
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_name(f".{path.name}.tmp")
+    """Write a file whole or not at all; neither `path` nor what lies beside it is followed where it is a link."""
+    temporary = beside(path, "tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        beside.write_text(text)
-        beside.replace(path)
+        with open_unlinked(temporary, "x") as file:
+            file.write(text)
+        temporary.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
 
 
-DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO}
+DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),  # the disk
+    *(errno.EROFS, errno.EACCES, errno.EPERM),  # permissions
+    *(errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG),  # what lies there
+}
 
 
 @contextmanager

@@ -50,7 +50,8 @@ def pickled(path: Path, to: Path | None = None) -> EnvironmentFault:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file with the permissions of any other file (the library leaves it readable by its owner only)."""
-    path.touch()
+    path.unlink(missing_ok=True)  # where it is a link, what it points to is no business of ours
+    path.touch(exist_ok=False)
     mode = path.stat().st_mode
     save_file(tensors, path, metadata)
     path.chmod(mode)

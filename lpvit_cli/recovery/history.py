@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, computed_field
 
 from lpvit_cli import distributed
+from lpvit_cli.files import open_unlinked, replace_text
 
 
 class History:
@@ -20,14 +21,14 @@ class History:
     def add(self, **entry: Any) -> None:
         if self.path is not None and distributed.is_main():
             self.path.parent.mkdir(exist_ok=True)
-            with self.path.open("a") as file:
+            with open_unlinked(self.path, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
     def cut(self, steps: int, epochs: int) -> None:
         """Forget what came after so many steps and epochs, and a line that a kill has cut short."""
         if self.path is not None and distributed.is_main() and self.path.is_file():
             lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            self.path.write_text("".join(line for line in lines if _within(json.loads(line), steps, epochs)))
+            replace_text(self.path, "".join(line for line in lines if _within(json.loads(line), steps, epochs)))
 
 
 def _within(entry: dict[str, Any], steps: int, epochs: int) -> bool:
