@@ -20,7 +20,7 @@ from lpvit_cli.curvature import collect
 from lpvit_cli.data.batches import ListedBatches
 from lpvit_cli.devices import pick_device
 from lpvit_cli.errors import CheckFailed, UsageError, require
-from lpvit_cli.files import beside
+from lpvit_cli.files import beside, remove
 from lpvit_cli.measure.profile import DeviceProfile
 from lpvit_cli.models.layers import own_layers
 from lpvit_cli.progress import Progress, silent
@@ -221,7 +221,7 @@ def export_onnx(
         choices = {name: FormChoice(asked if asked in forms_of(layer) else "dense", {}) for name, layer in layers.items()}
     graph = sparse_graph(model, layers, choices, opset, precision, example)
     partial = beside(path, "partial")
-    partial.unlink(missing_ok=True)  # onnx would follow a link
+    remove(partial)  # onnx would follow a link
     try:
         save_onnx(graph, partial, {})
         size = partial.stat().st_size

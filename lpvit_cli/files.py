@@ -36,8 +36,8 @@ def remove(path: Path) -> None:
     """Remove a file, a link (not what it points to) or a folder, if there is one. Raises OSError where it cannot go."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def discard(folder: Path, rubbish: Path) -> None:
@@ -48,16 +48,17 @@ def discard(folder: Path, rubbish: Path) -> None:
         remove(rubbish)
 
 
-def open_unlinked(path: Path, mode: str) -> IO[str]:
-    """A text file to write ("x": that must be new, "a": to add to), never through a link. Raises OSError."""
-    return open(path, mode, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+def open_unlinked(path: Path, flags: int) -> IO[str]:
+    """A text file to write, never through a link; made where it is not there. `flags` as of os.open. Raises OSError."""
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666)
+    return os.fdopen(number, "w", encoding="utf-8")
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to; it becomes `path` when all is well, and goes when not."""
     partial = beside(path, "partial")
-    partial.unlink(missing_ok=True)  # who writes would follow a link
+    remove(partial)  # who writes would follow a link
     try:
         yield partial
         partial.replace(path)
@@ -69,9 +70,9 @@ def whole(path: Path) -> Iterator[Path]:
 def replace_text(path: Path, text: str) -> None:
     """Write a file whole or not at all; neither `path` nor what lies beside it is followed where it is a link."""
     temporary = beside(path, "tmp")
-    temporary.unlink(missing_ok=True)
+    remove(temporary)  # a kill has left it
     try:
-        with open_unlinked(temporary, "x") as file:
+        with open_unlinked(temporary, os.O_EXCL) as file:
             file.write(text)
         temporary.replace(path)
     except BaseException:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.files import remove
 
 ORDERS = "lpvit_orders"  # in the metadata of dense weights: what modules gather, by name
 PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt", ".tar")
@@ -50,7 +51,7 @@ def pickled(path: Path, to: Path | None = None) -> EnvironmentFault:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file with the permissions of any other file (the library leaves it readable by its owner only)."""
-    path.unlink(missing_ok=True)  # where it is a link, what it points to is no business of ours
+    remove(path)  # where it is a link, what it points to is no business of ours
     path.touch(exist_ok=False)
     mode = path.stat().st_mode
     save_file(tensors, path, metadata)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ class History:
     def add(self, **entry: Any) -> None:
         if self.path is not None and distributed.is_main():
             self.path.parent.mkdir(exist_ok=True)
-            with open_unlinked(self.path, "a") as file:
+            with open_unlinked(self.path, os.O_APPEND) as file:
                 file.write(json.dumps(entry) + "\n")
 
     def cut(self, steps: int, epochs: int) -> None:

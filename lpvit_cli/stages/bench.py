@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -13,6 +14,7 @@ from lpvit_cli.bench.session import Bench
 from lpvit_cli.bench.subjects import Subjects
 from lpvit_cli.devices import describe_device, pick_dtype
 from lpvit_cli.errors import UsageError, require
+from lpvit_cli.files import remove
 from lpvit_cli.machine import installed, machine
 from lpvit_cli.measure.timing import cpu_threads, current
 from lpvit_cli.models.build import build_model
@@ -34,7 +36,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
     onnx_file = _onnx_file(recipe, run)
     batches: list[BatchBench] = []
     notes: list[str] = []
-    with cpu_threads(recipe.target.threads), current(device), TemporaryDirectory() as scratch:
+    with cpu_threads(recipe.target.threads), current(device), _scratch(work) as scratch:
         for dtype in dict.fromkeys(pick_dtype(name, device) for name in recipe.target_dtypes):
             subjects = Subjects(
                 recipe.subjects,
@@ -42,7 +44,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
                 source,
                 device,
                 dtype,
-                Path(scratch),
+                scratch,
                 recipe.export.opset if "dense-onnx" in recipe.subjects else 0,
                 onnx_file,
                 recipe.bench.baseline,
@@ -67,6 +69,15 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
     write_html(work / "report.html", recipe.name, report, pruned, finetuned)
     write_csv(work / "report.csv", report)
     return report
+
+
+@contextmanager
+def _scratch(work: Path) -> Iterator[Path]:
+    """For files that are measured and not kept: below `work`, so that a kill leaves none that nobody removes."""
+    folder = work / "scratch"
+    folder.mkdir()
+    yield folder
+    remove(folder)
 
 
 def _onnx_file(recipe: Recipe, run: Run) -> Path | None:
