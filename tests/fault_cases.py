@@ -146,4 +146,4 @@ def kill_points(operations: list[str]) -> list[Fault]:
 
 
 def disk_points(operations: list[str]) -> list[Fault]:
-    return [Fault(kind, at) for at in range(1, len(operations) + 1) for kind in ("full", "no bytes", "read-only")]
+    return [Fault(kind, at) for kind in ("full", "no bytes", "read-only") for at in range(1, len(operations) + 1)]
