@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -107,6 +108,15 @@ def writing(path: Path) -> Iterator[None]:
         raise EnvironmentFault(
             f"{path}: cannot write: {os.strerror(int(code[1]))}", "free space, or choose another --output"
         ) from error
+
+
+def require_temporary_folder() -> None:
+    """Torch's exporter needs one, and without it fails in words that say nothing of disks. Raises EnvironmentFault."""
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        reason = f"no folder for temporary files can be written: {error.strerror or error}"
+        raise EnvironmentFault(reason, "free space there, or set TMPDIR to another folder") from error
 
 
 def digest(value: Any) -> str:

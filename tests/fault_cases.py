@@ -44,7 +44,6 @@ class Case:
     before: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     again: tuple[str, ...] | None = None
-    measured: bool = False  # how it writes depends on times
 
     def arguments(self, root: Path, again: bool = False) -> list[object]:
         options = self.options if self.again is None or not again else self.again
@@ -60,8 +59,8 @@ CASES = {
     "gradual": Case("gradual", (), tuple(STEPS)),
     "prune --sweep": Case("prune", ("calibrate",), ("--sweep", "0.3,0.5")),
     "export": Case("export", ("calibrate", "prune"), ("--format", "onnx", "--format", "torch")),
-    "profile": Case("profile", measured=True),
-    "bench": Case("bench", ("calibrate", "prune"), measured=True),
+    "profile": Case("profile"),
+    "bench": Case("bench", ("calibrate", "prune")),
 }
 
 
