@@ -20,6 +20,7 @@ from lpvit_cli.curvature import collect
 from lpvit_cli.data.batches import ListedBatches
 from lpvit_cli.devices import pick_device
 from lpvit_cli.errors import CheckFailed, UsageError, require
+from lpvit_cli.files import beside, remove
 from lpvit_cli.measure.profile import DeviceProfile
 from lpvit_cli.models import merging
 from lpvit_cli.models.layers import own_layers
@@ -241,7 +242,8 @@ def export_onnx(
         asked = "dense" if form == "auto" else form
         choices = {name: FormChoice(asked if asked in forms_of(layer) else "dense", {}) for name, layer in layers.items()}
     graph = sparse_graph(model, layers, choices, opset, precision, example)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = beside(path, "partial")
+    remove(partial)  # onnx would follow a link
     try:
         save_onnx(graph, partial, {})
         size = partial.stat().st_size

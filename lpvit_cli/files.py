@@ -8,10 +8,11 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import ValidationError
 
@@ -20,37 +21,74 @@ from lpvit_cli.errors import EnvironmentFault
 
 def publish(work: Path, target: Path) -> None:
     """Put a complete folder in its place; the old one goes only when the new one stands."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = beside(target, "old")
+    remove(old)
     if target.exists():
         target.rename(old)
     work.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):  # it stands: an old one that cannot go is no failure
+        remove(old)
+
+
+def beside(path: Path, kind: str) -> Path:
+    """Where what belongs to `path` lies while it is no file or folder of its own: `.name.kind`."""
+    return path.with_name(f".{path.name}.{kind}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it points to) or a folder, if there is one. Raises OSError where it cannot go."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
+
+
+def discard(folder: Path, rubbish: Path) -> None:
+    """Remove a folder by way of the name `rubbish`, so that a kill never leaves a part of it under its own."""
+    remove(rubbish)
+    if folder.exists():
+        folder.rename(rubbish)
+        remove(rubbish)
+
+
+def open_unlinked(path: Path, flags: int) -> IO[str]:
+    """A text file to write, never through a link; made where it is not there. `flags` as of os.open. Raises OSError."""
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666)
+    return os.fdopen(number, "w", encoding="utf-8")
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to; it becomes `path` when all is well, and goes when not."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = beside(path, "partial")
+    remove(partial)  # who writes would follow a link
     try:
         yield partial
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_name(f".{path.name}.tmp")
+    """Write a file whole or not at all; neither `path` nor what lies beside it is followed where it is a link."""
+    temporary = beside(path, "tmp")
+    remove(temporary)  # a kill has left it
     try:
-        beside.write_text(text)
-        beside.replace(path)
+        with open_unlinked(temporary, os.O_EXCL) as file:
+            file.write(text)
+        temporary.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
 
 
-DISK_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO}
+DISK_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),  # the disk
+    *(errno.EROFS, errno.EACCES, errno.EPERM),  # permissions
+    *(errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG),  # what lies there
+}
 
 
 @contextmanager
@@ -120,6 +158,24 @@ def reason(error: BaseException) -> str:
     line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     line = f"has no {line}" if isinstance(error, KeyError) else line
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line[:300])
+
+
+@contextmanager
+def scratch_in(work: Path) -> Iterator[Path]:
+    """For files that are measured and not kept: below `work`, so that a kill leaves none that nobody removes."""
+    folder = work / "scratch"
+    folder.mkdir()
+    yield folder
+    remove(folder)
+
+
+def require_temporary_folder() -> None:
+    """Torch's exporter needs one, and without it fails in words that say nothing of disks. Raises EnvironmentFault."""
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        reason = f"no folder for temporary files can be written: {error.strerror or error}"
+        raise EnvironmentFault(reason, "free space there, or set TMPDIR to another folder") from error
 
 
 def digest(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from lpvit_cli.curvature import LayerStatistics
 
+# the server that Python 3.11 starts does not take over sys.path, and would import nothing of the tests
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 FRESH = multiprocessing.get_context("forkserver")  # forked of this one, whose OpenMP has run, processes would wait for ever
 FRESH.set_forkserver_preload(["warm"])
 

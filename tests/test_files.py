@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from lpvit_cli.errors import EnvironmentFault
-from lpvit_cli.files import content_id, digest, publish, replace_text, writing
+from lpvit_cli.files import content_id, digest, publish, replace_text, require_temporary_folder, writing
 from lpvit_cli.pipeline import run as run_module
 
 
@@ -75,3 +76,14 @@ def test_a_file_that_cannot_be_replaced_leaves_no_copy_beside_it(tmp_path: Path)
 def test_only_faults_of_the_disk_are_put_down_to_the_disk(error: Exception, raised: type[Exception]) -> None:
     with pytest.raises(raised), writing(Path("runs/a")):
         raise error
+
+
+def test_no_folder_for_temporary_files_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    require_temporary_folder()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile._os, "open", full)  # type: ignore[attr-defined]
+    with pytest.raises(EnvironmentFault, match="no folder for temporary files"):
+        require_temporary_folder()

@@ -10,6 +10,8 @@ import json
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,7 @@ def find(key: str) -> Tuned | None:
     """What was tuned for a case, in this or an earlier process."""
     global _loaded
     if _loaded is None:
-        _loaded = _read()
+        _loaded = _read(path())
     return _loaded.get(key)
 
 
@@ -95,7 +97,7 @@ def record(entries: dict[str, Tuned]) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_suffix(".lock")):
-            _loaded = _read() | entries
+            _loaded = _read(path()) | entries
             _replace(target, _loaded)
     except OSError as error:
         _loaded = (_loaded or {}) | entries
@@ -103,16 +105,40 @@ def record(entries: dict[str, Tuned]) -> None:
     _changes += 1
 
 
+def keep(file: Path) -> None:
+    """Write all that is tuned now to `file`, for `using`, unless there is one. Raises OSError."""
+    global _loaded
+    if not file.is_file():
+        if _loaded is None:
+            _loaded = _read(path())
+        _replace(file, _loaded)
+
+
+@contextmanager
+def using(file: Path) -> Iterator[None]:
+    """Inside, what `file` holds is all that counts as tuned: long work goes on with the choices that it began with."""
+    global _loaded, _changes
+    before, _loaded = _loaded, _read(file)
+    _changes += 1
+    try:
+        yield
+    finally:
+        _loaded = before
+        _changes += 1
+
+
 def _replace(target: Path, entries: dict[str, Tuned]) -> None:
+    """Whole or not at all, by one process at a time."""
     document = {"format": FORMAT, "entries": {key: asdict(entry) for key, entry in entries.items()}}
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=".tuned", delete=False) as file:
-        try:
+    beside = target.with_name(f".{target.name}.tmp")
+    beside.unlink(missing_ok=True)  # a kill has left it, or a link
+    try:
+        with beside.open("x") as file:
             json.dump(document, file, indent=1)
-            file.close()
-            os.replace(file.name, target)
-        except BaseException:
-            Path(file.name).unlink()
-            raise
+        os.replace(beside, target)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def forget() -> None:
@@ -122,16 +148,16 @@ def forget() -> None:
     _changes += 1
 
 
-def _read() -> dict[str, Tuned]:
+def _read(file: Path) -> dict[str, Tuned]:
     try:
-        document = json.loads(path().read_text())
+        document = json.loads(file.read_text())
         if document["format"] != FORMAT:
             return {}
         entries = {key: _tuned(entry) for key, entry in document["entries"].items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        warnings.warn(f"{path()} cannot be read ({error!r}): nothing counts as tuned until it is written anew", stacklevel=2)
+        warnings.warn(f"{file} cannot be read ({error!r}): nothing counts as tuned until it is written anew", stacklevel=2)
         return {}
     return {key: entry for key, entry in entries.items() if entry}
 

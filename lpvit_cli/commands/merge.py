@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from lpvit_cli.errors import UsageError
-from lpvit_cli.files import publish, writing
+from lpvit_cli.files import beside, publish, remove, writing
 from lpvit_cli.models.folder import load_model, read_config, save_model
 from lpvit_cli.recovery.lora import load_adapted
 from lpvit_cli.recovery.lora import merge as merge_adapters
@@ -20,9 +20,9 @@ def merge(base: Path, adapter: Path, output: Path, overwrite: bool) -> None:
         raise UsageError(f"{output}: exists already", "choose another --output, or --overwrite a model folder")
     model = load_adapted(base, adapter)
     merge_adapters(model)
-    work = output.with_name(f".{output.name}.partial")
+    work = beside(output, "partial")
     with writing(output):
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
         work.mkdir(parents=True)
         try:
             save_model(work, model, {**read_config(base), "parent": str(base)})

@@ -1,14 +1,14 @@
-"""stage.json: what an artefact depends on, and how it came about."""
+"""stage.json: what an artefact depends on, and how it came about. inputs.json: what progress towards one depends on."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from lpvit_cli.errors import EnvironmentFault
 from lpvit_cli.files import read_json, reason, replace_text
@@ -16,6 +16,7 @@ from lpvit_cli.recipe import Recipe
 from lpvit_cli.recipe.content import model_content
 
 FILE = "stage.json"
+INPUTS = "inputs.json"  # in a progress folder
 MODEL_NAME = ("model.name", "teacher.name")
 
 
@@ -25,13 +26,13 @@ class Record:
 
     stage: str
     fingerprint: str
-    reads: list[str]
     inputs: dict[str, Any]
     created: str
     duration_s: float
     command: str
     git_commit: str | None
-    device: str
+    reads: list[str] = field(default_factory=list)
+    device: str = ""
 
     def save(self, folder: Path) -> None:
         replace_text(folder / FILE, json.dumps(asdict(self), indent=1))
@@ -48,9 +49,35 @@ class Record:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise EnvironmentFault(
-                f"{path}: unreadable: {reason(error)}", f"delete {folder} and run the stage again"
-            ) from error
+            raise EnvironmentFault(f"{path}: unreadable: {reason(error)}", f"delete {folder}, and make it again") from error
+
+    def made_from(self, begun: Begun) -> bool:
+        """Whether the artefact depends on what this progress depends on: the stage that had begun it has come to its end."""
+        return all(name in self.inputs and self.inputs[name] == value for name, value in begun.inputs.items())
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What the progress of a stage that has not come to its end depends on, as in Record."""
+
+    reads: list[str]
+    inputs: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        replace_text(folder / INPUTS, json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def load(cls, folder: Path) -> Begun | None:
+        """None where it is of no use: it does not say what it depends on."""
+        try:
+            return TypeAdapter(cls).validate_json((folder / INPUTS).read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+
+def has_state(progress: Path) -> bool:
+    """Whether a progress folder holds something to go on from: tensors, or runs of steps."""
+    return progress.is_dir() and any(path.suffix == ".safetensors" or path.is_dir() for path in progress.iterdir())
 
 
 def values_of(recipe: Recipe, reads: list[str], content_of: Callable[[Path], str | None]) -> dict[str, Any]:

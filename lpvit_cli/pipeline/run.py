@@ -6,26 +6,24 @@ A stage writes into a temporary sibling that is renamed when it is complete, so 
 
 from __future__ import annotations
 
-import fcntl
-import json
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpvit_cli import __version__, distributed
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.files import content_id, digest, publish, replace_text, writing
-from lpvit_cli.pipeline.record import Record, differences, values_of
+from lpvit_cli.files import beside, content_id, digest, discard, publish, remove, replace_text, writing
+from lpvit_cli.pipeline.claim import RECIPE, claimed
+from lpvit_cli.pipeline.record import Begun, Record, differences, has_state, values_of
 from lpvit_cli.pipeline.stage import Stage
 from lpvit_cli.progress import Progress
 from lpvit_cli.recipe import Recipe
@@ -34,8 +32,6 @@ from lpvit_cli.recipe.section import Reads, recording
 
 if TYPE_CHECKING:
     import torch
-
-INPUTS = "inputs.json"  # in a progress folder: what it depends on
 
 
 class Run:
@@ -71,50 +67,10 @@ class Run:
             distributed.broadcast(None)
             yield
             return
-        foreign = self._foreign()
-        if foreign and not overwrite:
-            raise UsageError(f"{self.folder}: {foreign}", "choose another --output, or pass --overwrite to take it over")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EnvironmentFault(f"{self.folder}: cannot create: {error.strerror}", "choose another --output") from error
-        with writing(self.folder), (self.folder / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise EnvironmentFault(
-                    f"{self.folder}: another lpvit is working in this folder", "wait for it, or choose another --output"
-                ) from error
-            self._tidy(take_over=bool(foreign))
-            replace_text(self.folder / "recipe.yaml", self.recipe.to_yaml())
+        with claimed(self.folder, self.recipe.name, sorted(self._artefacts), overwrite):
+            replace_text(self.folder / RECIPE, self.recipe.to_yaml())
             distributed.broadcast(None)
             yield
-
-    def _foreign(self) -> str:
-        """What the folder holds that is not this recipe's run; empty when it is free or ours."""
-        made_by = self.folder / "recipe.yaml"
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"{self.folder}: is a file, a run needs a folder", "choose another --output")
-        if not self.folder.is_dir() or not any(p.name != ".lock" for p in self.folder.iterdir()):
-            return ""
-        name = re.search(r"^name: (.*)$", made_by.read_text(), re.MULTILINE) if made_by.is_file() else None
-        if name is None:
-            return "is not empty and not a run folder"
-        return (
-            "" if name[1].strip("'\"") == self.recipe.name else f"holds a run of recipe {name[1]!r}, not {self.recipe.name!r}"
-        )
-
-    def _tidy(self, take_over: bool) -> None:
-        """With the lock held: finish an interrupted publication, and remove what a run taken over has made."""
-        for stage in self.stages:
-            artefact, old = self.folder / stage.folder, self.folder / f".{stage.folder}.old"
-            if old.is_dir() and not artefact.exists():
-                old.rename(artefact)
-            if artefact.exists() and not (artefact / "stage.json").is_file():
-                raise UsageError(f"{artefact}: is in the way and not made by lpvit", "move it, or choose another --output")
-        for stage in self.stages if take_over else ():
-            shutil.rmtree(self.folder / stage.folder, ignore_errors=True)
-            self._clear(stage)
 
     # what an artefact depends on
 
@@ -201,42 +157,38 @@ class Run:
     def progress_folder(self, stage: Stage) -> Path:
         """Where a long stage may keep restartable progress; it goes when the artefact is published or its inputs change."""
         folder = self._progress_path(stage)
+        reads = self._reads
+
+        def write() -> None:
+            keys = list(reads.keys)
+            Begun(keys, self.inputs(stage, keys)).save(folder)
+
         if distributed.is_main():
             folder.mkdir(exist_ok=True)
-            write = partial(self._write_inputs, stage, self._reads)
-            self._reads.on_new = write  # what is read from now on counts too
+            reads.on_new = write  # what is read from now on counts too
             write()
         return folder
 
     def _progress_path(self, stage: Stage) -> Path:
-        return self.folder / f".{stage.folder}.progress"
+        return beside(self.folder / stage.folder, "progress")
 
-    def _write_inputs(self, stage: Stage, reads: Reads) -> None:
-        keys = list(reads.keys)
-        content = {"reads": keys, "inputs": self.inputs(stage, keys)}
-        replace_text(self._progress_path(stage) / INPUTS, json.dumps(content, indent=1))
-
-    def _usable_progress(self, stage: Stage) -> Path | None:
-        """The progress folder, if it is of the same inputs. Where other settings would lose it a UsageError says which, unless
+    def _goes_on(self, stage: Stage) -> bool:
+        """Whether there is progress, of the same inputs. Where other settings would lose it a UsageError says which, unless
         what the stage reads was made again, which spoils it."""
         folder = self._progress_path(stage)
-        try:
-            content = json.loads((folder / INPUTS).read_text())
-            old, new = content["inputs"], self.inputs(stage, content["reads"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # of no use: it does not say what it depends on
+        begun = Begun.load(folder)
+        if begun is None:
+            return False
+        old, new = begun.inputs, self.inputs(stage, begun.reads)
         changed = differences(old, new)
-        if not changed:
-            return folder
-        begun = any(path.suffix not in (".json", ".jsonl") for path in folder.iterdir())  # there is a state to go on from
-        if begun and not self._artefacts & set(changed):
+        if changed and has_state(folder) and not self._artefacts & set(changed):
             key, more = changed[0], f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UsageError(
                 f"{self.folder}: an interrupted {stage.command} was begun with other settings: {key} was "
                 f"{old.get(key, 'none')}, is {new.get(key, 'none')}{more}",
                 "go on with the old settings, or start anew with --no-resume",
             )
-        return None
+        return not changed
 
     # making an artefact
 
@@ -249,23 +201,28 @@ class Run:
             distributed.broadcast(None)  # leftovers of other settings are gone
             with tempfile.TemporaryDirectory() as scratch:
                 return stage.function(self.recipe, self, Path(scratch), progress)
-        self._clear(stage, keep=self._usable_progress(stage) if resume else None)
-        distributed.broadcast(None)
-        work = self.folder / f".{stage.folder}.partial"
-        started = time.monotonic()
-        self._reads = Reads()
-        with writing(self.folder / stage.folder):
+        artefact, kept = self.folder / stage.folder, self._progress_path(stage)
+        work = beside(artefact, "partial")
+        goes_on = resume and self._goes_on(stage)
+        with writing(artefact):
+            if not goes_on:
+                discard(kept, work)
+            distributed.broadcast(None)
+            started = time.monotonic()
+            self._reads = Reads()
+            remove(work)
             work.mkdir()
             try:
                 with recording(self._reads):
                     report = stage.function(self.recipe, self, work, progress)
                 replace_text(work / "report.json", report.model_dump_json(indent=1))
                 self._record(stage, report.device, time.monotonic() - started).save(work)
-                publish(work, self.folder / stage.folder)
+                publish(work, artefact)
             except BaseException:
                 shutil.rmtree(work, ignore_errors=True)
                 raise
-        self._clear(stage)
+        with suppress(OSError):  # the artefact stands; the next process that opens the folder tidies
+            discard(kept, work)
         return report
 
     def _record(self, stage: Stage, device: str, seconds: float) -> Record:
@@ -282,12 +239,6 @@ class Run:
             git_commit=git_commit(),
             device=device,
         )
-
-    def _clear(self, stage: Stage, keep: Path | None = None) -> None:
-        """Remove leftovers of this folder's earlier processes (the lock is ours)."""
-        for leftover in self.folder.glob(f".{stage.folder}.*"):
-            if leftover != keep:
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def git_commit() -> str | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, computed_field
 
 from lpvit_cli import distributed
-from lpvit_cli.files import parse_json, replace_text
+from lpvit_cli.files import open_unlinked, parse_json, replace_text
 
 
 class History:
@@ -21,7 +22,7 @@ class History:
     def add(self, **entry: Any) -> None:
         if self.path is not None and distributed.is_main():
             self.path.parent.mkdir(exist_ok=True)
-            with self.path.open("a") as file:
+            with open_unlinked(self.path, os.O_APPEND) as file:
                 file.write(json.dumps(entry) + "\n")
 
     def cut(self, steps: int, epochs: int) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from lpvit_kernels import tuned
 
 from lpvit_cli import distributed
 from lpvit_cli.progress import Progress
@@ -41,16 +42,31 @@ def recover(
     is. Returns the trainer, and how many steps had been done before.
     """
     ranks = ranks_of(model, settings)
-    begun = distributed.broadcast(folder is not None and (folder / "checkpoint.safetensors").is_file())
-    if settings.method == "lora_ga" and not begun:
-        exact = nullcontext if dtype == torch.float16 else precision  # small gradients would be zero in float16
-        start_from_gradient(model, ranks, settings, plain, objective, exact, device, progress)
-    else:
-        adapt(model, ranks, settings.alpha)
-    del plain  # its workers end
-    choose_trained(model, settings)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    trainer = Trainer(model, settings, train, objective, evaluate, before, folder, seed, device, precision, scaler)
-    resumed = trainer.resume()
-    trainer.fit(lambda done, total, detail: progress("recovering", done, total, detail))
+    with _same_choices(folder):
+        begun = distributed.broadcast(folder is not None and (folder / "checkpoint.safetensors").is_file())
+        if settings.method == "lora_ga" and not begun:
+            exact = nullcontext if dtype == torch.float16 else precision  # small gradients would be zero in float16
+            start_from_gradient(model, ranks, settings, plain, objective, exact, device, progress)
+        else:
+            adapt(model, ranks, settings.alpha)
+        del plain  # its workers end
+        choose_trained(model, settings)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        trainer = Trainer(model, settings, train, objective, evaluate, before, folder, seed, device, precision, scaler)
+        resumed = trainer.resume()
+        trainer.fit(lambda done, total, detail: progress("recovering", done, total, detail))
     return trainer, resumed
+
+
+@contextmanager
+def _same_choices(folder: Path | None) -> Iterator[None]:
+    """Tuning between a kill and going on must not change how sums are rounded: the tuned table is kept with the progress."""
+    if folder is None:
+        yield
+        return
+    table = folder / "tuned.json"
+    if distributed.is_main():
+        tuned.keep(table)
+    distributed.broadcast(None)
+    with tuned.using(table):
+        yield

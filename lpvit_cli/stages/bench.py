@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -15,6 +14,7 @@ from lpvit_cli.bench.subjects import Subjects
 from lpvit_cli.data.splits import validation_batches
 from lpvit_cli.devices import describe_device, pick_dtype
 from lpvit_cli.errors import UsageError, require
+from lpvit_cli.files import scratch_in
 from lpvit_cli.machine import installed, machine
 from lpvit_cli.measure.timing import cpu_threads, current
 from lpvit_cli.models.build import build_model
@@ -37,7 +37,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
     onnx_file = _onnx_file(recipe, run)
     batches: list[BatchBench] = []
     notes: list[str] = []
-    with cpu_threads(recipe.target.threads), current(device), TemporaryDirectory() as scratch:
+    with cpu_threads(recipe.target.threads), current(device), scratch_in(work) as scratch:
         for dtype in dict.fromkeys(pick_dtype(name, device) for name in recipe.target_dtypes):
             subjects = Subjects(
                 recipe.subjects,
@@ -45,7 +45,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
                 source,
                 device,
                 dtype,
-                Path(scratch),
+                scratch,
                 recipe.export.opset if "dense-onnx" in recipe.subjects else 0,
                 onnx_file,
                 recipe.bench.baseline,

@@ -12,6 +12,7 @@ import torch
 from lpvit_cli.data.splits import calibration_batches
 from lpvit_cli.export.formats import require_precision, with_what_they_need
 from lpvit_cli.export.source import DENSE_FOLDER, Publication, Source, public_config
+from lpvit_cli.files import require_temporary_folder
 from lpvit_cli.machine import cpu_name, installed
 from lpvit_cli.models.build import build_model, create
 from lpvit_cli.models.folder import load_model, read_config
@@ -30,6 +31,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Expor
     require_precision(formats, recipe.file_precision)
     for format_ in formats.values():
         format_.require()
+    require_temporary_folder()
     source = _source(recipe, run, progress)
     for name, format_ in formats.items():
         before = len(source.notes)

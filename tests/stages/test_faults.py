@@ -1,0 +1,25 @@
+"""A sample of tests/stress: kills and failing disks at a few file operations of some stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fault_cases import CASES, Ground, tried
+from faults import Fault
+
+
+def test_kills_and_failing_disks(tmp_path: Path) -> None:
+    ground = Ground(CASES["finetune-lora-ga"], tmp_path)
+    named = {operation: at for at, operation in enumerate(ground.operations, start=1)}  # the last of each
+    checkpoint = named["os.rename /run/.finetuned.progress/checkpoint.tmp"]
+    published = named["os.rename /run/.finetuned.partial"]
+    kills = [Fault("torn", checkpoint - 2), Fault("kill", published + 1)]
+    assert tried(kills, ground.killed) == (len(kills), [])
+    disks = [Fault("no bytes", checkpoint - 2), Fault("read-only", published)]
+    assert tried(disks, ground.refused) == (len(disks), [])
+
+
+def test_a_kill_in_a_new_folder(tmp_path: Path) -> None:
+    ground = Ground(CASES["calibrate"], tmp_path)
+    recipe = ground.operations.index("os.rename /run/.recipe.yaml.tmp") + 1
+    assert tried([Fault("kill", recipe)], ground.killed) == (1, [])
