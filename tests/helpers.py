@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,3 +105,12 @@ def run_cli(*args: object) -> Result:
         except SystemExit as exit:
             code = int(exit.code or 0)
     return Result(code, out.getvalue(), err.getvalue())
+
+
+def copy_run(source: Path, target: Path, *names: str, without: str = "export") -> Path:
+    """A copy of a run folder: of what is named, or all but `without`."""
+    target.mkdir()
+    for item in source.iterdir():
+        if item.name in names or (not names and item.name != without):
+            (shutil.copytree if item.is_dir() else shutil.copy2)(item, target / item.name)
+    return target

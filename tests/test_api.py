@@ -49,7 +49,7 @@ def tokens(count: int, seed: int = 1) -> Tensor:
 
 def test_a_timm_model_is_pruned_as_the_command_prunes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the precision of the API, and without images held back, of which the API has none."""
-    monkeypatch.setattr("lpvit_cli.stages.prune.held_back_batches", lambda *_: None)
+    monkeypatch.setattr("lpvit_cli.pruning.planning.held_back_batches", lambda *_: None)
     changes = [
         "calibrate.images=48",
         "calibrate.gradient=sampled",

@@ -121,7 +121,7 @@ def test_doubtful_reports_are_named(lpvit: Cli, before: Path, tmp_path: Path) ->
     ("content", "says"),
     [
         (None, "no report of bench there"),
-        ("{", "not a report of this lpvit's bench: the file: Invalid JSON"),
+        ("{", "not a report of this lpvit's bench: Invalid JSON"),
         ('{"stage": "bench"}', "not a report of this lpvit's bench"),
         (bench().model_dump_json().replace('"schema_version":2', '"schema_version":1'), "schema_version: Input should be 2"),
     ],

@@ -16,6 +16,9 @@ from helpers import Result, run_cli
 from lpvit_cli import load_model
 from lpvit_cli.bench import subjects
 from lpvit_cli.bench.session import OUT_OF_MEMORY
+from lpvit_cli.models.build import build_model
+from lpvit_cli.models.folder import model_config, save_model
+from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.report.schema import BenchReport
 from lpvit_cli.stages import bench as stage
 
@@ -217,11 +220,11 @@ def test_windows_need_a_duration_and_intervals_six_trials(tmp_path: Path, change
 
 
 def test_a_baseline_for_other_images_is_refused(pruned: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(pruned / "pruned", tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    config["preprocessing"]["input_size"] = [3, 48, 48]
-    (other / "config.json").write_text(json.dumps(config))
-    result = bench(pruned, "--baseline", other)
+    kwargs = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 10}
+    section = ModelSection(name="vit_tiny_patch16_224", kwargs=kwargs)
+    model = build_model(section)
+    save_model(tmp_path / "other", model, model_config(section, model))
+    result = bench(pruned, "--baseline", tmp_path / "other")
     assert result.code == 2
     assert "takes images of [3, 48, 48], the model of the recipe [3, 32, 32]" in result.err
 

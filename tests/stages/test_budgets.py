@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Demo, run_cli
+from helpers import Demo, copy_run, run_cli
 
 from lpvit_cli import load_model
 from lpvit_cli.errors import UsageError
@@ -20,11 +20,7 @@ from lpvit_cli.sparse import sparse_layers
 @pytest.fixture
 def calibrated(demo: Demo, tmp_path: Path) -> Path:
     """A run folder that has the demo's calibration and nothing else."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in ("recipe.yaml", "calibration"):
-        (folder / name).symlink_to(demo.folder / name)
-    return folder
+    return copy_run(demo.folder, tmp_path / "run", "recipe.yaml", "calibration")
 
 
 def test_a_sweep_makes_a_model_for_every_budget_from_one_calibration(calibrated: Path, demo: Demo) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import Result, run_cli
+from helpers import Result, copy_run, run_cli
 from stages.plans import plan_of, quiet
 
 from lpvit_cli.errors import UsageError
@@ -228,11 +228,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(calibrated: Path, tmp_path: Path) -> Path:
-    made = tmp_path / "run"
-    made.mkdir()
-    for name in ("recipe.yaml", "calibration"):
-        (made / name).symlink_to(calibrated / name)
-    return made
+    return copy_run(calibrated, tmp_path / "run", "recipe.yaml", "calibration")
 
 
 def message(result: Result) -> str:

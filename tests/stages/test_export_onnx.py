@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from helpers import Demo, random_model, run_cli
+from helpers import Demo, copy_run, random_model, run_cli
 from torch import Tensor, nn
 
 from lpvit_cli.export import onnx_file as export_onnx
@@ -47,11 +47,7 @@ def _written_once(monkeypatch: pytest.MonkeyPatch, graphs: dict[str, bytes]) -> 
 @pytest.fixture
 def run(demo: Demo, tmp_path: Path) -> Any:
     """Run `lpvit export` with changes to the recipe, in a copy of the demo's run without its export."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for item in demo.folder.iterdir():
-        if item.name != "export":
-            (folder / item.name).symlink_to(item)
+    folder = copy_run(demo.folder, tmp_path / "run")
 
     def export(*changes: str) -> Any:
         options = [option for change in changes for option in ("--set", f"export.{change}")]

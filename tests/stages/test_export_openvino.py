@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import Demo, run_cli
+from helpers import Demo, copy_run, run_cli
 
 from lpvit_cli.errors import EnvironmentFault
 from lpvit_cli.targets.openvino import OpenVinoModel
@@ -16,11 +16,7 @@ DIGIT = Path(__file__).parents[2] / "examples" / "digit_3.png"
 
 def test_the_converted_file_agrees_and_stands_alone(demo: Demo, tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="openvino is not installed")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for item in demo.folder.iterdir():
-        if item.name != "export":
-            (folder / item.name).symlink_to(item)
+    folder = copy_run(demo.folder, tmp_path / "run")
     result = run_cli("export", "digits_vit", "-o", folder, *demo.options, "--format", "openvino", "--json")
     assert result.code == 0, result.err
     onnx_file, file = json.loads(result.out)["files"]

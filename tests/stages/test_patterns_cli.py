@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Demo, Result, run_cli
+from helpers import Demo, Result, copy_run, run_cli
 
 from lpvit_cli import load_model
 from lpvit_cli.models.folder import read_config
@@ -27,11 +27,7 @@ QUICK = ["prune.reweigh=0", "finetune.epochs=1", "finetune.init_batches=1"]
 @pytest.fixture
 def calibrated(demo: Demo, tmp_path: Path) -> Path:
     """A run folder that has the demo's calibration and nothing else."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in ("recipe.yaml", "calibration"):
-        (folder / name).symlink_to(demo.folder / name)
-    return folder
+    return copy_run(demo.folder, tmp_path / "run", "recipe.yaml", "calibration")
 
 
 def command(folder: Path, demo: Demo, what: str, *changes: str) -> Result:

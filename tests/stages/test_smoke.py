@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import run_cli
+from helpers import copy_run, run_cli
 
 from lpvit_cli.stages import STAGES
 
@@ -39,11 +39,7 @@ def test_smoke(tmp_path: Path, recipe: str, sequential: str, width: str) -> None
 
 
 def test_a_parity_failure_is_exit_code_4_and_leaves_no_file(demo, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for item in demo.folder.iterdir():
-        if item.name != "export":
-            (folder / item.name).symlink_to(item)
+    folder = copy_run(demo.folder, tmp_path / "run")
     options = [*demo.options, "--set", "export.tolerance=1e-12"]
     result = run_cli("export", "digits_vit", "-o", folder, *options, "--json")
     assert result.code == 4
