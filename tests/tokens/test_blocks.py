@@ -167,3 +167,24 @@ def test_the_graph_is_whole_and_waits_for_nothing() -> None:
     torch.testing.assert_close(compiled(images(2)), merged(images(2)))
     assert not {"item", "nonzero"} & {*seen}
     assert any("topk" in name for name in seen)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch sees no CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_cuda_graph_replays_it_for_other_images(compiled: bool) -> None:
+    model = made("attention pooling")
+    merged = merge_tokens(model, Merging(fraction=0.2, after=(0, 1), prefix=0, restores=True)).cuda()
+    call: Any = torch.compile(merged, dynamic=False) if compiled else merged
+    held, aside = images(2).cuda(), torch.cuda.Stream()
+    with torch.inference_mode(), torch.cuda.stream(aside):
+        for _ in range(3):
+            call(held)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        given = call(held)
+    other = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(7)).cuda()
+    held.copy_(other)
+    graph.replay()
+    torch.testing.assert_close(given, merged(other), rtol=1e-3, atol=1e-3)
