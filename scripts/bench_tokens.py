@@ -1,7 +1,8 @@
 """Merged tokens, removed weights, and both: how long files of a ViT take, and what embeddings lose on real photos.
 
     python scripts/real_vit.py OUT
-    python scripts/bench_tokens.py --real OUT --output benchmarks/results/tokens_cpu.json
+    lpvit run dinov2_small_50 -o RUN --set tokens.flops=0.5 --set prune.budget.flops=0.29 ...
+    python scripts/bench_tokens.py --real OUT --run RUN --output benchmarks/results/tokens_cpu.json
 
 Speed: in every row the dense float32 file and the others take turns in onnxruntime, one session alive at a time. Random weights
 and random blocks of 128x64: neither changes how long a file takes. Accuracy: the real DINOv2 ViT-S/14, nothing pruned or
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -77,11 +79,15 @@ CASES: dict[str, tuple[Case, ...]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", type=Path, help="what scripts/real_vit.py wrote; without it only speed is measured")
+    parser.add_argument("--run", type=Path, help="a run folder of dinov2_small_50 with tokens, pruned and recovered")
     parser.add_argument("--models", nargs="*", default=list(CASES), choices=list(CASES), metavar="MODEL")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    found: dict[str, Any] = {"cosine": accuracy(args.real) if args.real else None}
+    found: dict[str, Any] = {
+        "cosine": accuracy(args.real) if args.real else None,
+        "run": of_run(args.run) if args.run else None,
+    }
     with tempfile.TemporaryDirectory() as folder:
         found["merge_us"] = merge_us(Path(folder), args.threads)
         print(f"one merge at 257 tokens of 384: {found['merge_us']:.0f} us", flush=True)
@@ -104,6 +110,16 @@ def accuracy(out: Path) -> list[dict[str, Any]]:
         print(f"tokens at {share:.0%} of the FLOPs: cosine {row['cosine']:.4f}, median {row['median']:.4f}", flush=True)
         rows.append(row)
     return rows
+
+
+def of_run(folder: Path) -> dict[str, Any]:
+    """Qualities by the reports of a run: of merging alone, of pruning alone, of both, and after recovery."""
+    pruned = json.loads((folder / "pruned" / "report.json").read_text())
+    merged, recovered = pruned["merged"], json.loads((folder / "finetuned" / "report.json").read_text())
+    flops = {"flops": pruned["flops"] / pruned["flops_dense"], "flops_merged": merged["flops"] / pruned["flops_dense"]}
+    qualities = {"tokens": merged["quality"], "weights": merged["quality_unmerged"], "both": pruned["quality"]}
+    cosines = {name: quality["cosine"] for name, quality in (qualities | {"recovered": recovered["quality"]}).items()}
+    return flops | {"kept": pruned["linear_kept_fraction"], "epochs": len(recovered["history"]), "cosine": cosines}
 
 
 def merge_us(folder: Path, threads: int) -> float:
