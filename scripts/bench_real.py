@@ -2,6 +2,7 @@
 
     python scripts/real_vit.py OUT
     python scripts/bench_real.py OUT --output benchmarks/results/real_dinov2.json
+    python scripts/bench_real.py OUT --output benchmarks/results/real_dinov2.json --methods   # draws the picture anew
 
 A row is one point of `lpvit prune --sweep`: nothing is trained. Cosine and relative error are those of the embeddings to the
 dense model's, on photos of pictures that calibration has not seen; `cosine_crops` on other crops of the pictures that it has
@@ -63,6 +64,13 @@ def main() -> None:
     common += ["data.workers=0", f"calibrate.images={IMAGES}", "target.batch_size=1", "bench.rounds=6"]
     written = json.loads(args.output.read_text())["rows"] if args.output and args.output.exists() else []
     known = [row for row in written if row["method"] in METHODS]
+    if args.methods:
+        measure(args, common, known)
+    if args.output:
+        draw(json.loads(args.output.read_text())["rows"], args.output.with_suffix(".svg"))
+
+
+def measure(args: argparse.Namespace, common: list[str], known: list[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         calibrated = command(["calibrate"], Path(folder), common)
         calibrated.pop("report")
@@ -72,6 +80,25 @@ def main() -> None:
             known = [row for row in known if row["method"] != method] + rows
             ordered = sorted(known, key=lambda row: list(METHODS).index(row["method"]))
             publish("bench_real", ("torch", "timm"), args.output, images=IMAGES, calibrate=calibrated, rows=ordered)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Cosine by the FLOPs left: on other pictures, and on other crops of the calibration pictures."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    methods = dict.fromkeys(row["method"] for row in rows if row.get("cosine") is not None)
+    for axes, key, title in zip(panels, ("cosine", "cosine_crops"), ("other pictures", "other crops"), strict=True):
+        for method in methods:
+            points = sorted((row["flops"], row[key]) for row in rows if row["method"] == method)
+            axes.plot(*zip(*points, strict=True), "o-" if method.startswith("obs") else "s:", label=method)
+        axes.set(title=f"on {title}", xlabel="FLOPs, fraction of dense", ylim=(0, 1.02))
+    panels[0].set_ylabel("cosine to the dense model, one-shot")
+    panels[1].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(path, metadata={"Date": None})
 
 
 def pruned(method: str, folder: Path, common: list[str]) -> list[dict[str, Any]]:
