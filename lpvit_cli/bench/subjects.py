@@ -83,7 +83,7 @@ class Subjects:
             self.models["masked-dense"] = densify(sparse)
         if {*OF_MERGING} & {*self.asked} and (merging := merging_of(sparse)):
             self.models["merged-dense"] = merge_tokens(dense, merging)
-            self.models["sparse-unmerged"] = fuse(trim(unmerged(sparse)))
+            self.models["unmerged-sparse"] = fuse(trim(unmerged(sparse)))
         self.input_size = tuple(dense.pretrained_cfg["input_size"])
         if "dense-onnx" in self.asked:
             self.files["dense-onnx"] = _write_dense(dense, read_config(pruned), opset, scratch)

@@ -32,14 +32,13 @@ def check(exported: VisionModel, source: Source, file: str) -> tuple[list[Parity
     with torch.inference_mode():
         batches = real_images(source.validation.images, sum(sizes)).split(sizes)
         pairs = [(exported(batch), source.original(batch)) for batch in batches]
-    if merges:  # flips are counted: of one image or two there is nothing to count
-        ours, theirs = zip(*pairs, strict=True)
-        pairs = [(torch.cat(ours), torch.cat(theirs))]
-    parity = []
-    for outputs, reference in pairs:
-        judge = parity_of_merging if merges else parity_of
-        parity.append(judge(outputs, reference, source.tolerance, bool(source.original.num_classes)))
-        require_parity(parity[-1], source.tolerance, file)
+    classes = bool(source.original.num_classes)
+    if merges:
+        parity = [_pooled(pairs, source.tolerance, classes, file)]
+    else:
+        parity = [parity_of(*pair, source.tolerance, classes) for pair in pairs]
+    for result in parity:
+        require_parity(result, source.tolerance, file)
     quality = source.validation.quality(exported, "evaluating the exported file")
     if quality.score[0] < source.quality.score[0] - source.settings.max_drop:
         now, before = quality.figures[0], source.quality.figures[0]
@@ -49,6 +48,18 @@ def check(exported: VisionModel, source: Source, file: str) -> tuple[list[Parity
             "another export.precision keeps more (int8-static, float32); nothing was written",
         )
     return parity, quality
+
+
+def _pooled(pairs: list[tuple[Tensor, Tensor]], tolerance: float, classes: bool, file: str) -> Parity:
+    """Of a model that merges tokens: of all images together, for of one image or two there are no flips to count. No batch may
+    be all flips; those of one and two images count as one."""
+    groups = [pairs[:2], *([pair] for pair in pairs[2:]), pairs]
+    joined = [[torch.cat(tensors) for tensors in zip(*group, strict=True)] for group in groups]
+    found = [parity_of_merging(outputs, reference, tolerance, classes) for outputs, reference in joined]
+    for batch in found[:-1]:
+        if batch.flipped == 1:
+            require_parity(batch, tolerance, file)
+    return found[-1]
 
 
 def parity_of(outputs: Tensor, reference: Tensor, tolerance: float, classes: bool) -> Parity:

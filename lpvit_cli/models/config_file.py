@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.files import read_json, reason
 from lpvit_cli.recipe.model import Interpolation
+from lpvit_cli.tokens.blocks import Merging
 
 FORMAT = "lpvit-model"
 LARGEST_IMAGE = 2**27  # numbers
@@ -100,6 +101,7 @@ class ModelConfig(Described):
     widths: dict[str, PositiveInt] = {}
     sparsity: dict[str, SparseLayer]
     ordered: list[str] = []
+    tokens: Merging | None = None
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None  # of model.safetensors; none in lpvit 0.2
     parent: str | dict[str, Any] | None = None
 

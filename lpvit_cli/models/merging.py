@@ -12,7 +12,7 @@ from lpvit_cli.errors import UsageError
 from lpvit_cli.models.flops import count_flops
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.recipe.tokens import TokensSection
-from lpvit_cli.tokens.blocks import WITHOUT, Merging, MergingBlocks, container_of, install, prefix_of
+from lpvit_cli.tokens.blocks import WITHOUT, Merging, MergingBlocks, black_image, container_of, install, prefix_of
 
 MOST = 0.5  # of the tokens, that one merge can take away
 STEP = 1e-3  # how finely a fraction is searched
@@ -53,10 +53,9 @@ def merging_for(model: VisionModel, wanted: TokensSection) -> Merging:
 
 def fraction_for(model: VisionModel, merging: Merging, share: float) -> float:
     """The least fraction with which `model` needs at most `share` of its FLOPs. Raises UsageError where none does."""
-    dense = count_flops(model, ()).total
 
     def flops(steps: int) -> float:
-        return count_flops(merged_sketch(model, with_fraction(merging, steps * STEP)), ()).total / dense
+        return merged_share(model, with_fraction(merging, steps * STEP))
 
     low, high = 1, round(MOST / STEP)
     if (least := flops(high)) > share:
@@ -68,6 +67,11 @@ def fraction_for(model: VisionModel, merging: Merging, share: float) -> float:
         middle = (low + high) // 2
         low, high = (low, middle) if flops(middle) <= share else (middle + 1, high)
     return low * STEP
+
+
+def merged_share(model: VisionModel, merging: Merging) -> float:
+    """The fraction of the model's FLOPs that are left."""
+    return count_flops(merged_sketch(model, merging), ()).total / count_flops(model, ()).total
 
 
 def merged_sketch(model: VisionModel, merging: Merging) -> Any:
@@ -84,30 +88,29 @@ def with_fraction(merging: Merging, fraction: float) -> Merging:
 
 def reads_all_tokens(model: VisionModel, prefix: int) -> bool:
     """Whether what comes after the last block reads more than the first tokens, by changing the others there."""
-    name, _ = container_of(model)
-    last = list(model.get_submodule(name)._modules.values())[-1]
-    assert last is not None
+    probe = copy.deepcopy(model)
+    for module in probe.modules():
+        if isinstance(module, nn.Linear) and not module.weight.any():  # a new head, through which nothing would be seen
+            nn.init.ones_(module.weight)
+    name, _ = container_of(probe)
+    blocks: list[Any] = list(probe.get_submodule(name)._modules.values())
     noise = 0.0
 
     def disturb(_: nn.Module, args: Any, tokens: Tensor) -> Tensor:
         changed = tokens.clone()
-        changed[:, prefix:] += noise * torch.randn(changed[:, prefix:].shape, generator=torch.Generator().manual_seed(0))
+        random = torch.randn(changed[:, prefix:].shape, generator=torch.Generator().manual_seed(0))
+        changed[:, prefix:] += noise * random.to(changed)
         return changed
 
-    handle = last.register_forward_hook(disturb)
-    try:
-        with torch.no_grad():
-            image = torch.zeros(1, *model.pretrained_cfg["input_size"])
-            calm = model(image)
-            noise = 1.0
-            return not torch.equal(calm, model(image))
-    finally:
-        handle.remove()
+    blocks[-1].register_forward_hook(disturb)
+    with torch.no_grad():
+        calm = probe(black_image(probe))
+        noise = 1.0
+        return not torch.equal(calm, probe(black_image(probe)))
 
 
 def tokens_of_blocks(model: nn.Module) -> list[int]:
     """How many tokens each block of a model that merges is given for one image; none where it goes past them."""
-    cfg: Any = model.pretrained_cfg
     seen: list[int] = []
     blocks = next(module for module in model.modules() if isinstance(module, MergingBlocks))
     handles = [
@@ -117,7 +120,7 @@ def tokens_of_blocks(model: nn.Module) -> list[int]:
     ]
     try:
         with torch.no_grad():
-            model(torch.zeros(1, *cfg["input_size"]))
+            model(black_image(model))
     finally:
         for handle in handles:
             handle.remove()

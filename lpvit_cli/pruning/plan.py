@@ -24,7 +24,7 @@ from lpvit_cli.models.flops import ModelFlops, count_flops
 from lpvit_cli.progress import Progress
 from lpvit_cli.pruning.allocate import Curve, CurvePoint, allocate, automatic_beta
 from lpvit_cli.pruning.blocks import Block
-from lpvit_cli.pruning.cost import BYTES_PER_VALUE, LayerCost
+from lpvit_cli.pruning.cost import BYTES_PER_VALUE, LayerCost, layer_cost
 from lpvit_cli.pruning.coupling import find_couplings
 from lpvit_cli.pruning.groups import Group, Option, make_group
 from lpvit_cli.pruning.reorder import reordered
@@ -55,7 +55,9 @@ class Allocation:
 
     def notes(self) -> list[str]:
         """What a user should know about this pruning."""
-        return [*self.plan.notes(), *self.told]
+        nothing = self.plan.reference is not None and not any(point.removed for point in self.points.values())
+        alone = ["merging tokens alone meets the budget: no weight is removed"] if nothing else []
+        return [*self.plan.notes(), *self.told, *alone]
 
     def distortion(self, name: str) -> float:
         return float(self.option(name).removal.distortion[self.points[name].removed])
@@ -240,9 +242,18 @@ class Plan:
 
     @property
     def energy_uj_dense(self) -> float:
+        """Of the prunable layers of the model that pruned ones are compared with."""
         options = {name: group.options[0] for name, group in self.groups.items()}
         whole = {name: torch.ones_like(one.cost.weights, dtype=torch.bool) for name, one in options.items()}
-        return sum(self.energy_uj(name, one.block, whole[name], one.cost) for name, one in options.items())
+        merged = sum(self.energy_uj(name, one.block, whole[name], one.cost) for name, one in options.items())
+        if self.reference is None:
+            return merged
+        tokens, flops = count_flops(self.reference, self.layers, self.example).tokens, self.flops.tokens
+        if self.energy_profile is None:
+            costs = [layer_cost(layer, tokens[name], _shape(layer), self.settings.power) for name, layer in self.layers.items()]
+            return sum(cost.predicted_energy_uj(torch.ones_like(cost.weights, dtype=torch.bool)) for cost in costs)
+        rows = {name: tokens[name] / flops[name] for name in options}  # energies of a profile are in proportion
+        return sum(rows[name] * self.energy_uj(name, one.block, whole[name], one.cost) for name, one in options.items())
 
     @property
     def bytes_dense(self) -> int:
@@ -256,7 +267,7 @@ class Plan:
             notes.append(
                 f"energy is predicted by the profile of {self.energy_profile.device}: {self.energy_profile.energy_source}"
             )
-        elif len({self.flops.tokens[name] for name in self.layers}) == 1:
+        elif self.settings.beta and len({self.flops.tokens[name] for name in self.layers}) == 1:
             notes.append(
                 "every layer sees the same number of tokens, so a block costs the same power everywhere: beta changes nothing"
             )
@@ -313,6 +324,10 @@ def grouped(plan: Plan, progress: Progress) -> Plan:
             plan.groups[name] = distributed.on_main(make_one)
             progress("layer curves", done, len(layers), name)
     return plan
+
+
+def _shape(layer: nn.Linear) -> Block:
+    return layer.out_features, layer.in_features
 
 
 def _first_images(calibration: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

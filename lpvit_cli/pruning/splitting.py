@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lpvit_cli.errors import UsageError
-from lpvit_cli.models.merging import merge_tokens, merging_for
+from lpvit_cli.models.merging import MOST, merge_tokens, merged_share, merging_for
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.progress import Progress
 from lpvit_cli.pruning.plan import Plan
@@ -28,22 +28,31 @@ def split(
 
     `plan_of`: the plan of the model, or of a copy of it that merges. Raises UsageError where no split meets the budget.
     """
-    merging_for(model, TokensSection(fraction=SHARES[1]))  # a model that cannot merge is refused before any work
+    most = merging_for(model, TokensSection(fraction=MOST))  # a model that cannot merge is refused before any work
     plan, found = plan_of(model), dict[float, tuple[float, Merging | None]]()
     whole = (plan.latency_ms_dense or 0.0) if budget.kind == "latency_ms" else 1.0
-    refusal: UsageError | None = None
+    if budget.value >= whole:
+        return None, "tokens: auto: no tokens are merged: the budget takes nothing away"
+    least = whole
     for done, share in enumerate(SHARES):
         flops = 1 - share * (1 - budget.value / whole)
         progress("splitting the budget", done, len(SHARES), f"tokens to {flops:.0%} of the FLOPs")
         try:
             merging = merging_for(model, TokensSection(flops=flops)) if share else None
-            tried = plan_of(merge_tokens(model, merging)) if merging else plan
+        except UsageError:  # it cannot do so much
+            merging, flops = most, merged_share(model, most)
+        tried = plan_of(merge_tokens(model, merging)) if merging else plan
+        least = min(least, tried.reachable(budget))
+        if tried.reachable(budget) <= budget.value:
             found[flops] = tried.method.distance(budget, progress), merging
-        except UsageError as error:  # merging cannot do so much, or the weights not the rest
-            refusal = error
+        if merging is most:
+            break
     if not found:
-        assert refusal is not None
-        raise refusal
+        raise UsageError(
+            f"prune.budget: {budget.kind} {budget.value:g} cannot be reached: merging and weights can make it from "
+            f"{least:.4g} to {whole:.4g}",
+            "choose a value in between, or lower prune.min_keep",
+        )
     chosen = min(found, key=lambda flops: found[flops][0])
     distances = ", ".join(f"{flops:.0%}: {distance:.3g}" for flops, (distance, _) in found.items())
     what = f"tokens are merged to {chosen:.0%} of the FLOPs, weights give the rest" if chosen < 1 else "no tokens are merged"

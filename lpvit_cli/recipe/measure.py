@@ -17,23 +17,23 @@ SubjectName = Literal[
     "dense-compiled-graph",
     "dense-onnx",
     "merged-dense",
+    "unmerged-sparse",
     "masked-dense",
     "masked-dense-compiled",
     "masked-dense-graph",
     "masked-dense-compiled-graph",
     "sparse",
-    "sparse-unmerged",
     "sparse-compiled",
     "sparse-graph",
     "sparse-compiled-graph",
     "onnx",
 ]
-DENSE, PRUNED = "dense", ("sparse", "onnx")  # what the names of bench's subjects begin with
+DENSE, PRUNED = "dense", ("sparse", "onnx")  # what the names of bench's subjects begin with; others explain the difference
 SUBJECTS: dict[str, tuple[SubjectName, ...]] = {
     "torch": ("dense", "masked-dense", "sparse"),
     "onnxruntime": ("dense-onnx", "onnx"),
 }
-OF_MERGING: tuple[SubjectName, ...] = ("merged-dense", "sparse-unmerged")  # what each of both saves
+OF_MERGING: tuple[SubjectName, ...] = ("merged-dense", "unmerged-sparse")  # what each of both saves
 
 
 class EnergySection(Section):
@@ -47,7 +47,7 @@ class EnergySection(Section):
 
 class BenchSection(Section):
     """What is compared, in turn in one process. `subjects`: the dense model, masked-dense (the same zeros in dense layers), and
-    sparse; where tokens are merged also merged-dense, which has all weights, and sparse-unmerged, which has all tokens; in
+    sparse; where tokens are merged also merged-dense, which has all weights, and unmerged-sparse, which has all tokens; in
     eager PyTorch (on a GPU also as CUDA graphs), -compiled by torch.compile, or as a CUDA -graph; onnx is the file of
     `lpvit export`, dense-onnx the dense model in onnxruntime. Ratios are against the fastest dense one, or `baseline`."""
 

@@ -128,8 +128,8 @@ class Layers(Section):
 
 
 class PruneSection(Section):
-    """Which blocks go. `beta` weighs power against distortion; where every layer sees the same number of tokens (a plain
-    ViT) a block costs the same power in every layer, and beta changes nothing."""
+    """Which blocks go, under which budget. `beta` weighs predicted power against distortion beside it; where every layer sees
+    the same number of tokens (a plain ViT) a block costs the same power in every layer, and it changes nothing."""
 
     method: Annotated[str, AfterValidator(METHODS.require)] = "obs"  # which blocks go first
     reorder: bool = True  # before anything goes: neurons, dimensions of heads and residual channels sorted by saliency, so that
@@ -146,7 +146,10 @@ class PruneSection(Section):
     budget: Budget = Budget.model_validate({"flops": 0.5})  # how much stays
     profile: Path | None = None  # the name of a saved device profile (lpvit profile --name), or a profile.json, for budgets in
     # ms and mJ and for predictions; None: that of this run
-    beta: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
+    beta: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = (
+        0.0  # 0: accuracy alone decides under the budget;
+    )
+    # auto: the scale of the LPViT paper, by which power outweighs accuracy where layers see different numbers of tokens
     min_keep: Fraction = 0.0  # of each layer's blocks, rounded down
     layers: Layers = Layers()  # which layers may be pruned
     power: Power = Power()  # where no device profile knows energies

@@ -7,10 +7,10 @@ fully resolved recipe or raises a `UsageError` that names the file, the line, th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from lpvit_cli.errors import printable
 from lpvit_cli.recipe.data import CalibrateSection, DataSection
@@ -42,8 +42,7 @@ class Recipe(Section):
     data: DataSection  # images to calibrate, recover and evaluate on
     target: TargetSection = TargetSection()  # where the model will run
     calibrate: CalibrateSection = CalibrateSection()  # `lpvit calibrate`
-    tokens: TokensSection | Literal["auto"] | None = None  # similar tokens are merged between blocks; auto: as many as is best
-    # for prune.budget; null: none
+    tokens: TokensSection | None = None  # similar tokens are merged between blocks; null: none
     prune: PruneSection = PruneSection()  # `lpvit prune`
     sweep: tuple[float, ...] = ()  # budgets of `lpvit prune --sweep`, of the same kind as prune.budget
     schedule: tuple[float, ...] = ()  # budgets of `lpvit gradual`, of the same kind, each below the one before
@@ -55,6 +54,8 @@ class Recipe(Section):
     @field_validator("sweep", "schedule")
     @classmethod
     def _holds_budgets(cls, budgets: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        if budgets and (tokens := info.data.get("tokens")) and tokens.auto:
+            raise ValueError("tokens: auto splits one budget, prune.budget; for several give tokens.flops")
         if "prune" in info.data:  # absent when it is invalid itself
             for value in budgets:
                 Budget.model_validate({info.data["prune"].budget.kind: value})
@@ -75,13 +76,13 @@ class Recipe(Section):
             raise ValueError(f"each {prune.budget.kind} must leave less than the one before: {list(downwards)}")
         return schedule
 
-    @model_validator(mode="after")
-    def _can_split(self) -> Self:
-        if self.tokens == "auto" and (self.prune.budget.kind not in ("flops", "latency_ms") or self.prune.method != "obs"):
+    @field_validator("prune")
+    @classmethod
+    def _can_split(cls, prune: PruneSection, info: ValidationInfo) -> PruneSection:
+        tokens = info.data.get("tokens")
+        if tokens and tokens.auto and (prune.budget.kind not in ("flops", "latency_ms") or prune.method != "obs"):
             raise ValueError("tokens: auto splits a budget of flops or latency_ms, with method: obs; or give tokens.flops")
-        if self.tokens == "auto" and self.schedule:
-            raise ValueError("tokens: auto splits one budget, and a schedule has several; give tokens.flops")
-        return self
+        return prune
 
     def model_post_init(self, context: Any) -> None:
         self.place()
@@ -126,6 +127,11 @@ class Recipe(Section):
         if asked is None:
             asked = self.target.precision if self.target.runtime != "torch" else "float32"
         return asked if asked in PRECISIONS else "float32"
+
+    @property
+    def splits(self) -> bool:
+        """Whether merging is chosen for the budget."""
+        return self.tokens is not None and self.tokens.auto
 
     @property
     def subjects(self) -> tuple[SubjectName, ...]:

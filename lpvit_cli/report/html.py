@@ -13,6 +13,7 @@ from lpvit_cli.bench.notes import verdicts
 from lpvit_cli.bench.results import BatchBench
 from lpvit_cli.measure.energy.run import SENSORS_ERR
 from lpvit_cli.numbers import by, interval, percent, three_digits
+from lpvit_cli.recipe.measure import OF_MERGING
 from lpvit_cli.report.pictures import (
     blocks_picture,
     energy_picture,
@@ -42,7 +43,8 @@ def write_html(
     if find_spec("matplotlib"):
         pictures = [picture for batch in bench.batches for picture in _of_batch(batch)]
         if pruned.merged:
-            pictures += [(MERGED, merging_picture(batch, pruned)) for batch in bench.batches]
+            timed = [batch for batch in bench.batches if OF_MERGING[0] in batch.timing.subjects]
+            pictures += [(MERGED, merging_picture(batch, pruned)) for batch in timed]
             pictures += [(PATCHES, patches_picture(photos))] if photos else []
         pictures.append((KEPT, blocks_picture(pruned.layers)))
     environment = jinja2.Environment(

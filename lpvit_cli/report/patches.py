@@ -21,8 +21,8 @@ def places_of(model: VisionModel, images: Tensor) -> Tensor:
     places: list[Tensor] = []
 
     def follow(merge: TokenMerge, args: Any) -> None:
-        x = args[0]
-        now = match(x, merge.prefix, merge.removed(x.shape[1])).places()
+        x, r = args[0], merge.removed(args[0].shape[1])
+        now = match(x, merge.prefix, r).places() if r else torch.arange(x.shape[1]).expand(x.shape[:2])
         places.append(now.gather(1, places[-1]) if places else now)
 
     handles = [part.register_forward_pre_hook(follow) for part in model.modules() if isinstance(part, TokenMerge)]

@@ -207,7 +207,7 @@ def merging_picture(batch: BatchBench, pruned: PruneReport) -> str:
     qualities = {
         "dense": ("dense", pruned.quality_dense),
         "merged-dense": ("tokens only", pruned.merged.quality),
-        "sparse-unmerged": ("weights only", pruned.merged.quality_unmerged),
+        "unmerged-sparse": ("weights only", pruned.merged.quality_unmerged),
         "sparse": ("both", pruned.quality),
     }
     figure, axes = _figure(7, 4)

@@ -108,6 +108,7 @@ class PruneReport(BesideDense):
     merged: MergedReport | None = None  # None: no tokens are merged
     flops_dense: int
     flops: int
+    energy_uj_dense: float | None = None  # predicted, of the prunable layers; None: the sum over `layers`
     linear_kept_fraction: float  # of the prunable weights
     bytes_dense: int  # of the weights as one dense safetensors file
     bytes: int

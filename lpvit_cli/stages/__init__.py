@@ -37,10 +37,6 @@ def profile_path(run: Run) -> Path | None:
     return run.folder / PROFILE.folder / "profile.json" if own_profile(run) else given
 
 
-def _profile_to_split_by(run: Run) -> tuple[Stage, ...]:
-    return own_profile(run) if run.recipe.tokens == "auto" else ()
-
-
 def profile_of(run: Run) -> Any:
     """What pruning reads of it; None: no budget or recipe asks for one."""
     from lpvit_cli.measure.profile import DeviceProfile
@@ -98,8 +94,8 @@ CALIBRATE = _stage(
     "CalibrateReport",
     "Gather statistics of the dense model on calibration images.",
     together=True,
-    sources=_profile_to_split_by,
-    inputs=lambda run: _profile_content(run) if run.recipe.tokens == "auto" else {},
+    sources=lambda run: own_profile(run) if run.recipe.splits else (),
+    inputs=lambda run: _profile_content(run) if run.recipe.splits else {},
 )
 PRUNE = _stage(
     "prune",

@@ -67,7 +67,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
             flops=pruned.flops,
             batches=batches,
         )
-    photos = merged_photos(load_model(source), partial(validation_batches, recipe.data))
+    photos = merged_photos(load_model(source), partial(validation_batches, recipe.data)) if pruned.merged else []
     write_html(work / "report.html", recipe.name, report, pruned, finetuned, photos)
     write_csv(work / "report.csv", report)
     return report

@@ -33,10 +33,9 @@ STATISTICS = "statistics.safetensors"
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> CalibrateReport:
     torch.manual_seed(recipe.seed)
     model, told = build_model(recipe.model, recipe.task, recipe.features), []
-    if recipe.tokens == "auto":
+    if recipe.splits:
         found = _gathered(recipe, run, model, progress)[0]
-        merging, note = split(model, recipe.prune.budget, planner(recipe, run, model, found, progress), progress)
-        told.append(note)
+        merging, *told = split(model, recipe.prune.budget, planner(recipe, run, model, found, progress), progress)
     else:
         merging = merging_for(model, recipe.tokens) if recipe.tokens else None
     model = merge_tokens(model, merging)

@@ -59,6 +59,10 @@ class Pruner:
         """The quality of the dense model."""
         return self._quality(self.model, "evaluating the dense model")
 
+    @cached_property
+    def _merged_quality(self) -> Any:
+        return self._quality(self.plan.model, "evaluating the model with merged tokens", neighbours=False)
+
     def _quality(self, model: nn.Module, what: str, neighbours: bool = True) -> Any:
         quality = self.validation.quality(model, what, neighbours)
         model.cpu()
@@ -73,7 +77,7 @@ class Pruner:
             merging=merging,
             tokens=tokens_of_blocks(model),
             flops=self.plan.flops.total,
-            quality=self._quality(model, "evaluating the model with merged tokens", neighbours=False),
+            quality=self._merged_quality,
             quality_unmerged=self._quality(unmerged(pruned), "evaluating the pruned model without merging", neighbours=False),
         )
 
@@ -102,6 +106,7 @@ class Pruner:
             merged=self._merged(model),
             flops_dense=plan.flops_dense,
             flops=predicted.flops,
+            energy_uj_dense=plan.energy_uj_dense,
             linear_kept_fraction=predicted.kept_fraction,
             bytes_dense=plan.bytes_dense,
             bytes=sum(path.stat().st_size for path in work.iterdir()),

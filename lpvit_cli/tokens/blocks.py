@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, field_validator
 from torch import Tensor, nn
 
 from lpvit_cli.errors import UsageError
@@ -35,6 +35,13 @@ class Merging(BaseModel):
     after: tuple[NonNegativeInt, ...]
     prefix: NonNegativeInt
     restores: bool
+
+    @field_validator("after")
+    @classmethod
+    def _in_order(cls, after: tuple[int, ...]) -> tuple[int, ...]:
+        if not after or list(after) != sorted(set(after)):
+            raise ValueError("after: should be blocks in order, each once")
+        return after
 
 
 class MergingBlocks(nn.Sequential):
@@ -63,7 +70,8 @@ class MergingBlocks(nn.Sequential):
             weights = None if size is None else size.log().transpose(1, 2).unsqueeze(1).to(x.dtype)  # [batch, 1, 1, tokens]
             x = block(x, **{self.mask: weights}, **kwargs)
             if hasattr(block, "merge"):
-                size = torch.ones_like(x[..., :1]) if size is None else size
+                if size is None:
+                    size = torch.ones_like(x[..., :1], dtype=torch.promote_types(x.dtype, torch.float32))
                 x, size, places = block.merge(x, size, places)
         return x if places is None else take(x, places)
 
@@ -108,6 +116,13 @@ def install(model: nn.Module, merging: Merging) -> None:
         raise UsageError(
             f"tokens.after: there is no block {beyond[0]}: this model has {len(blocks)}", f"give 0 to {len(blocks) - 1}"
         )
+    if len(blocks) - 1 in merging.after:
+        raise UsageError(
+            f"tokens.after: {len(blocks) - 1} is the last block, after which none is left to see fewer tokens", "leave it out"
+        )
+    for block in blocks:
+        if block is not None:
+            block._modules.pop("merge", None)
     kind = MergingBlocks if isinstance(container, nn.Sequential) else MergingLayers
     model.set_submodule(name, kind([block for block in blocks if block is not None], mask, merging))
 
@@ -150,10 +165,14 @@ def _tokens_before(model: Any, container: str) -> int:
     seen: list[int] = []
     first = next(iter(model.get_submodule(container)._modules.values()))
     handle = first.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    device = next(model.parameters()).device
     try:
         with torch.no_grad():
-            model(torch.zeros(1, *model.pretrained_cfg["input_size"], device=device))
+            model(black_image(model))
     finally:
         handle.remove()
     return seen[0]
+
+
+def black_image(model: Any) -> Tensor:
+    """One image of the model's size, where and in what its parameters are."""
+    return next(model.parameters()).new_zeros(1, *model.pretrained_cfg["input_size"])

@@ -31,10 +31,11 @@ class Matching:
 
 
 def match(x: Tensor, prefix: int, r: int) -> Matching:
-    """The `r` most similar pairs of the tokens x [batch, n, width] after the first `prefix`; in float32 at least."""
+    """The `r` most similar pairs, at least one, of the tokens x [batch, n, width] after the first `prefix`; in float32 at
+    least, under autocast too."""
     batch, n, _ = x.shape
-    with torch.no_grad():
-        unit = x if x.dtype == torch.float64 else x.float()
+    with torch.no_grad(), _exact(x):
+        unit = _wide(x)
         unit = unit * torch.rsqrt((unit * unit).sum(-1, keepdim=True).clamp(min=1e-12))
         scores = unit[:, prefix::2] @ unit[:, prefix + 1 :: 2].transpose(1, 2)
         givers, receivers = scores.shape[1:]
@@ -44,6 +45,15 @@ def match(x: Tensor, prefix: int, r: int) -> Matching:
         second = torch.arange(prefix + 1, n, 2, device=x.device).expand(batch, receivers)
         order = torch.cat([first, rest * 2 + prefix, second, go * 2 + prefix], 1)
         return Matching(order, scores.argmax(-1).gather(1, go), receivers)
+
+
+def _exact(x: Tensor) -> torch.autocast:
+    """Computes in the types that tensors have."""
+    return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class TokenMerge(nn.Module):
@@ -60,23 +70,26 @@ class TokenMerge(nn.Module):
     def forward(
         self, x: Tensor, size: Tensor, places: Tensor | None = None, like: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens x [batch, n, width], how many patches each stands for, size [batch, n, 1], and, where somebody wants to know,
-        at which token each patch of the image is, places [batch, patches]; all three after the merge.
+        """Tokens x [batch, n, width], how many patches each stands for, size [batch, n, 1] float32, and, where it is
+        wanted, at which token each patch of the image is, places [batch, patches]; all three after the merge.
 
         `like` [batch, n, any width]: tokens whose similarity counts instead of that of x.
         """
-        found = match(x if like is None else like, self.prefix, self.removed(x.shape[1]))
-        stay = x.shape[1] - found.to.shape[1]
+        if not (r := self.removed(x.shape[1])):
+            return x, size, places
+        found = match(x if like is None else like, self.prefix, r)
+        stay = x.shape[1] - r
+        alone = stay - found.receivers
         where = torch.arange(found.receivers, device=x.device).unsqueeze(-1)
-        goes_to = (found.to.unsqueeze(1) == where).to(x.dtype)  # [batch, receivers, r]
+        goes_to = (found.to.unsqueeze(1) == where).to(_wide(x).dtype)  # [batch, receivers, r]
 
         def folded(tokens: Tensor) -> Tensor:
-            alone = stay - found.receivers
             return torch.cat([tokens[:, :alone], tokens[:, alone:stay] + goes_to @ tokens[:, stay:]], 1)
 
-        after = folded(take(size, found.order))
-        merged = folded(take(x * size, found.order)) / after
-        return merged, after, None if places is None else found.places().gather(1, places)
+        with _exact(x):  # sums of sizes have to be exact, and float16 is soon too small
+            after = folded(take(size, found.order))
+            merged = folded(take(_wide(x) * size, found.order)) / after
+        return merged.to(x.dtype), after, None if places is None else found.places().gather(1, places)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

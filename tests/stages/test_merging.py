@@ -103,7 +103,8 @@ def test_auto_splits_a_budget_of_flops_and_says_so(recipe: Path) -> None:
     calibrated = report(folder / "calibration")
     (note,) = [note for note in calibrated["notes"] if note.startswith("tokens: auto")]
     assert "nearest to the dense model on held-back images" in note
-    assert all(share in note for share in ("100%", "88%", "75%"))  # more cannot be had from two blocks
+    assert all(share in note for share in ("100%", "88%", "75%"))
+    assert note.count("%: ") == 4, "the most that merging can do stands for all that is more"
     assert run_cli("prune", recipe, "-o", folder, "--set", "tokens=auto").code == 0
     pruned = report(folder / "pruned")
     assert pruned["flops"] <= 0.51 * pruned["flops_dense"]
@@ -147,7 +148,13 @@ def test_milliseconds_follow_the_tokens(recipe: Path, profile: Path, tokens: str
         (["tokens={fraction: 0.2, after: [7]}"], "tokens.after: there is no block 7"),
         (["tokens={fraction: 0.2, flops: 0.7}"], "either flops or fraction"),
         (["tokens=auto", "prune.budget={sparsity: 0.5}"], "tokens: auto splits a budget of flops or latency_ms"),
-        (["tokens=auto", "prune.budget={flops: 0.01}"], "cannot be reached"),
+        (
+            ["tokens=auto", "prune.budget={flops: 0.01}"],
+            "flops 0.01 cannot be reached: merging and weights can",
+        ),
+        (["tokens=auto", "sweep=[0.5, 0.4]"], "tokens: auto splits one budget"),
+        (["tokens=0.7"], "tokens: should be auto, or {flops: ...}"),
+        (["tokens.flops=2"], "tokens.flops: "),
     ],
 )
 def test_what_cannot_be_is_told_before_calibration(recipe: Path, tmp_path: Path, sets: list[str], message: str) -> None:
@@ -155,3 +162,17 @@ def test_what_cannot_be_is_told_before_calibration(recipe: Path, tmp_path: Path,
     assert ran.code == 2
     assert message in " ".join(ran.err.split())
     assert not (tmp_path / "run" / "calibration").exists()
+
+
+def test_a_budget_that_takes_nothing_away_merges_nothing(recipe: Path, tmp_path: Path) -> None:
+    ran = run_cli("calibrate", recipe, "-o", tmp_path / "run", "--set", "tokens=auto", "--set", "prune.budget={flops: 1}")
+    assert ran.code == 0, ran.err
+    assert report(tmp_path / "run" / "calibration")["merging"] is None
+
+
+def test_power_is_compared_with_the_model_that_merges_nothing(recipe: Path, run: Path, tmp_path: Path) -> None:
+    assert run_cli("calibrate", recipe, "-o", tmp_path / "plain").code == 0
+    assert run_cli("prune", recipe, "-o", tmp_path / "plain").code == 0
+    plain, merged = report(tmp_path / "plain" / "pruned"), report(run / "pruned")
+    assert merged["energy_uj_dense"] == pytest.approx(plain["energy_uj_dense"])
+    assert merged["energy_uj_dense"] > sum(layer["energy_uj_dense"] for layer in merged["layers"])

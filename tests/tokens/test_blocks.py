@@ -143,7 +143,7 @@ def test_a_folder_keeps_the_merging(which: str, tmp_path: Path) -> None:
     assert torch.equal(read(images(2)), merged(images(2)))
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"fraction": 0.25', '"fraction": 0.75'))
-    with pytest.raises(EnvironmentFault, match="do not fit together"):
+    with pytest.raises(EnvironmentFault, match="tokens.fraction"):
         load_model(tmp_path / "model")
 
 
@@ -167,6 +167,37 @@ def test_the_graph_is_whole_and_waits_for_nothing() -> None:
     torch.testing.assert_close(compiled(images(2)), merged(images(2)))
     assert not {"item", "nonzero"} & {*seen}
     assert any("topk" in name for name in seen)
+
+
+def test_deep_models_merge_until_nothing_is_left_to_merge() -> None:
+    kwargs = {**SMALL, "depth": 24, "embed_dim": 12}
+    model = build_model(ModelSection(name="vit_tiny_patch16_224", kwargs=kwargs))
+    merged = merge_tokens(model, merging_for(model, TokensSection(fraction=0.5)))
+    assert tokens_of_blocks(merged)[-1] == 2
+    assert 0 < merging_for(model, TokensSection(flops=0.7)).fraction < 0.2
+
+
+def test_a_second_merging_takes_the_place_of_the_first() -> None:
+    model = made("class token")
+    first = merge_tokens(model, Merging(fraction=0.2, after=(0,), prefix=1, restores=False))
+    second = Merging(fraction=0.3, after=(1,), prefix=1, restores=False)
+    assert tokens_of_blocks(merge_tokens(first, second)) == tokens_of_blocks(merge_tokens(model, second))
+
+
+def test_a_new_head_of_zeros_hides_no_pooling() -> None:
+    model = made("mean of patches")
+    torch.nn.init.zeros_(model.head.weight)
+    assert merging_for(model, TokensSection(fraction=0.2)).restores
+
+
+def test_models_of_any_type_merge() -> None:
+    model = made("attention pooling").bfloat16()
+    assert merging_for(model, TokensSection(fraction=0.2)).restores
+
+
+def test_after_the_last_block_nothing_is_left_to_save() -> None:
+    with pytest.raises(UsageError, match="2 is the last block"):
+        merging_for(made("class token"), TokensSection(fraction=0.2, after=(2,)))
 
 
 @pytest.mark.gpu

@@ -75,3 +75,25 @@ def test_gradients_reach_every_token() -> None:
     merged.sum().backward()
     torch.testing.assert_close(x.grad.sum(), torch.tensor(merged.shape[1] * 4.0))
     assert (x.grad != 0).all()
+
+
+def test_autocast_changes_neither_pairs_nor_sizes() -> None:
+    x = torch.randn(2, 257, 32, generator=torch.Generator().manual_seed(0))
+    size, places = torch.full((2, 257, 1), 301.0), torch.arange(257).expand(2, 257)
+    expected = TokenMerge(1, 0.3)(x, size, places)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = TokenMerge(1, 0.3)(x, size, places)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_half_precision_does_not_overflow() -> None:
+    x, size = torch.full((1, 9, 4), 400.0).half(), torch.full((1, 9, 1), 200.0)
+    merged, after, _ = TokenMerge(1, 0.5)(x, size)
+    assert merged.dtype == torch.float16
+    assert (merged == 400).all()
+    assert float(after.sum()) == 9 * 200
+
+
+def test_where_nothing_can_go_nothing_happens() -> None:
+    x, size = torch.randn(1, 2, 4), torch.ones(1, 2, 1)
+    assert TokenMerge(1, 0.5)(x, size)[0] is x

@@ -26,10 +26,13 @@ def export(report: ExportReport, folder: Path) -> list[Any]:
             shown.append("layers by form: " + ", ".join(f"{count} {form}" for form, count in counts.most_common()))
         if file.parity:
             same = "cosine" if file.parity[0].agreement is None else "same top-1"
-            rows = table("against the model, on real images", "batch", "relative error", same)
+            merges = file.parity[0].flipped is not None
+            heads = ["images", "median error", same, "other tokens merged"] if merges else ["batch", "relative error", same]
+            rows = table("against the model, on real images", *heads)
             for parity in file.parity:
                 alike = f"{parity.cosine:.6f}" if parity.agreement is None else percent(parity.agreement)
-                rows.add_row(str(parity.batch_size), f"{parity.relative_error:.1e}", alike)
+                flipped = [] if parity.flipped is None else [percent(parity.flipped)]
+                rows.add_row(str(parity.batch_size), f"{parity.relative_error:.1e}", alike, *flipped)
             shown.append(rows)
         if file.quality:
             now, before = file.quality.figures[0], report.quality_model.figures[0]

@@ -37,7 +37,8 @@ def prune(report: PruneReport, folder: Path) -> list[Any]:
             giga(layer.flops),
             f"{layer.energy_uj:.1f}",
         )
-    energy, energy_dense = (sum(getattr(layer, k) for layer in report.layers) for k in ("energy_uj", "energy_uj_dense"))
+    energy, energy_whole = (sum(getattr(layer, k) for layer in report.layers) for k in ("energy_uj", "energy_uj_dense"))
+    energy_dense = report.energy_uj_dense or energy_whole
     merged = report.merged
     summary = table("", "", "dense", *(["tokens merged"] if merged else []), "pruned", "ratio")
 
@@ -48,7 +49,7 @@ def prune(report: PruneReport, folder: Path) -> list[Any]:
     row("FLOPs", giga(report.flops_dense), giga(report.flops), f"{report.flops / report.flops_dense:.2f}", of_merged)
     row("prunable weights kept", "100 %", percent(report.linear_kept_fraction), f"{report.linear_kept_fraction:.2f}")
     if energy_dense:
-        row("predicted uJ/image", f"{energy_dense:.0f}", f"{energy:.0f}", f"{energy / energy_dense:.2f}")
+        row("predicted uJ/image", f"{energy_dense:.0f}", f"{energy:.0f}", f"{energy / energy_dense:.2f}", f"{energy_whole:.0f}")
     if report.latency_ms is not None and report.latency_ms_dense is not None:
         dense_ms, ms = report.latency_ms_dense, report.latency_ms
         row("predicted ms/batch", f"{dense_ms:.2f}", f"{ms:.2f}", f"{ms / dense_ms:.2f}")
