@@ -22,7 +22,7 @@ from lpvit_cli.models.merging import merge_tokens
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.trim import trim
 from lpvit_cli.recipe.measure import OF_MERGING
-from lpvit_cli.sparse import densify, fuse, sparse_layers
+from lpvit_cli.sparse import densify, freeze, fuse, sparse_layers
 from lpvit_cli.targets.base import ExportedModel
 from lpvit_cli.targets.onnxruntime import OnnxModel
 from lpvit_cli.tokens.blocks import merging_of, unmerged
@@ -84,6 +84,7 @@ class Subjects:
         if {*OF_MERGING} & {*self.asked} and (merging := merging_of(sparse)):
             self.models["merged-dense"] = merge_tokens(dense, merging)
             self.models["sparse-unmerged"] = fuse(trim(unmerged(sparse)))
+        self._running: dict[str, nn.Module] = {}  # what a subject calls, for the batch that was prepared last
         self.input_size = tuple(dense.pretrained_cfg["input_size"])
         if "dense-onnx" in self.asked:
             self.files["dense-onnx"] = _write_dense(dense, read_config(pruned), opset, scratch)
@@ -128,7 +129,7 @@ class Subjects:
             return None
         if name in self.files:
             return peak_bytes(lambda: opener()(), self.device)
-        model = self.models[name.removesuffix(COMPILED)]
+        model = self._running[name]
         subject = opener()
         subject()  # libraries take their workspaces: those are nobody's
         for layer in sparse_layers(model).values():
@@ -142,6 +143,9 @@ class Subjects:
         captured = name.endswith(GRAPH)
         compiled = name.removesuffix(GRAPH).endswith(COMPILED)
         model: nn.Module = self.models[name.removesuffix(GRAPH).removesuffix(COMPILED)]
+        if name in self.models:  # neither compiled nor a graph: what Python does in each call counts
+            model = freeze(model, images)
+        self._running[name] = model
         subject = forward_of(torch.compile(model, dynamic=False) if compiled else model, images)
         if compiled:
             _attempt(subject, f"{name}: torch.compile fails here")
