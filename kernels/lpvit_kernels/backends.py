@@ -54,7 +54,8 @@ def forward(
 def bound(choice: Choice, weight: BlockSparseMatrix) -> nn.Module | None:
     """The product with this weight on the CPU as it was chosen, x [tokens, in] -> x W^T [tokens, out]: a call looks nothing up.
 
-    It holds what it needs of the weight. None: F.linear with `weight.to_dense()`. `strided`, which would call BLAS from Python for every block, is bound as `gathered`.
+    It holds what it needs of the weight. None: F.linear with `weight.to_dense()`. `strided`, which would call BLAS from Python
+    for every block, is bound as `gathered`.
     """
     if choice.backend == "dense":
         mask = weight.block_mask

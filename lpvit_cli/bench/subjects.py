@@ -84,7 +84,6 @@ class Subjects:
         if {*OF_MERGING} & {*self.asked} and (merging := merging_of(sparse)):
             self.models["merged-dense"] = merge_tokens(dense, merging)
             self.models["sparse-unmerged"] = fuse(trim(unmerged(sparse)))
-        self._running: dict[str, nn.Module] = {}  # what a subject calls, for the batch that was prepared last
         self.input_size = tuple(dense.pretrained_cfg["input_size"])
         if "dense-onnx" in self.asked:
             self.files["dense-onnx"] = _write_dense(dense, read_config(pruned), opset, scratch)
@@ -111,25 +110,25 @@ class Subjects:
         made.notes += [f"left out: {name}: this model merges no tokens" for name in self.asked if name not in asked]
         for name in sorted(dict.fromkeys((*asked, *graphs)), key=lambda name: name.endswith(GRAPH)):
             try:
-                made.openers[name] = self._opener(name, images, pool)
+                model = self._called(name, images)
+                made.openers[name] = self._opener(name, model, images, pool)
             except EnvironmentFault as error:
                 if name in self.asked:
                     raise
                 made.notes.append(f"left out: {error.message}")
             else:
-                made.memory_bytes[name] = self._peak_memory_bytes(name, made.openers[name])
+                made.memory_bytes[name] = self._peak_memory_bytes(name, model, made.openers[name])
         return made
 
-    def _peak_memory_bytes(self, name: str, opener: Opener) -> int | None:
+    def _peak_memory_bytes(self, name: str, model: nn.Module | None, opener: Opener) -> int | None:
         """Weights as stored, and the most that a call holds beyond them: activations, and what backends keep of weights.
 
         None: not known, as for CUDA graphs, whose memory is their common pool's.
         """
         if name.endswith(GRAPH):
             return None
-        if name in self.files:
+        if model is None:
             return peak_bytes(lambda: opener()(), self.device)
-        model = self._running[name]
         subject = opener()
         subject()  # libraries take their workspaces: those are nobody's
         for layer in sparse_layers(model).values():
@@ -137,15 +136,21 @@ class Subjects:
         extra = peak_bytes(subject, self.device)
         return None if extra is None else extra + sum(tensor.nbytes for tensor in model.state_dict().values())
 
-    def _opener(self, name: str, images: Tensor, pool: Any) -> Opener:
+    def _called(self, name: str, images: Tensor) -> nn.Module | None:
+        """The model that a subject calls, frozen where it is neither compiled nor a graph: there Python's own time counts.
+
+        None: it is a session.
+        """
         if name in self.files:
+            return None
+        model = self.models[name.removesuffix(GRAPH).removesuffix(COMPILED)]
+        return freeze(model, images) if name in self.models else model
+
+    def _opener(self, name: str, model: nn.Module | None, images: Tensor, pool: Any) -> Opener:
+        if model is None:
             return partial(_open_session, self.files[name], images)
         captured = name.endswith(GRAPH)
         compiled = name.removesuffix(GRAPH).endswith(COMPILED)
-        model: nn.Module = self.models[name.removesuffix(GRAPH).removesuffix(COMPILED)]
-        if name in self.models:  # neither compiled nor a graph: what Python does in each call counts
-            model = freeze(model, images)
-        self._running[name] = model
         subject = forward_of(torch.compile(model, dynamic=False) if compiled else model, images)
         if compiled:
             _attempt(subject, f"{name}: torch.compile fails here")
