@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from helpers import MODELS, masked, random_model, relative
+from helpers import MODELS, masked, random_model, relative, run_cli
 from lpvit_kernels import BlockSparseMatrix, backends, dispatch, memo
 from lpvit_kernels.dispatch import Case
 from lpvit_kernels.tuned import Choice, Tuned
+from PIL import Image
 from torch import Tensor, nn
 
+from lpvit_cli.bench.subjects import Subjects
+from lpvit_cli.models.folder import save_model
 from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.recipe.prune import Layers
-from lpvit_cli.sparse import BlockSparseLinear, densify, freeze, sparse_layers, sparsify
+from lpvit_cli.sparse import BlockSparseLinear, densify, freeze, fuse, sparse_layers, sparsify
 from lpvit_cli.sparse.frozen import FrozenLinear
 from lpvit_cli.sparse.fused import FusedBlock
 
+CFG = {"input_size": (3, 32, 32)}
 FORMS = ["gathered", "strided", "batched", "dense"]
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -249,3 +254,50 @@ def test_a_layer_with_two_names_stays_one_layer(tuned_as: Callable[[str], None])
 def test_a_dense_model_is_given_back() -> None:
     model = random_model("vit")
     assert freeze(model, 2) is model
+
+
+@pytest.fixture
+def bound(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The backends that freezing binds, one for each layer."""
+    found: list[str] = []
+    original = backends.bound
+    monkeypatch.setattr(backends, "bound", lambda choice, weight: (found.append(choice.backend), original(choice, weight))[1])
+    return found
+
+
+@pytest.mark.parametrize("command", ["predict", "embed", "evaluate"])
+def test_commands_run_the_frozen_model(command: str, bound: list[str], tmp_path: Path) -> None:
+    model = sparse()
+    save_model(tmp_path / "model", model, {"architecture": MODELS["vit"][0], "kwargs": MODELS["vit"][1], "preprocessing": CFG})
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        Image.new("RGB", (32, 32), (40 * number, 200, 90)).save(tmp_path / "images" / f"{number}.png")
+    given: dict[str, list[object]] = {
+        "predict": [tmp_path / "images" / "0.png"],
+        "embed": [tmp_path / "images", "--output", tmp_path / "out.npy", "--batch-size", 2],
+        "evaluate": [
+            "--root",
+            tmp_path / "images",
+            "--dataset",
+            "folder",
+            "--reference",
+            tmp_path / "model",
+            "--batch-size",
+            2,
+        ],
+    }
+    result = run_cli(command, tmp_path / "model", *given[command], "--device", "cpu")
+    assert result.code == 0, result.err
+    assert len(bound) == 8
+
+
+def test_bench_times_the_frozen_model_and_counts_its_memory() -> None:
+    made = object.__new__(Subjects)
+    made.device, made.dtype, made.asked, made.files = torch.device("cpu"), torch.float32, ("sparse",), {}
+    made.models = {"sparse": fuse(sparse(density=0.9))}
+    frozen = made._called("sparse", images(64))
+    assert frozen is not None
+    assert not sparse_layers(frozen)
+    assert made._called("sparse-compiled", images(64)) is made.models["sparse"]
+    stored = sum(tensor.nbytes for tensor in frozen.state_dict().values())
+    assert (made.prepare(images(64)).memory_bytes["sparse"] or stored) >= stored
