@@ -68,7 +68,8 @@ class Gathered(nn.Module):
         self.ragged = self.grid * self.width - weight.shape[not transposed]
         ends, places, across = view.ptr.tolist(), view.place.long().split(1), view.across.tolist()
         lines = [(across[begin:end], places[begin:end]) for begin, end in pairwise(ends)]
-        left, self.widths = weight.shape[transposed], list[int]()
+        self.out, self.widths = weight.shape[transposed], list[int]()
+        left = self.out
         for number, (sources, group) in enumerate(groupby(lines, key=lambda line: line[0])):
             factors = [_factor(values[torch.cat(line)], transposed) if sources else values.new_empty(0, 0) for _, line in group]
             self.widths.append(min(left, len(factors) * weight.block[transposed]))
@@ -78,8 +79,8 @@ class Gathered(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, in] -> [tokens, out], without a bias."""
-        y = x.new_empty(len(x), sum(self.widths))
-        if len(x) <= CHUNK:
+        y = x.new_empty(x.shape[0], self.out)
+        if x.shape[0] <= CHUNK:
             self._fill(x, y)
         else:
             for x_part, y_part in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
@@ -88,7 +89,8 @@ class Gathered(nn.Module):
 
     def _fill(self, x: Tensor, y: Tensor) -> None:
         slices, parts = _by_block(x, self.grid, self.width, self.ragged), iter(self._buffers.values())
-        for target, sources, factor in zip(y.split_with_sizes(self.widths, dim=1), parts, parts, strict=True):
+        targets = y.split_with_sizes(self.widths, dim=1) if len(self.widths) > 1 else (y,)
+        for target, sources, factor in zip(targets, parts, parts, strict=True):
             if factor.numel():  # type: ignore[union-attr]
                 torch.mm(slices.index_select(1, sources).flatten(1), factor, out=target)  # type: ignore[arg-type]
             else:
@@ -129,12 +131,12 @@ class Batched(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, in] -> [tokens, out], without a bias."""
-        return self._some(x) if len(x) <= CHUNK else torch.cat([self._some(part) for part in x.split(CHUNK)])
+        return self._some(x) if x.shape[0] <= CHUNK else torch.cat([self._some(part) for part in x.split(CHUNK)])
 
     def _some(self, x: Tensor) -> Tensor:
         factors = self.factors
         slices = _by_block(x, self.grid, self.width, self.ragged).index_select(1, self.sources)
-        products = torch.bmm(slices.view(len(x), *factors.shape[:2]).transpose(0, 1), factors)  # [products, tokens, R]
+        products = torch.bmm(slices.view(x.shape[0], *factors.shape[:2]).transpose(0, 1), factors)  # [products, tokens, R]
         if self.lines is not None:
             products = x.new_zeros(self.count, *products.shape[1:]).index_add_(0, self.lines, products)
         y = products.transpose(0, 1).flatten(1)
@@ -201,7 +203,7 @@ def _lines(weight: BlockSparseMatrix, transposed: bool) -> list[list[tuple[int, 
 
 def _by_block(x: Tensor, grid: int, width: int, ragged: int) -> Tensor:
     """x [tokens, features] as [tokens, grid, width], padded by what is missing at a ragged edge."""
-    return (F.pad(x, (0, ragged)) if ragged else x).view(len(x), grid, width)
+    return (F.pad(x, (0, ragged)) if ragged else x).view(x.shape[0], grid, width)
 
 
 def _factor(blocks: Tensor, transposed: bool) -> Tensor:

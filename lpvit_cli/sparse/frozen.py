@@ -21,9 +21,9 @@ class FrozenLinear(EpilogueLinear):
 
     bias: Tensor
 
-    def __init__(self, product: nn.Module, bias: Tensor, layer: BlockSparseLinear):
+    def __init__(self, product: nn.Module, bias: Tensor, out_features: int, in_features: int):
         super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.out_features, self.in_features = out_features, in_features
         self.product = product
         self.register_buffer("bias", bias)
 
@@ -38,12 +38,14 @@ class FrozenLinear(EpilogueLinear):
         bias = self.bias
         if x.dtype != bias.dtype:  # under autocast
             x = x.to(bias.dtype)
-        y = self.product(x.reshape(-1, self.in_features)).add_(bias)
+        rows = x if x.ndim == 2 else x.reshape(-1, self.in_features)
+        y: Tensor = self.product.forward(rows).add_(bias)  # without what the call of a module costs
         if activation:
             _gelu_in_place(y)
         if scale is not None:
             y.mul_(scale)
-        y = y.view(*x.shape[:-1], self.out_features)
+        if x.ndim != 2:
+            y = y.view(*x.shape[:-1], self.out_features)
         return y if residual is None else y.add_(residual)
 
 
@@ -81,4 +83,4 @@ def _frozen(layer: BlockSparseLinear, tokens: int) -> nn.Module:
     if product is None:
         return dense_layer(layer).to(weight.dtype).requires_grad_(False)
     bias = weight.values.new_zeros(layer.out_features) if layer.bias is None else layer.bias
-    return FrozenLinear(product, bias.detach().to(weight.dtype), layer)
+    return FrozenLinear(product, bias.detach().to(weight.dtype), *weight.shape)
