@@ -225,8 +225,8 @@ def export_onnx(
     from lpvit_cli.export.layer import FormChoice
     from lpvit_cli.export.onnx_file import exported_layers, sparse_graph
     from lpvit_cli.export.source import TOLERANCES
+    from lpvit_cli.sparse import layer_tokens
     from lpvit_cli.targets.onnxruntime import session
-    from lpvit_cli.targets.tuning import layer_tokens
 
     if precision not in TOLERANCES or precision == "int8-static" or form not in ("auto", *FORMS):
         raise UsageError(

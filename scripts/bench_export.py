@@ -35,8 +35,8 @@ from lpvit_cli.measure.timing import Subject, TimingRun, time_in_visits
 from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.recipe.prune import Layers
+from lpvit_cli.sparse import layer_tokens
 from lpvit_cli.targets.onnxruntime import session
-from lpvit_cli.targets.tuning import layer_tokens
 
 MODELS = {"DeiT-B": "deit_base_patch16_224", "DeiT-S": "deit_small_patch16_224"}
 VISITS, SAMPLES = 3, 4

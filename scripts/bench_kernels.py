@@ -12,6 +12,7 @@ eagerly and as a CUDA graph. `auto` chooses after tuning, and may choose dense: 
     roofline   the least time over the measured one, by FLOPs and by bytes, from what the device reached in a large product and
                a large copy just before. Data that stays in a cache may beat it.
 
+On a CPU `frozen_ms` is the layer as a frozen model runs it, with what was tuned; null where it runs as nn.Linear.
 The last line of stdout is the result as JSON; a picture of the crossovers goes beside --output.
 """
 
@@ -31,14 +32,16 @@ from typing import Any
 import torch
 from kernel_crossovers import Row, crossovers, draw
 from kernel_rivals import Call, Layer, Problem, bsr_rivals, dense_rivals, layers_of, works
-from lpvit_kernels import BlockSparseMatrix, linear, tune
+from lpvit_kernels import BlockSparseMatrix, backends, linear, tune
 from lpvit_kernels.random import random_block_sparse
+from lpvit_kernels.tuned import Choice
 from results import publish
 from torch import Tensor
 
 from lpvit_cli.machine import cpu_name
 from lpvit_cli.measure.roofline import Ceilings
 from lpvit_cli.measure.timing import Subject, TimingRun, time_interleaved
+from lpvit_cli.sparse.frozen import FrozenLinear
 
 # Each axis in the order of interest.
 MODELS = {"DeiT-B": 768, "DeiT-S": 384, "ViT-L": 1024}
@@ -108,6 +111,8 @@ class Bench:
             weight = random_block_sparse(shape, block, 1 - sparsity, dtype=self.dtype, device=self.device, seed=number)
             found = tune(weight, tokens, ("forward",))["forward"]
             made = {"sparse": self.sparse(problem, weight)}
+            if not self.gpu and (call := self.frozen(problem, weight, found.choice)):
+                made["frozen"] = call
             if self.gpu and sparsity in BSR_SPARSITIES:
                 made |= self.bsr(problem, weight)
             made = self.right(made, problem.reference(weight.to_dense()))
@@ -131,6 +136,14 @@ class Bench:
 
     def sparse(self, problem: Problem, weight: BlockSparseMatrix) -> Call:
         return lambda: linear(problem.x, weight, problem.bias, "gelu" if problem.layer.gelu else None, problem.residual)
+
+    def frozen(self, problem: Problem, weight: BlockSparseMatrix, choice: Choice) -> Call | None:
+        """As a frozen model calls it; None: as a plain nn.Linear."""
+        product = backends.bound(choice, weight)
+        if product is None:
+            return None
+        layer = FrozenLinear(product, problem.bias, *weight.shape)
+        return lambda: layer(problem.x, "gelu" if problem.layer.gelu else None, None, problem.residual)
 
     def bsr(self, problem: Problem, weight: BlockSparseMatrix) -> dict[str, Call]:
         try:
@@ -190,6 +203,7 @@ def row(fact: Row, mode: str, run: TimingRun) -> Row:
         "mode": mode,
         "sparse_ms": round(sparse_ms, 5),
         **{f"{name}_ms": ms(name) for name in DENSE},
+        "frozen_ms": ms(f"frozen {sparsity}"),
         "bsr_ms": ms(f"bsr {sparsity}"),
         "bsr_tuned_ms": ms(f"bsr tuned {sparsity}"),
         "fastest_dense": fastest,

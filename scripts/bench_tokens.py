@@ -38,9 +38,8 @@ from lpvit_cli.models.layers import prunable_layers
 from lpvit_cli.models.merging import merge_tokens, merging_for
 from lpvit_cli.recipe.prune import Layers
 from lpvit_cli.recipe.tokens import TokensSection
-from lpvit_cli.sparse import sparsify
+from lpvit_cli.sparse import layer_tokens, sparsify
 from lpvit_cli.targets.onnxruntime import session
-from lpvit_cli.targets.tuning import layer_tokens
 from lpvit_cli.tasks.base import outputs_of
 from lpvit_cli.tokens.merge import TokenMerge
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lpvit_kernels import cpu, dense, dispatch
@@ -49,6 +49,21 @@ def forward(
     if residual is not None:
         y = y + residual if y is z else y.add_(residual)
     return y.clone() if y is z else y, z
+
+
+def bound(choice: Choice, weight: BlockSparseMatrix) -> nn.Module | None:
+    """The product with this weight on the CPU as it was chosen, x [tokens, in] -> x W^T [tokens, out]: a call looks nothing up.
+
+    It holds what it needs of the weight. None: F.linear with `weight.to_dense()`. `strided`, which would call BLAS from Python
+    for every block, is bound as `gathered`.
+    """
+    if choice.backend == "dense":
+        mask = weight.block_mask
+        used = mask.any(dim=1, keepdim=True) & mask.any(dim=0)
+        if used.all():
+            return None
+        return cpu.Gathered(BlockSparseMatrix.from_dense(weight.to_dense().detach(), weight.block, used))
+    return cpu.Batched(weight) if choice.backend == "batched" else cpu.Gathered(weight)
 
 
 def epilogue_gradient(

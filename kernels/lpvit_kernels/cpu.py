@@ -2,7 +2,8 @@
 
     strided   one product per block, accumulated in place: BLAS reads its slice of x and writes its slice of y where they lie
     gathered  one product per block row: the slices of x it needs side by side, times its blocks one above the other
-    batched   all blocks in one batched product: for so few tokens that launching a product per block would cost more
+    batched   all block rows (or blocks, where rows are uneven) in one batched product: for so few tokens, or so many threads,
+              that launching a product for each would cost more
 
 Which is fastest depends on the block, the tokens and the machine: dispatch.py chooses. Each form also runs over the transposed
 weight, for the gradient of the input; the gradient of the values has forms of its own. All take tokens in chunks that stay in
@@ -12,15 +13,17 @@ the cache. In 16 bits `strided` rounds after every block: there neither a rule n
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby, pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lpvit_kernels.matrix import BlockSparseMatrix
 from lpvit_kernels.memo import memo
 
 CHUNK = 256  # tokens
+EVEN = 1.25  # how much larger lines may become that are filled up to the longest
 
 Form = Callable[[Tensor, BlockSparseMatrix, bool], Tensor]
 
@@ -44,26 +47,100 @@ def strided(x: Tensor, weight: BlockSparseMatrix, transposed: bool) -> Tensor:
 
 def gathered(x: Tensor, weight: BlockSparseMatrix, transposed: bool) -> Tensor:
     """As `strided`."""
-    packed = memo(weight.values, f"gathered {transposed}", lambda: _packed(weight, transposed))
-    y = x.new_empty(len(x), weight.shape[transposed])
-    for x_part, y_part in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-        x_slices, y_slices = _slices(x_part, weight, not transposed), _slices(y_part, weight, transposed)
-        for (sources, factor), target in zip(packed, y_slices, strict=True):
-            if sources:
-                torch.mm(torch.cat([x_slices[source] for source in sources], dim=1), factor, out=target)
-            else:
-                target.zero_()
-    return y
+    return memo(weight.values, f"gathered {transposed}", lambda: Gathered(weight, transposed)).forward(x)
 
 
 def batched(x: Tensor, weight: BlockSparseMatrix, transposed: bool) -> Tensor:
     """As `strided`."""
-    here, there = (0, 1) if transposed else (1, 0)
-    sources, targets = (weight.block_rows, weight.cols.long()) if transposed else (weight.cols.long(), weight.block_rows)
-    slices = F.pad(x, (0, weight.grid[here] * weight.block[here] - weight.shape[here])).unflatten(1, (weight.grid[here], -1))
-    products = torch.bmm(slices.transpose(0, 1)[sources], weight.values if transposed else weight.values.mT)  # [nnz, tokens, .]
-    y = x.new_zeros(weight.grid[there], len(x), weight.block[there]).index_add_(0, targets, products)
-    return y.transpose(0, 1).flatten(1)[:, : weight.shape[there]].contiguous()
+    return memo(weight.values, f"batched {transposed}", lambda: Batched(weight, transposed)).forward(x)
+
+
+class Gathered(nn.Module):
+    """The gathered product with one weight, which it holds packed: `sources` and `factor` [k C, R] of each line in turn.
+
+    Lines side by side that read the same slices of x are one line.
+    """
+
+    def __init__(self, weight: BlockSparseMatrix, transposed: bool = False):
+        super().__init__()
+        view, values = (weight.by_column if transposed else weight.by_row), _without_padding(weight)
+        self.grid, self.width = weight.grid[not transposed], weight.block[not transposed]
+        self.ragged = self.grid * self.width - weight.shape[not transposed]
+        ends, places, across = view.ptr.tolist(), view.place.long().split(1), view.across.tolist()
+        lines = [(across[begin:end], places[begin:end]) for begin, end in pairwise(ends)]
+        self.out, self.widths = weight.shape[transposed], list[int]()
+        left = self.out
+        for number, (sources, group) in enumerate(groupby(lines, key=lambda line: line[0])):
+            factors = [_factor(values[torch.cat(line)], transposed) if sources else values.new_empty(0, 0) for _, line in group]
+            self.widths.append(min(left, len(factors) * weight.block[transposed]))
+            left -= self.widths[-1]
+            self.register_buffer(f"sources{number}", view.place.new_tensor(sources, dtype=torch.long))
+            self.register_buffer(f"factor{number}", torch.cat(factors, dim=1)[:, : self.widths[-1]].contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [tokens, in] -> [tokens, out], without a bias."""
+        y = x.new_empty(x.shape[0], self.out)
+        if x.shape[0] <= CHUNK:
+            self._fill(x, y)
+        else:
+            for x_part, y_part in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+                self._fill(x_part, y_part)
+        return y
+
+    def _fill(self, x: Tensor, y: Tensor) -> None:
+        slices, parts = _by_block(x, self.grid, self.width, self.ragged), iter(self._buffers.values())
+        targets = y.split_with_sizes(self.widths, dim=1) if len(self.widths) > 1 else (y,)
+        for target, sources, factor in zip(targets, parts, parts, strict=True):
+            if factor.numel():  # type: ignore[union-attr]
+                torch.mm(slices.index_select(1, sources).flatten(1), factor, out=target)  # type: ignore[arg-type]
+            else:
+                target.zero_()
+
+
+class Batched(nn.Module):
+    """The batched product with one weight, which it holds packed.
+
+    A product is a whole line where lines keep about as many blocks, shorter ones filled up with zeros; else it is one block.
+    """
+
+    sources: Tensor  # [products * depth]
+    factors: Tensor  # [products, depth * C, R]
+    lines: Tensor | None  # [products]: what each is part of; None: they are the lines
+
+    def __init__(self, weight: BlockSparseMatrix, transposed: bool = False):
+        super().__init__()
+        view = weight.by_column if transposed else weight.by_row
+        self.grid, self.width = weight.grid[not transposed], weight.block[not transposed]
+        self.ragged = self.grid * self.width - weight.shape[not transposed]
+        self.count, self.out = weight.grid[transposed], weight.shape[transposed]
+        blocks = _without_padding(weight)[view.place.long()]
+        blocks = blocks if transposed else blocks.mT.contiguous()
+        counts = view.ptr.diff().long()
+        line = torch.repeat_interleave(torch.arange(self.count, device=counts.device), counts)
+        depth = int(counts.max())
+        by_line = 0 < self.count * depth <= EVEN * len(blocks)
+        if by_line:
+            slot = line * depth + torch.arange(len(line), device=line.device) - view.ptr[line]
+            factors = blocks.new_zeros(self.count * depth, *blocks.shape[1:]).index_copy_(0, slot, blocks)
+            self.register_buffer("sources", slot.new_zeros(len(factors)).index_copy_(0, slot, view.across.long()))
+            self.register_buffer("factors", factors.reshape(self.count, -1, blocks.shape[2]))
+        else:
+            self.register_buffer("sources", view.across.long())
+            self.register_buffer("factors", blocks)
+        self.register_buffer("lines", None if by_line else line)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [tokens, in] -> [tokens, out], without a bias."""
+        return self._some(x) if x.shape[0] <= CHUNK else torch.cat([self._some(part) for part in x.split(CHUNK)])
+
+    def _some(self, x: Tensor) -> Tensor:
+        factors = self.factors
+        slices = _by_block(x, self.grid, self.width, self.ragged).index_select(1, self.sources)
+        products = torch.bmm(slices.view(x.shape[0], *factors.shape[:2]).transpose(0, 1), factors)  # [products, tokens, R]
+        if self.lines is not None:
+            products = x.new_zeros(self.count, *products.shape[1:]).index_add_(0, self.lines, products)
+        y = products.transpose(0, 1).flatten(1)
+        return y if y.shape[1] == self.out else y[:, : self.out].contiguous()
 
 
 def strided_gradient(dy: Tensor, x: Tensor, weight: BlockSparseMatrix) -> Tensor:
@@ -124,16 +201,25 @@ def _lines(weight: BlockSparseMatrix, transposed: bool) -> list[list[tuple[int, 
     return weight.derived(f"lines {transposed}", make)
 
 
-def _packed(weight: BlockSparseMatrix, transposed: bool) -> list[tuple[list[int], Tensor]]:
-    """For each block row its slices of the input, and the factor [k C, R] they are multiplied with."""
-    blocks = _blocks(weight, transposed)
-    return [
-        (
-            [source for source, _ in line],
-            torch.cat([blocks[block] for _, block in line]) if line else weight.values.new_empty(0),
-        )
-        for line in _lines(weight, transposed)
-    ]
+def _by_block(x: Tensor, grid: int, width: int, ragged: int) -> Tensor:
+    """x [tokens, features] as [tokens, grid, width], padded by what is missing at a ragged edge."""
+    return (F.pad(x, (0, ragged)) if ragged else x).view(x.shape[0], grid, width)
+
+
+def _factor(blocks: Tensor, transposed: bool) -> Tensor:
+    """The blocks [k, R, C] of a line one above the other: [k C, R]; transposed: [k R, C]."""
+    return (blocks if transposed else blocks.mT).flatten(0, 1)
+
+
+def _without_padding(weight: BlockSparseMatrix) -> Tensor:
+    """The values, with zeros in the padding of ragged edges."""
+    (rows, columns), (height, width), (out, features) = weight.grid, weight.block, weight.shape
+    values = weight.values.detach()
+    if (out, features) != (rows * height, columns * width):
+        values = values.clone()
+        values[weight.block_rows == rows - 1, out - (rows - 1) * height :] = 0
+        values[weight.cols == columns - 1, :, features - (columns - 1) * width :] = 0
+    return values
 
 
 def _blocks(weight: BlockSparseMatrix, transposed: bool) -> list[Tensor]:

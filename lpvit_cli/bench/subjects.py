@@ -22,7 +22,7 @@ from lpvit_cli.models.merging import merge_tokens
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.models.trim import trim
 from lpvit_cli.recipe.measure import OF_MERGING
-from lpvit_cli.sparse import densify, fuse, sparse_layers
+from lpvit_cli.sparse import densify, freeze, fuse, sparse_layers
 from lpvit_cli.targets.base import ExportedModel
 from lpvit_cli.targets.onnxruntime import OnnxModel
 from lpvit_cli.tokens.blocks import merging_of, unmerged
@@ -110,25 +110,25 @@ class Subjects:
         made.notes += [f"left out: {name}: this model merges no tokens" for name in self.asked if name not in asked]
         for name in sorted(dict.fromkeys((*asked, *graphs)), key=lambda name: name.endswith(GRAPH)):
             try:
-                made.openers[name] = self._opener(name, images, pool)
+                model = self._called(name, images)
+                made.openers[name] = self._opener(name, model, images, pool)
             except EnvironmentFault as error:
                 if name in self.asked:
                     raise
                 made.notes.append(f"left out: {error.message}")
             else:
-                made.memory_bytes[name] = self._peak_memory_bytes(name, made.openers[name])
+                made.memory_bytes[name] = self._peak_memory_bytes(name, model, made.openers[name])
         return made
 
-    def _peak_memory_bytes(self, name: str, opener: Opener) -> int | None:
+    def _peak_memory_bytes(self, name: str, model: nn.Module | None, opener: Opener) -> int | None:
         """Weights as stored, and the most that a call holds beyond them: activations, and what backends keep of weights.
 
         None: not known, as for CUDA graphs, whose memory is their common pool's.
         """
         if name.endswith(GRAPH):
             return None
-        if name in self.files:
+        if model is None:
             return peak_bytes(lambda: opener()(), self.device)
-        model = self.models[name.removesuffix(COMPILED)]
         subject = opener()
         subject()  # libraries take their workspaces: those are nobody's
         for layer in sparse_layers(model).values():
@@ -136,12 +136,21 @@ class Subjects:
         extra = peak_bytes(subject, self.device)
         return None if extra is None else extra + sum(tensor.nbytes for tensor in model.state_dict().values())
 
-    def _opener(self, name: str, images: Tensor, pool: Any) -> Opener:
+    def _called(self, name: str, images: Tensor) -> nn.Module | None:
+        """The model that a subject calls, frozen where it is neither compiled nor a graph: there Python's own time counts.
+
+        None: it is a session.
+        """
         if name in self.files:
+            return None
+        model = self.models[name.removesuffix(GRAPH).removesuffix(COMPILED)]
+        return freeze(model, images) if name in self.models else model
+
+    def _opener(self, name: str, model: nn.Module | None, images: Tensor, pool: Any) -> Opener:
+        if model is None:
             return partial(_open_session, self.files[name], images)
         captured = name.endswith(GRAPH)
         compiled = name.removesuffix(GRAPH).endswith(COMPILED)
-        model: nn.Module = self.models[name.removesuffix(GRAPH).removesuffix(COMPILED)]
         subject = forward_of(torch.compile(model, dynamic=False) if compiled else model, images)
         if compiled:
             _attempt(subject, f"{name}: torch.compile fails here")

@@ -25,6 +25,7 @@ from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.progress import Progress
 from lpvit_cli.recipe.data import DataSection
 from lpvit_cli.report.schema import EmbedReport
+from lpvit_cli.sparse import freeze
 from lpvit_cli.targets.base import ExportedModel
 
 
@@ -101,7 +102,8 @@ def _run(
     model: VisionModel, source: Batches, device: torch.device, dtype: torch.dtype, progress: Progress
 ) -> tuple[Tensor, float]:
     """All embeddings on the CPU, and the seconds from the first batch on."""
-    model.eval().to(device)
+    with autocast(device, dtype):
+        model = freeze(model.eval().to(device), min(source.share or source.batch_size, source.batch_size))
     found, done, began = [], 0, time.monotonic()
     for images, _ in source:
         with torch.inference_mode(), autocast(device, dtype):

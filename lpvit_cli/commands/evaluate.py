@@ -12,7 +12,7 @@ from lpvit_cli.commands.reference import reference_of
 from lpvit_cli.data.batches import Batches, batches
 from lpvit_cli.data.files import ALL, FolderReader, split_folders
 from lpvit_cli.data.readers import is_labelled, open_images, require_known_classes, require_same_classes
-from lpvit_cli.devices import describe_device, pick_device, pick_dtype
+from lpvit_cli.devices import autocast, describe_device, pick_device, pick_dtype
 from lpvit_cli.errors import UsageError
 from lpvit_cli.export.opening import open_model
 from lpvit_cli.models.protocol import VisionModel
@@ -20,6 +20,7 @@ from lpvit_cli.progress import Progress
 from lpvit_cli.recipe.data import DataSection
 from lpvit_cli.recovery.objective import Teacher
 from lpvit_cli.report.schema import EvaluateReport
+from lpvit_cli.sparse import freeze
 from lpvit_cli.targets.base import ExportedModel
 from lpvit_cli.tasks.evaluation import Validation, task_of
 
@@ -66,7 +67,9 @@ def evaluate(
     gallery = _gallery(model, data, train, images)
     _require_a_measure(model, images, other, gallery)
     validation = Validation(images, device, dtype, progress, task_of(model), other, gallery)
-    quality = validation.quality(model, "evaluating")
+    with autocast(device, dtype):
+        frozen = freeze(model.eval().to(device), min(images.share or batch_size, batch_size))
+    quality = validation.quality(frozen, "evaluating")
     return EvaluateReport(
         device=describe_device(device),
         model=model_name,

@@ -11,6 +11,7 @@ from lpvit_cli.devices import describe_device, pick_device
 from lpvit_cli.errors import UsageError
 from lpvit_cli.export.opening import open_model
 from lpvit_cli.report.schema import Prediction, PredictReport
+from lpvit_cli.sparse import freeze
 from lpvit_cli.targets.base import ExportedModel
 
 
@@ -22,7 +23,7 @@ def predict(model_name: str, images: list[Path], top: int, device_name: str) -> 
             f"run: lpvit embed {model_name} {images[0]} --output embeddings.npy",
         )
     device = torch.device("cpu") if isinstance(model, ExportedModel) else pick_device(device_name)
-    model.eval().to(device)
+    model = freeze(model.eval().to(device), 1)
     transform = transform_for(model)
     names = model.pretrained_cfg.get("label_names") or imagenet_names(model.num_classes)
     predictions = []

@@ -16,7 +16,7 @@ from lpvit_cli.data.batches import Batches
 from lpvit_cli.export.results import ExportedFile
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.recipe.export import ExportSection
-from lpvit_cli.targets.tuning import layer_tokens
+from lpvit_cli.sparse import layer_tokens
 from lpvit_cli.tasks.evaluation import Validation
 
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 0.2, "int8-static": 0.2}

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Attention, Block, LayerScale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lpvit_cli.sparse.layers import BlockSparseLinear
+from lpvit_cli.sparse.layers import EpilogueLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,7 +38,7 @@ def fuse(model: Model) -> Model:
 def _fused(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, _fused(child))
-    if any(isinstance(part, BlockSparseLinear) for part in module.modules()):
+    if any(isinstance(part, EpilogueLinear) for part in module.modules()):
         if _is_block(module):
             return FusedBlock(module)
         if _is_mlp(module):
@@ -54,7 +54,7 @@ class FusedMlp(Mlp):
 
     def hidden(self, x: Tensor) -> Tensor:  # [..., in] -> [..., hidden]
         fc1 = self.fc1
-        x = fc1(x, activation="gelu") if isinstance(fc1, BlockSparseLinear) else self.act(fc1(x))
+        x = fc1(x, activation="gelu") if isinstance(fc1, EpilogueLinear) else self.act(fc1(x))
         return self.norm(self.drop1(x))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class FusedBlock(Block):
 
 def _attended(attn: Attention, x: Tensor) -> Tensor:
     """[images, tokens, features] -> what proj reads [images, tokens, heads * features of a head]."""
-    q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = attn.qkv(x).view(*x.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
     x = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v, scale=attn.scale)
     x = x.transpose(1, 2).flatten(2)
     return attn.norm(x) if hasattr(attn, "norm") else x
@@ -90,7 +90,7 @@ def _attended(attn: Attention, x: Tensor) -> Tensor:
 
 def _add(layer: nn.Module, x: Tensor, layer_scale: nn.Module, residual: Tensor) -> Tensor:
     """residual + layer_scale(layer(x))"""
-    if isinstance(layer, BlockSparseLinear):
+    if isinstance(layer, EpilogueLinear):
         return layer(x, scale=getattr(layer_scale, "gamma", None), residual=residual)
     return residual + layer_scale(layer(x))
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Literal, TypeVar
 
+import torch
 from lpvit_kernels import BlockSparseMatrix, linear
 from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class BlockSparseLinear(nn.Module):
+class EpilogueLinear(nn.Module):
+    """A linear layer that takes what follows it: forward(x, activation, scale, residual) as in `BlockSparseLinear`."""
+
+
+class BlockSparseLinear(EpilogueLinear):
     """y = x W^T + b with a block-sparse W [out, in].
 
     State: `values` [nnz, R, C] (a parameter), `row_ptr` [out/R + 1] and `cols` [nnz] (int32), `bias` [out]. No dense copy.
@@ -68,6 +74,30 @@ def sparse_layers(model: nn.Module) -> dict[str, BlockSparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BlockSparseLinear)}
 
 
+def layer_tokens(model: nn.Module, names: Iterable[str] | None = None, example: Tensor | None = None) -> dict[str, int]:
+    """Rows of x that one image gives each of these linear layers; None: the block-sparse ones. `example`: an input; None: an
+    image of the size in `model.pretrained_cfg`."""
+    tokens: dict[str, int] = {}
+
+    def count(name: str) -> object:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            tokens[name] = inputs[0].flatten(0, -2).shape[0]
+
+        return hook
+
+    watched = sparse_layers(model) if names is None else names
+    handles = [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in watched]  # type: ignore[arg-type]
+    like, cfg = next(model.parameters()), getattr(model, "pretrained_cfg", {})
+    size = cfg["input_size"] if example is None else example.shape[1:]
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tokens
+
+
 def densify(model: Model) -> Model:
     """A copy whose block-sparse layers are nn.Linear again, the removed blocks filled with zeros."""
     model = copy.deepcopy(model)
@@ -75,12 +105,13 @@ def densify(model: Model) -> Model:
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, BlockSparseLinear):
             if layer not in made:
-                made[layer] = _dense(layer)
+                made[layer] = dense_layer(layer)
             model.set_submodule(name, made[layer])
     return model
 
 
-def _dense(layer: BlockSparseLinear) -> nn.Linear:
+def dense_layer(layer: BlockSparseLinear) -> nn.Linear:
+    """The removed blocks filled with zeros; its bias is that of `layer`."""
     dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     dense.weight = nn.Parameter(layer.weight.to_dense().detach())
     dense.register_parameter("bias", layer.bias)

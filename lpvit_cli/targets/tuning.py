@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import torch
 from lpvit_kernels import BlockSparseMatrix, dispatch, tune
 from lpvit_kernels.dispatch import Kind
 from pydantic import BaseModel
-from torch import Tensor, nn
 
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.progress import Progress
-from lpvit_cli.sparse import sparse_layers
+from lpvit_cli.sparse import layer_tokens, sparse_layers
 
 
 class TunedLayers(BaseModel):
@@ -64,30 +62,6 @@ def tune_model(
         )
     progress("tuning", len(cases), len(cases), "done")
     return found
-
-
-def layer_tokens(model: nn.Module, names: Iterable[str] | None = None, example: Tensor | None = None) -> dict[str, int]:
-    """Rows of x that one image gives each of these linear layers; None: the block-sparse ones. `example`: an input; None: an
-    image of the size in `model.pretrained_cfg`."""
-    tokens: dict[str, int] = {}
-
-    def count(name: str) -> object:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            tokens[name] = inputs[0].flatten(0, -2).shape[0]
-
-        return hook
-
-    watched = sparse_layers(model) if names is None else names
-    handles = [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in watched]  # type: ignore[arg-type]
-    like, cfg = next(model.parameters()), getattr(model, "pretrained_cfg", {})
-    size = cfg["input_size"] if example is None else example.shape[1:]
-    try:
-        with torch.inference_mode():
-            model.eval()(torch.zeros(1, *size, device=like.device, dtype=like.dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return tokens
 
 
 def run_dense(model: VisionModel, batch_size: int) -> list[str]:
