@@ -12,16 +12,36 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+CPU_INFO = Path("/proc/cpuinfo")
 _temporary_home: Path | None = None
+
+
+CPU_FEATURES = {  # what makes a precision fast, by the kernel's names for it
+    "AVX-512": {"avx512f"},
+    "VNNI": {"avx512_vnni", "avx_vnni", "amx_int8"},  # int8 products that are summed in 32 bits at once
+    "AMX": {"amx_tile"},
+    "bf16": {"avx512_bf16", "amx_bf16"},
+}
 
 
 def cpu_name() -> str:
     """The processor's model name as the kernel gives it, else the architecture."""
+    return _cpu_line("model name") or platform.processor() or platform.machine()
+
+
+def cpu_features() -> dict[str, bool]:
+    """Whether the processor has each of CPU_FEATURES; empty where that is not known, and on other processors than x86."""
+    flags = set(_cpu_line("flags").split())
+    return {name: bool(flags & any_of) for name, any_of in CPU_FEATURES.items()} if flags else {}
+
+
+def _cpu_line(key: str) -> str:
+    """What the kernel says of the first processor; empty where it says nothing of that."""
     try:
-        found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(rf"^{key}\s*:\s*(.*)$", CPU_INFO.read_text(), re.MULTILINE)
     except OSError:
         found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    return found[1].strip() if found else ""
 
 
 def machine() -> dict[str, str | int | None]:

@@ -74,6 +74,34 @@ def test_doctor_knows_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert "data.workers=0" in finding.remedy
 
 
+@pytest.mark.parametrize(
+    ("flags", "lacks", "int8"),
+    [
+        ("fpu avx2 avx512f avx512_vnni avx512_bf16 amx_tile amx_int8", "", True),
+        ("fpu avx2 avx_vnni", "lacks AVX-512, AMX, bf16", True),
+        ("fpu avx2", "lacks AVX-512, VNNI, AMX, bf16", False),
+        (None, "not known", True),
+    ],
+)
+def test_doctor_tells_what_targets_lack(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str | None, lacks: str, int8: bool
+) -> None:
+    told = tmp_path / "cpuinfo"
+    told.write_text("model name : made up\n" + (f"vmx flags : avx512f\nflags\t\t: {flags}\n" if flags else ""))
+    monkeypatch.setattr(machine, "CPU_INFO", told)
+    monkeypatch.setattr(doctor, "installed", lambda package: None if package == "openvino" else "1.0")
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    findings = {finding.what: finding for finding in doctor._targets(3)}
+    assert machine.cpu_name() == "made up"
+    assert findings["CPU features"].detail.endswith(lacks or "bf16")
+    assert findings["CPU features"].ok == ("lacks" not in lacks)
+    assert "3 threads" in findings["target torch"].detail
+    onnx, openvino = findings["target onnxruntime"], findings["target openvino"]
+    assert (onnx.ok, "lacks VNNI" in onnx.detail, "6 threads" in onnx.detail) == (int8, not int8, True)
+    assert "compare its accuracy" in onnx.remedy or int8
+    assert (openvino.ok, openvino.remedy) == (False, "pip install openvino")
+
+
 def silent(_: Any) -> torch.Tensor:
     time.sleep(2)
     return torch.zeros(1)

@@ -95,6 +95,8 @@ class Bench:
             opened = {name: opener() for name, opener in prepared.openers.items()}
         timing = self._time(opened, shelf, f"timing batch {size}")
         baseline = BASELINE if BASELINE in prepared.openers else _fastest(timing, DENSE)
+        if baseline.endswith("int8"):
+            self.notes.append(f"{subjects.labels[baseline]} is the fastest dense one; what it loses, lpvit export measures")
         subject = _fastest(timing, PRUNED)
         speedup = {name: timing.ratio(baseline, name) for name in prepared.openers if name != baseline}
         sentence = verdict(

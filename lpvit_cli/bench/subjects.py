@@ -35,7 +35,9 @@ LABELS = {
     "dense-graph": "dense PyTorch as a CUDA graph",
     "dense-compiled-graph": "compiled dense PyTorch as a CUDA graph",
     "dense-onnx": "dense onnxruntime",
+    "dense-onnx-int8": "dense onnxruntime in int8",
 }
+DENSE_FILES = ("dense-onnx", "dense-onnx-int8")
 LEAVE_OUT = "leave it out of bench.subjects"
 Opener = Callable[[], Subject]
 
@@ -65,10 +67,12 @@ class Subjects:
         dtype: torch.dtype,
         scratch: Path,
         opset: int,
+        prunable: Callable[[str], bool],
         onnx_file: Path | None = None,
         baseline: Path | None = None,
     ):
-        """`pruned`: a model folder; `onnx_file`: what `onnx` is; `baseline`: another run folder, model folder or ONNX file."""
+        """`pruned`: a model folder; `prunable`: names of layers that int8 files have in int8; `onnx_file`: what `onnx` is;
+        `baseline`: another run folder, model folder or ONNX file."""
         self.device, self.dtype = device, dtype
         self.asked = (*([BASELINE] if baseline else []), *names)
         self.labels = LABELS | {BASELINE: "/".join(baseline.parts[-2:]) if baseline else ""}
@@ -85,8 +89,8 @@ class Subjects:
             self.models["merged-dense"] = merge_tokens(dense, merging)
             self.models["unmerged-sparse"] = fuse(trim(unmerged(sparse)))
         self.input_size = tuple(dense.pretrained_cfg["input_size"])
-        if "dense-onnx" in self.asked:
-            self.files["dense-onnx"] = _write_dense(dense, read_config(pruned), opset, scratch)
+        if asked := [name for name in DENSE_FILES if name in self.asked]:
+            self.files |= _write_dense(asked, dense, prunable, read_config(pruned), opset, scratch)
         if baseline:
             self._open_baseline(baseline)
         for model in self.models.values():
@@ -165,7 +169,7 @@ class Subjects:
             raise EnvironmentFault(
                 f"{name}: CUDA graphs need a GPU, this device is {self.device}", f"{LEAVE_OUT}, or --device cuda"
             )
-        if (name in self.files or name.endswith("onnx")) and (self.device.type, self.dtype) != ("cpu", torch.float32):
+        if (name in self.files or "onnx" in name) and (self.device.type, self.dtype) != ("cpu", torch.float32):
             raise UsageError(
                 f"{self.labels.get(name, name)}: onnxruntime runs in float32 on the CPU here, this bench in "
                 f"{type_name(self.dtype)} on {self.device}",
@@ -221,12 +225,20 @@ def _open_session(path: Path, images: Tensor) -> Subject:
     return forward_of(OnnxModel(path, torch.get_num_threads()), images)
 
 
-def _write_dense(model: VisionModel, config: dict[str, Any], opset: int, folder: Path) -> Path:
-    from lpvit_cli.export.graph import dense_graph, save_onnx
+def _write_dense(
+    asked: list[str],
+    model: VisionModel,
+    prunable: Callable[[str], bool],
+    config: dict[str, Any],
+    opset: int,
+    folder: Path,
+) -> dict[str, Path]:
+    """The files of those of DENSE_FILES that are asked for."""
+    from lpvit_cli.export.onnx_file import DENSE_INT8, FILE, write_dense
 
-    path = folder / "dense.onnx"
-    save_onnx(dense_graph(model, opset), path, config)
-    return path
+    write_dense(model, prunable, opset, folder, config, int8="dense-onnx-int8" in asked)
+    files = dict(zip(DENSE_FILES, (folder / FILE, folder / DENSE_INT8), strict=True))
+    return {name: files[name] for name in asked}
 
 
 def _attempt(step: Callable[[], object], what: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lpvit_kernels.tuned import cache_folder
 
 from lpvit_cli.errors import LpvitError
-from lpvit_cli.machine import cpu_name, installed, temporary_home
+from lpvit_cli.machine import cpu_features, cpu_name, installed, temporary_home
 from lpvit_cli.measure.energy.meters import open_meter
 
 OPTIONAL = {
@@ -45,6 +45,7 @@ def examine() -> list[Finding]:
         Finding("torch", True, f"{torch.__version__}, timm {installed('timm')}"),
         Finding("CPU", True, f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
     ]
+    findings += _targets(torch.get_num_threads())
     count = torch.cuda.device_count()
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
@@ -69,6 +70,29 @@ def examine() -> list[Finding]:
     for package, use in OPTIONAL.items():
         found = installed(package)
         findings.append(Finding(package, bool(found), found or f"not installed; needed for {use}", f"pip install {package}"))
+    return findings
+
+
+def _targets(threads: int) -> list[Finding]:
+    """What a recipe may name as its target on this CPU, and what of the processor makes it fast or is missing."""
+    features = cpu_features()
+    has, lacks = ([name for name, there in features.items() if there is kind] for kind in (True, False))
+    told = f"{', '.join(has) or 'none'}{'; lacks ' if lacks else ''}{', '.join(lacks)}" if features else "not known"
+    bf16 = "float32, bfloat16" if features.get("bf16", True) else "float32; bfloat16 is slow without bf16"
+    findings = [
+        Finding("CPU features", not lacks, told),
+        Finding("target torch", True, f"{bf16}; {threads} threads"),
+    ]
+    cores, wrong = os.cpu_count() or 1, "int8 is slow and may saturate here: compare its accuracy, or take float32"
+    for runtime, precisions, how in (
+        ("onnxruntime", "float32, int8, int8-static", "target.runtime"),
+        ("openvino", "float32", "export.formats alone"),
+    ):
+        there = installed(runtime) is not None
+        slow = there and "int8" in precisions and features.get("VNNI") is False
+        detail = f"{precisions} ({how}); {cores} threads{'; lacks VNNI' if slow else ''}"
+        remedy = wrong if slow else f"pip install {runtime}"
+        findings.append(Finding(f"target {runtime}", there and not slow, detail if there else "not installed", remedy))
     return findings
 
 

@@ -1,8 +1,8 @@
-"""Does an exported file compute what the model computes, and how fast?"""
+"""Does an exported file compute what the model computes?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,18 +11,14 @@ from torch import Tensor
 from lpvit_cli.data.batches import Batches
 from lpvit_cli.errors import CheckFailed
 from lpvit_cli.export.layer import ExportLayer, FormChoice
-from lpvit_cli.export.results import ExportedLayer, ExportSpeed, Parity
+from lpvit_cli.export.results import ExportedLayer, Parity
 from lpvit_cli.export.source import Source
-from lpvit_cli.measure.timing import Subject, time_in_visits, verdict
 from lpvit_cli.models.protocol import VisionModel
-from lpvit_cli.progress import Progress
 from lpvit_cli.tokens.blocks import merging_of
 
-DENSE = "dense"  # what files are measured against
 BATCH_SIZES = (1, 2, 7)
 MORE = 22  # images, where tokens are merged
 MOST_FLIPPED = 1 / 3  # of images whose near ties another runtime decides otherwise; a tenth is usual
-VISITS, SAMPLES = 3, 4  # of each file that is timed
 
 
 def check(exported: VisionModel, source: Source, file: str) -> tuple[list[Parity], Any]:
@@ -40,7 +36,7 @@ def check(exported: VisionModel, source: Source, file: str) -> tuple[list[Parity
     for result in parity:
         require_parity(result, source.tolerance, file)
     quality = source.validation.quality(exported, "evaluating the exported file")
-    if quality.score[0] < source.quality.score[0] - source.settings.max_drop:
+    if quality.score[0] < source.least_score(source.quality):
         now, before = quality.figures[0], source.quality.figures[0]
         raise CheckFailed(
             f"export: {file} has {now.text} {now.name}, the model {before.text}: more than "
@@ -84,32 +80,6 @@ def parity_of_merging(outputs: Tensor, reference: Tensor, tolerance: float, clas
     ties = agreement(outputs[same], reference[same], tolerance) if classes and same.any() else whole.agreement_but_ties
     flipped = float((~same).double().mean())
     return whole.model_copy(update={"relative_error": float(errors.median()), "agreement_but_ties": ties, "flipped": flipped})
-
-
-def measure(
-    source: Source,
-    runtime: str,
-    file: str,
-    open_dense: Callable[[], Subject],
-    open_file: Callable[[], Subject],
-    progress: Progress,
-) -> ExportSpeed:
-    """The file against the dense model in the same runtime, in turn, one alive at a time."""
-    timing = time_in_visits(
-        {DENSE: open_dense, file: open_file},
-        visits=VISITS,
-        samples=SAMPLES,
-        threads=source.threads,
-        on_visit=lambda done, total: progress(f"timing {file}", done, total, f"{done}/{total}"),
-    )
-    ratio = timing.ratio(DENSE, file)
-    return ExportSpeed(
-        threads=source.threads,
-        batch_size=source.batch_size,
-        timing=timing,
-        speedup=ratio,
-        verdict=verdict(file, f"dense float32 in {runtime}", ratio, timing, timing.subjects[file]),
-    )
 
 
 def describe(layers: Mapping[str, ExportLayer], choices: Mapping[str, FormChoice]) -> list[ExportedLayer]:

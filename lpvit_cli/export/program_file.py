@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from lpvit_cli.export.check import SAMPLES, VISITS, check, describe, measure
+from lpvit_cli.export.check import check, describe
 from lpvit_cli.export.layer import ExportLayer, FormChoice, choose_by_kind
 from lpvit_cli.export.program import FORMS, as_module, export_program, plain
 from lpvit_cli.export.results import ExportedFile
 from lpvit_cli.export.source import Source
+from lpvit_cli.export.speed import SAMPLES, VISITS, Free, measure
 from lpvit_cli.measure.timing import Subject, cpu_threads, time_in_visits
 from lpvit_cli.progress import Progress
 from lpvit_cli.sparse import sparse_layers
@@ -38,9 +39,9 @@ def write_program(format_: str, name: str, save: Save, source: Source, work: Pat
         def open_model(make: Callable[[], nn.Module]) -> Subject:
             return partial(make(), source.images)
 
-        open_dense, open_file = partial(open_model, source.dense), partial(open_model, partial(TorchProgram, file))
+        free = [Free("dense float32 in eager torch", partial(open_model, source.dense))]
         with torch.inference_mode():
-            speed = measure(source, "eager torch", name, open_dense, open_file, progress)
+            speed = measure(source, name, partial(open_model, partial(TorchProgram, file)), free, progress)
     return ExportedFile(
         format=format_,
         file=name,

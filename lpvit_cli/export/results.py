@@ -35,13 +35,28 @@ class ExportedLayer(BaseModel):
     times_us: dict[str, float]
 
 
+class FreeForm(BaseModel):
+    """The dense model in a form that needs no pruning, timed beside the file."""
+
+    name: str
+    subject: str  # in the timing
+    median_ms: float
+    speedup: Ratio  # of the file over it
+    quality: Quality | None = None  # None: not evaluated, as it is slower than another; or not known
+    counts: bool = True  # False: it loses more than export.max_drop, and is no alternative
+
+
 class ExportSpeed(BaseModel):
-    """The file against the dense model in float32, both in the runtime that the file is for."""
+    """The file against the dense model in float32 in the runtime that the file is for (`speedup`), and against the fastest form
+    of the dense model that keeps its quality. None, or empty: a report of an earlier version."""
 
     threads: int
     batch_size: int
     timing: TimingRun
     speedup: Ratio
+    free: list[FreeForm] = []
+    best_free: str | None = None
+    speedup_over_best_free: Ratio | None = None
     verdict: str
 
 

@@ -49,17 +49,24 @@ class Source:
     model: Any
     validation: Validation  # on the CPU
     quality: Any  # of the model before
+    quality_dense: Any
     prunable: Callable[[str], bool]  # whether a layer of this name could have been pruned
     calibration: Callable[[], Batches]
     dense: Callable[[], VisionModel]  # the dense architecture: what it holds does not change how long it takes
+    trained: Callable[[], VisionModel]  # the dense model; raises LpvitError where its weights are not to be had here
     publication: Callable[[], Publication]
     notes: list[str] = field(default_factory=list)
     notes_by_format: dict[str, list[str]] = field(default_factory=dict)
     files: list[ExportedFile] = field(default_factory=list)  # written so far
+    qualities: dict[str, Any] = field(default_factory=dict)  # of free forms of the dense model, by name; None: not known
 
     @property
     def tolerance(self) -> float:
         return self.settings.tolerance or TOLERANCES[self.precision]
+
+    def least_score(self, quality: Any) -> float:
+        """What a file's quality must reach, in points, where `quality` is what it had before."""
+        return float(quality.score[0]) - self.settings.max_drop
 
     @property
     def images(self) -> Tensor:

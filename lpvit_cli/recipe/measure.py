@@ -16,6 +16,7 @@ SubjectName = Literal[
     "dense-graph",
     "dense-compiled-graph",
     "dense-onnx",
+    "dense-onnx-int8",
     "merged-dense",
     "unmerged-sparse",
     "masked-dense",
@@ -31,7 +32,7 @@ SubjectName = Literal[
 DENSE, PRUNED = "dense", ("sparse", "onnx")  # what the names of bench's subjects begin with; others explain the difference
 SUBJECTS: dict[str, tuple[SubjectName, ...]] = {
     "torch": ("dense", "masked-dense", "sparse"),
-    "onnxruntime": ("dense-onnx", "onnx"),
+    "onnxruntime": ("dense-onnx", "dense-onnx-int8", "onnx"),
 }
 OF_MERGING: tuple[SubjectName, ...] = ("merged-dense", "unmerged-sparse")  # what each of both saves
 
@@ -49,10 +50,11 @@ class BenchSection(Section):
     """What is compared, in turn in one process. `subjects`: the dense model, masked-dense (the same zeros in dense layers), and
     sparse; where tokens are merged also merged-dense, which has all weights, and unmerged-sparse, which has all tokens; in
     eager PyTorch (on a GPU also as CUDA graphs), -compiled by torch.compile, or as a CUDA -graph; onnx is the file of
-    `lpvit export`, dense-onnx the dense model in onnxruntime. Ratios are against the fastest dense one, or `baseline`."""
+    `lpvit export`, dense-onnx the dense model in onnxruntime, dense-onnx-int8 the same in dynamic int8. Ratios are against the
+    fastest dense one, or `baseline`."""
 
     subjects: tuple[SubjectName, ...] = ()  # none: dense, masked-dense and sparse, and the two of merging; for onnxruntime
-    # dense-onnx and onnx
+    # dense-onnx, dense-onnx-int8 and onnx
     baseline: Path | None = None  # another run folder, model folder or ONNX file
     batch_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)  # each is compared
     dtypes: tuple[Dtype, ...] = ()  # none: the target's precision

@@ -66,7 +66,7 @@ def _order_of_ranks(run: Run) -> dict[str, Any]:
 def _benched(run: Run) -> dict[str, Any]:
     """What bench measures beside this run's model. Exports that tell its numbers depend on it in turn: not on that."""
     inputs: dict[str, Any] = {}
-    if any(name.endswith("onnx") for name in run.recipe.subjects):
+    if any("onnx" in name for name in run.recipe.subjects):
         inputs["versions.onnxruntime"] = installed("onnxruntime")
     if "onnx" in run.recipe.subjects and (exported := run.record(EXPORT)):
         inputs["export"] = digest({key: value for key, value in exported.inputs.items() if key != "measured by bench"})

@@ -46,7 +46,8 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
                 device,
                 dtype,
                 scratch,
-                recipe.export.opset if "dense-onnx" in recipe.subjects else 0,
+                recipe.export.opset if any("dense-onnx" in name for name in recipe.subjects) else 0,
+                recipe.prune.layers.match,
                 onnx_file,
                 recipe.bench.baseline,
             )
@@ -75,7 +76,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Bench
 
 def _onnx_file(recipe: Recipe, run: Run) -> Path | None:
     """What `lpvit export` wrote, where bench measures it."""
-    if not {"onnx", "dense-onnx"} & set(recipe.subjects):
+    if not any("onnx" in name for name in recipe.subjects):
         return None
     require("onnx", "onnxscript", "onnxruntime")
     if "onnx" not in recipe.subjects:

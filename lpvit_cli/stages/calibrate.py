@@ -32,7 +32,7 @@ STATISTICS = "statistics.safetensors"
 
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> CalibrateReport:
     torch.manual_seed(recipe.seed)
-    model, told = build_model(recipe.model, recipe.task, recipe.features), []
+    model, told = build_model(recipe.model, recipe.task, recipe.features), list[str]()
     if recipe.splits:
         found = _gathered(recipe, run, model, progress)[0]
         merging, *told = split(model, recipe.prune.budget, planner(recipe, run, model, found, progress), progress)

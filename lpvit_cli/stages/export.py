@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lpvit_cli.data.splits import calibration_batches
-from lpvit_cli.export.formats import require_precision, with_what_they_need
+from lpvit_cli.export.formats import require_possible, unasked, with_what_they_need
 from lpvit_cli.export.source import DENSE_FOLDER, Publication, Source, public_config
 from lpvit_cli.files import require_temporary_folder
 from lpvit_cli.machine import cpu_name, installed
@@ -28,9 +28,7 @@ from lpvit_cli.tasks.evaluation import validation_of
 def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> ExportReport:
     asked = recipe.export.formats
     formats = with_what_they_need(asked)
-    require_precision(formats, recipe.file_precision)
-    for format_ in formats.values():
-        format_.require()
+    require_possible(formats, recipe.file_precision)
     require_temporary_folder()
     source = _source(recipe, run, progress)
     for name, format_ in formats.items():
@@ -38,9 +36,7 @@ def run_stage(recipe: Recipe, run: Run, work: Path, progress: Progress) -> Expor
         source.files.append(format_.write(source, work, progress))
         source.notes_by_format[name] = source.notes[before:]
     shutil.rmtree(work / DENSE_FOLDER, ignore_errors=True)
-    if unasked := [name for name in formats if name not in asked]:
-        needing = sorted(name for name in asked if formats[name].made_of in unasked)
-        source.notes.append(f"{', '.join(needing)} needs the ONNX file: it was written too")
+    source.notes.extend(unasked(formats, asked))
     return ExportReport(
         device=cpu_name(),
         notes=source.notes,
@@ -58,8 +54,8 @@ def _source(recipe: Recipe, run: Run, progress: Progress) -> Source:
     model = trim(original)
     order_neurons(model)
     pruned, recovered = made_by(run, EXPORT)
-    beside = (recovered or pruned).quality.accuracy is None  # labels say nothing: it is judged beside the dense model
-    dense = build_model(recipe.model, recipe.task, recipe.features) if beside else None
+    trained = partial(build_model, recipe.model, recipe.task, recipe.features)
+    dense = trained() if (recovered or pruned).quality.accuracy is None else None  # where labels say nothing, judged beside it
     return Source(
         name=recipe.name,
         settings=recipe.export,
@@ -73,9 +69,11 @@ def _source(recipe: Recipe, run: Run, progress: Progress) -> Source:
         model=model,
         validation=validation_of(recipe.data, recipe.calibrate, original, dense, torch.device("cpu"), torch.float32, progress),
         quality=(recovered or pruned).quality,
+        quality_dense=pruned.quality_dense,
         prunable=recipe.prune.layers.match,
         calibration=partial(calibration_batches, recipe.data, recipe.calibrate, recipe.seed, model),
         dense=partial(create, config),
+        trained=trained,
         publication=partial(publication, recipe, run),
     )
 

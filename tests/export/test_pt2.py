@@ -71,6 +71,7 @@ def source_of(model: VisionModel, form: str = "auto") -> Source:
     )
     judge = Validation(images, torch.device("cpu"), torch.float32, lambda *told: None, Classification())  # type: ignore[arg-type]
     facts: dict[str, Any] = {"original": model, "model": model, "validation": judge, "quality": ClassificationQuality(10, 0, 0)}
+    facts["quality_dense"] = facts["quality"]
     nobody: Any = None
     return Source(
         name="test",
@@ -84,6 +85,7 @@ def source_of(model: VisionModel, form: str = "auto") -> Source:
         prunable=nobody,
         calibration=nobody,
         dense=partial(random_model, "vit"),
+        trained=nobody,
         publication=nobody,
         **facts,
     )

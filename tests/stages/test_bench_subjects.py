@@ -15,9 +15,12 @@ from helpers import Result, run_cli
 
 from lpvit_cli import load_model
 from lpvit_cli.bench import subjects
-from lpvit_cli.bench.session import OUT_OF_MEMORY
+from lpvit_cli.bench.session import OUT_OF_MEMORY, Bench
+from lpvit_cli.bench.subjects import Shelf
+from lpvit_cli.measure.timing import Timing, TimingRun
 from lpvit_cli.models.build import build_model
 from lpvit_cli.models.folder import model_config, save_model
+from lpvit_cli.recipe import Recipe
 from lpvit_cli.recipe.model import ModelSection
 from lpvit_cli.report.schema import BenchReport
 from lpvit_cli.stages import bench as stage
@@ -59,7 +62,7 @@ def report(folder: Path) -> BenchReport:
 
 
 def test_subjects_of_both_runtimes_are_compared_with_the_fastest_dense_one(pruned: Path) -> None:
-    names = ["dense", "dense-onnx", "masked-dense", "sparse", "onnx"]
+    names = ["dense", "dense-onnx", "dense-onnx-int8", "masked-dense", "sparse", "onnx"]
     result = bench(pruned, "--layers", bench__subjects=f"[{','.join(names)}]")
     assert result.code == 0, result.err
     (batch,) = report(pruned).batches
@@ -67,12 +70,12 @@ def test_subjects_of_both_runtimes_are_compared_with_the_fastest_dense_one(prune
     medians = {name: timed.median_ms for name, timed in batch.timing.subjects.items()}
     p50 = {name: timed.percentiles.p50 for name, timed in batch.timing.subjects.items() if timed.percentiles}
     assert list(p50) == names, "a model's calls are long enough to be timed one by one"
-    assert batch.baseline == min(("dense", "dense-onnx"), key=lambda name: medians[name])
+    assert batch.baseline == min(names[:3], key=lambda name: medians[name])
     assert batch.subject == min(("sparse", "onnx"), key=lambda name: medians[name])
     assert set(batch.speedup) == set(names) - {batch.baseline}
-    label = {"dense": "dense PyTorch", "dense-onnx": "dense onnxruntime"}[batch.baseline]
+    labels = dict(zip(names, ("dense PyTorch", "dense onnxruntime", "dense onnxruntime in int8"), strict=False))
     assert f"{batch.subject} is" in batch.verdict
-    assert label in batch.verdict
+    assert f" {labels[batch.baseline]} (" in batch.verdict
     assert all(len(timed.samples_ms) == 6 for timed in batch.timing.subjects.values())
     whole = sum(tensor.nbytes for tensor in load_model(pruned / "pruned").state_dict().values())
     assert all(held is not None and held > whole for held in batch.peak_memory_bytes.values())
@@ -101,6 +104,35 @@ def test_subjects_of_both_runtimes_are_compared_with_the_fastest_dense_one(prune
             assert layer.tflops * 1e9 * layer.ms == pytest.approx(2 * layer.rows * values.numel())
         assert layer.roofline * layer.ms > 0
         assert (layer.runs == "linear") is (layer.block is None)
+
+
+@pytest.mark.parametrize(
+    ("times", "label"),
+    [
+        ({"dense-onnx": 3.0, "dense-onnx-int8": 2.0, "onnx": 1.0}, "dense onnxruntime in int8"),
+        ({"dense": 3.0, "dense-compiled": 2.0, "sparse": 1.0}, "compiled dense PyTorch"),
+    ],
+)
+def test_the_verdict_names_the_fastest_dense_one(
+    pruned: Path, monkeypatch: pytest.MonkeyPatch, times: dict[str, float], label: str
+) -> None:
+    timings = {name: Timing([ms] * 12, None, ms, 0.0, 1, None, False) for name, ms in times.items()}
+
+    def pretend(self: Bench, opened: object, shelf: Shelf, what: str) -> TimingRun:
+        assert list(shelf.openers) == list(times)
+        return TimingRun(timings, threads=1, foreign_load=0.0)
+
+    monkeypatch.setattr(Bench, "_time", pretend)
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    assert bench(pruned, "--no-resume", bench__subjects=f"[{','.join(times)}]").code == 0
+    found = report(pruned)
+    assert f" is 2.00x faster than {label} (" in found.batches[0].verdict
+    assert any("lpvit export measures" in note for note in found.notes) == ("int8" in label)
+
+
+def test_onnxruntime_is_compared_with_what_is_free() -> None:
+    recipe = Recipe.load("digits_vit", ["target.runtime=onnxruntime"])
+    assert recipe.subjects == ("dense-onnx", "dense-onnx-int8", "onnx")
 
 
 def test_dtypes_and_batches_are_lists(pruned: Path) -> None:

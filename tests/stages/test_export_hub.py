@@ -109,6 +109,9 @@ def test_the_card_tells_what_the_reports_say(exported: Exported) -> None:
     assert f"{reports['bench']['device']}, float32" in text
     file = reports["export"]["files"][0]
     assert file["speed"]["verdict"] in text
+    assert [form["name"] for form in file["speed"]["free"]] == re.findall(
+        r"^\| (dense \w+ in \w+)[^|]* \| [\d.]+ \|", text, re.M
+    )
     assert f"| {file['bytes_dense'] / 2**20:.1f} MiB | {file['bytes'] / 2**20:.1f} MiB |" in text
     for said in ("Pruned by `obs` in blocks of 240x60", "`sparsity: 0.5`", "the `validation` split of `digits`", "rank 16"):
         assert said in text

@@ -57,7 +57,8 @@ def run(demo: Demo, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize(("precision", "largest"), [("int8", 0.3), ("int8-static", 0.3), ("float16", 0.55)])
-def test_smaller_numbers(run: Any, precision: str, largest: float) -> None:
+def test_smaller_numbers(run: Any, monkeypatch: pytest.MonkeyPatch, precision: str, largest: float) -> None:
+    monkeypatch.setattr(export_onnx, "cpu_features", lambda: {"VNNI": False})
     folder, result = run(f"precision={precision}")
     assert result.code == 0, result.err
     document = json.loads(result.out)
@@ -70,6 +71,10 @@ def test_smaller_numbers(run: Any, precision: str, largest: float) -> None:
         assert "speed not measured" in document["notes"][0]
     else:
         assert file["speed"]["speedup"]["value"] > 0
+        assert [form["name"] for form in file["speed"]["free"]] == ["dense float32 in onnxruntime", "dense int8 in onnxruntime"]
+        accuracies = [document["accuracy_model"], file["accuracy"]]
+        told = ["{:.2f} %".format(accuracy["top1"]) for accuracy in reversed(accuracies)]
+        assert any("no VNNI" in note and f"top-1 {told[0]}, the model {told[1]}" in note for note in document["notes"])
         assert ("DynamicQuantizeLinear" in operators) == (precision == "int8")
         assert ("QuantizeLinear" in operators) == (precision == "int8-static")
         assert "MatMulIntegerToFloat" in operators

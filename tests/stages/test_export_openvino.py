@@ -24,6 +24,10 @@ def test_the_converted_file_agrees_and_stands_alone(demo: Demo, tmp_path: Path) 
     assert file["accuracy"] == onnx_file["accuracy"]
     assert file["bytes"] < 0.7 * onnx_file["bytes_dense"]
     assert "in OpenVINO" in file["speed"]["verdict"]
+    names = {form["name"] for form in file["speed"]["free"]}
+    assert names == {f"dense {form}" for form in ("float32 in OpenVINO", "float32 in onnxruntime", "int8 in onnxruntime")}
+    assert file["speed"]["free"][0]["name"] == "dense float32 in OpenVINO", "what `speedup` is over"
+    assert names == {form["name"] for form in onnx_file["speed"]["free"]}
     predicted = run_cli("predict", folder / "export" / "model.xml", DIGIT, "--json")
     assert json.loads(predicted.out)["predictions"][0]["classes"][0] == 3, predicted.err
     evaluated = run_cli("evaluate", folder / "export" / "model.xml", "--json")

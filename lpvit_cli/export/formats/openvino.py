@@ -14,7 +14,6 @@ from lpvit_cli.progress import Progress
 if TYPE_CHECKING:
     from lpvit_cli.export.results import ExportedFile
     from lpvit_cli.export.source import Source
-    from lpvit_cli.measure.timing import Subject
     from lpvit_cli.targets.base import ExportedModel
 
 FILE = "model.xml"
@@ -30,36 +29,32 @@ class OpenVino(Format):
 
     def write(self, source: Source, work: Path, progress: Progress) -> ExportedFile:
         """model.xml and model.bin, from the ONNX file in the same folder."""
-        from lpvit_cli.export.check import check, measure
+        from lpvit_cli.export.check import check
         from lpvit_cli.export.onnx_file import FILE as ONNX_FILE
-        from lpvit_cli.export.onnx_file import dense_file
+        from lpvit_cli.export.onnx_file import OPENVINO, free_forms
         from lpvit_cli.export.results import ExportedFile
-        from lpvit_cli.targets.openvino import OpenVinoModel
+        from lpvit_cli.export.speed import measure
+        from lpvit_cli.targets.openvino import OpenVinoModel, open_compiled
 
         progress("converting for OpenVINO", 0, 1, "")
         file = work / FILE
         save_openvino(work / ONNX_FILE, file, source.config)
         parity, result = check(OpenVinoModel(file), source, FILE)
-        dense = dense_file(source, work)
+        free = sorted(free_forms(source, work), key=lambda form: form.name != OPENVINO)
+        open_file = partial(open_compiled, file, source.threads, source.images)
         return ExportedFile(
             format="openvino",
             file=FILE,
             bytes=file.stat().st_size + file.with_suffix(".bin").stat().st_size,
             parity=parity,
             quality=result,
-            speed=measure(source, "OpenVINO", FILE, partial(_open, dense, source), partial(_open, file, source), progress),
+            speed=measure(source, FILE, open_file, free, progress),
         )
 
     def open(self, path: Path) -> ExportedModel:
         from lpvit_cli.targets.openvino import OpenVinoModel
 
         return OpenVinoModel(path)
-
-
-def _open(path: Path, source: Source) -> Subject:
-    from lpvit_cli.targets.openvino import compiled
-
-    return partial(compiled(path, source.threads), source.images.numpy())
 
 
 def save_openvino(onnx_file: Path, path: Path, metadata: dict[str, Any]) -> None:

@@ -6,9 +6,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
 from rich.text import Text
 
-from lpvit_cli.numbers import by, percent, size
+from lpvit_cli.export.results import ExportSpeed
+from lpvit_cli.numbers import by, interval, percent, size, three_digits
 from lpvit_cli.report.schema import EmbedReport, EvaluateReport, ExportReport, PredictReport, TuneReport
 from lpvit_cli.report.terminal.cells import numbers, table
 
@@ -21,6 +23,8 @@ def export(report: ExportReport, folder: Path) -> list[Any]:
         shown.append(Text(f"{folder / file.file}: {file.format}{precision}, {size(file.bytes)}{smaller}", "bold"))
         if file.speed:
             shown.append(f"{file.speed.verdict}; batch {file.speed.batch_size}, {file.speed.threads} threads")
+            if len(file.speed.free) > 1:
+                shown.append(_free(file.speed, report.quality_model.figures[0].name))
         if file.layers:
             counts = Counter(layer.form for layer in file.layers)
             shown.append("layers by form: " + ", ".join(f"{count} {form}" for form, count in counts.most_common()))
@@ -38,6 +42,15 @@ def export(report: ExportReport, folder: Path) -> list[Any]:
             now, before = file.quality.figures[0], report.quality_model.figures[0]
             shown.append(f"{now.name} {now.text} (model {before.text}) on {file.quality.images} images")
     return shown
+
+
+def _free(speed: ExportSpeed, figure: str) -> Table:
+    rows = numbers("the dense model, free forms", "", "ms", "the file's speed (95 %)", figure, "")
+    for form in speed.free:
+        quality = form.quality.figures[0].text if form.quality else "-"
+        kind = "best" if form.name == speed.best_free else "" if form.counts else "loses too much"
+        rows.add_row(form.name, three_digits(form.median_ms), interval(form.speedup), quality, kind)
+    return rows
 
 
 def evaluate(report: EvaluateReport, folder: Path) -> list[Any]:
