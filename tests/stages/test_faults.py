@@ -11,7 +11,7 @@ from faults import Fault
 def test_kills_and_failing_disks(tmp_path: Path) -> None:
     ground = Ground(CASES["finetune-lora-ga"], tmp_path)
     named = {operation: at for at, operation in enumerate(ground.operations, start=1)}  # the last of each
-    checkpoint = named["os.rename /run/.finetuned.progress/checkpoint.tmp"]
+    checkpoint = named["os.rename /run/.finetuned.progress/.checkpoint.safetensors.partial"]
     published = named["os.rename /run/.finetuned.partial"]
     kills = [Fault("torn", checkpoint - 2), Fault("kill", published + 1)]
     assert tried(kills, ground.killed) == (len(kills), [])
