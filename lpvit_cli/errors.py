@@ -59,7 +59,7 @@ def known(error: BaseException) -> LpvitError | None:
         return EnvironmentFault(
             f"data.workers: a process that decodes images has died or says nothing ({str(error).split('. ')[0]})",
             "memory, /dev/shm or the disk may be too small or slow (lpvit doctor):"
-            " --set data.workers=0, or docker run --shm-size=1g",
+            " --set data.workers=0, or docker run --shm-size=1g; to wait longer: LPVIT_PATIENCE=SECONDS",
         )
     return None
 

@@ -2,8 +2,8 @@
 
 Beside `NAME/`, the artefact of a stage, there may be `.NAME.partial` (being written, or being removed), `.NAME.old` (the one
 before, while a new one takes its place), `.NAME.progress` (what a stage goes on from) and `..NAME.*.rubbish-*` (what could not
-be removed). No link is followed to write: what has a name that lpvit writes to and is something else is refused before any work.
-An artefact may be a link while it is only read.
+be removed). No link is followed to write: what has a name that lpvit writes to and is something else is refused before any
+work. An artefact may be a link while it is only read.
 """
 
 from __future__ import annotations
