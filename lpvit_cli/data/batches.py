@@ -22,7 +22,7 @@ from lpvit_cli.randomness import seeded
 from lpvit_cli.recipe.data import DataSection
 
 Batch = tuple[Tensor, Tensor]  # images [n, C, H, W] float32, labels [n] int64, -1 where there are none
-SILENCE = 120  # seconds that workers may take for a batch, without LPVIT_PATIENCE: one that finds no shared memory says nothing for ever
+SILENCE = 120  # seconds that workers may take for a batch; one that finds no shared memory says nothing for ever
 Item = tuple[Tensor, int] | str | LpvitError  # an image, the name of an unreadable one, or what stops the command
 
 

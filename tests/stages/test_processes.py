@@ -295,10 +295,13 @@ def test_who_keeps_the_job_together_is_named(monkeypatch: pytest.MonkeyPatch, ag
 
 
 def test_a_command_that_failed_in_a_job_listens_again() -> None:
+    def fails_as_a_job() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise UsageError("wrong")
+
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit), Console().command():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as `joined`
-        raise UsageError("wrong")
+        fails_as_a_job()
     assert signal.getsignal(signal.SIGTERM) is before
 
 
