@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
-from lpvit_cli.errors import EnvironmentFault
+from lpvit_cli.errors import EnvironmentFault, printable
 
 RUBBISH = "rubbish"
 
@@ -179,7 +179,7 @@ def reason(error: BaseException) -> str:
         text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
     line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     line = f"has no {line}" if isinstance(error, KeyError) else line
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line[:300])
+    return printable(line, 300)
 
 
 @contextmanager
