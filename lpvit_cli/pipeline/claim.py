@@ -45,7 +45,8 @@ def claimed(folder: Path, name: str, artefacts: Sequence[str], overwrite: bool) 
         with _locked(folder):
             foreign = _require_ours(folder, name, artefacts, overwrite)  # another lpvit may have been faster
             for path in _temporary(folder / RECIPE):
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()
             for artefact in artefacts:
                 _tidy(folder / artefact, taken_over=bool(foreign))
             yield
