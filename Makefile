@@ -23,9 +23,11 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-# What lpvit promises under kills, damage and hostile input, tried ten thousand times; `make test` tries a sample.
+# What lpvit promises under kills, damage and hostile input, tried ten thousand times; `make test` tries a sample. It takes long:
+# STRESS=tests/stress/test_stress_files.py, or any one test, is a part.
+STRESS ?= tests/stress
 stress: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/stress
+	OMP_NUM_THREADS=1 $(BIN)/pytest '$(STRESS)'
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -20,7 +20,7 @@ from lpvit_cli.curvature import collect
 from lpvit_cli.data.batches import ListedBatches
 from lpvit_cli.devices import pick_device
 from lpvit_cli.errors import CheckFailed, UsageError, require
-from lpvit_cli.files import beside, remove
+from lpvit_cli.files import fresh
 from lpvit_cli.measure.profile import DeviceProfile
 from lpvit_cli.models import merging
 from lpvit_cli.models.layers import own_layers
@@ -246,14 +246,13 @@ def export_onnx(
         asked = "dense" if form == "auto" else form
         choices = {name: FormChoice(asked if asked in forms_of(layer) else "dense", {}) for name, layer in layers.items()}
     graph = sparse_graph(model, layers, choices, opset, precision, example)
-    partial = beside(path, "partial")
-    remove(partial)  # onnx would follow a link
+    partial, apart = fresh(path, "partial"), fresh(path, "checked")
     try:
         save_onnx(graph, partial, {})
         size = partial.stat().st_size
         checked = partial
         if precision == "bfloat16":  # which onnxruntime's CPU provider does not have
-            checked = partial.with_suffix(".checked")
+            checked = apart
             as_float32(graph)
             save_onnx(graph, checked, {})
         merges, judged = merging_of(model) is not None, example.float().cpu()
@@ -272,7 +271,7 @@ def export_onnx(
             )
         partial.replace(path)
     finally:
-        for left in (partial, partial.with_suffix(".checked")):
+        for left in (partial, apart):
             left.unlink(missing_ok=True)
     return OnnxFile(path, {name: choice.form for name, choice in choices.items()}, error, size)
 

@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 Thing = TypeVar("Thing")
 PATIENCE = "LPVIT_PATIENCE"  # in the environment
 LONGEST_STEP = timedelta(minutes=10)  # that one process works alone while others wait for it
+TORCHRUN = -1  # in the place of a rank
 DONE, FAILED, LEFT = "done", "failed", "left"  # last words of a process; left: because of another one
 AGAIN = "the same command goes on from the last checkpoint, with any number of processes"
 LOST = ("gloo", "nccl", "connection closed", "connection reset")  # in the words of torch's other errors
 
 
 class PeerLost(EnvironmentFault):
-    """Another process of the job has ended or does not answer. `rank`: which, if that is known."""
+    """Another process of the job has ended or does not answer. `rank`: which, or TORCHRUN, if that is known."""
 
     def __init__(self, message: str, hint: str, rank: int | None = None):
         super().__init__(message, hint)
@@ -80,7 +81,7 @@ def joined(on_gpus: bool, give_up: Callable[[PeerLost], None]) -> Iterator[None]
         dist.destroy_process_group()  # not after a failure: it might wait for a process that is gone
         signal.signal(signal.SIGTERM, default)
     except BaseException as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is wrong is still to be told
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is wrong is still to be told: Console.command listens again
         ended = isinstance(error, dist.DistError | _ToldToEnd)
         torn = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
         lost = _lost(watch) if ended or torn else None
@@ -93,13 +94,13 @@ def joined(on_gpus: bool, give_up: Callable[[PeerLost], None]) -> Iterator[None]
 
 def _lost(watch: Watch | None) -> PeerLost:
     ended = watch.who_ended() if watch else None
-    what = f"process {ended} has ended" if ended else "another process of this job has ended, or all were told to"
+    what = f"{ended} has ended" if ended else "another process of this job has ended, or all were told to"
     return PeerLost(f"process {rank()} of {world()}: {what}", f"see its own message; {AGAIN}", ended.rank if ended else None)
 
 
-def patience() -> float:
-    """Seconds that another process may be stopped: $LPVIT_PATIENCE, or 60."""
-    given = os.environ.get(PATIENCE, "60")
+def patience(otherwise: float = 60) -> float:
+    """Seconds that another process may say nothing: $LPVIT_PATIENCE, or `otherwise`."""
+    given = os.environ.get(PATIENCE) or f"{otherwise}"
     try:
         seconds = float(given)
     except ValueError:
@@ -111,7 +112,8 @@ def patience() -> float:
 
 def speaks(lost: PeerLost) -> bool:
     """Whether this process tells of the loss, of those that are left."""
-    return rank() == (1 if lost.rank == 0 else 0)
+    others = {0: 1, TORCHRUN: world() - 1}  # the last: what is lost may be the machine of torchrun and the first
+    return rank() == (0 if lost.rank is None else others.get(lost.rank, 0))
 
 
 class _ToldToEnd(BaseException):
@@ -124,7 +126,7 @@ def _told_to_end(*_: object) -> None:
 
 @dataclass(frozen=True)
 class Peer:
-    """Another process: the last that it said, where it runs, and since when it says nothing else."""
+    """Another process: the last that it said, where it runs, and since when it says nothing else; or TORCHRUN."""
 
     rank: int
     word: str = ""
@@ -132,14 +134,15 @@ class Peer:
     since: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.rank}{self.place}"
+        return "torchrun, which keeps the job together," if self.rank == TORCHRUN else f"process {self.rank}{self.place}"
 
 
 class Watch:
     """Says every few seconds that this process lives, and hears it of the others.
 
-    A process that computes or waits still says so; one that is stopped, or whose machine is gone, does not. The first process
-    keeps what is said: where it is stopped, saying and hearing wait for ever, so that another thread looks at the clock.
+    A process that computes or waits still says so; one that is stopped, or whose machine is gone, does not. torchrun keeps what
+    is said, or the first process where others have started the job: where the keeper is stopped, saying and hearing wait for
+    ever, so that another thread looks at the clock.
     """
 
     def __init__(self, store: Any, patience: float, give_up: Callable[[PeerLost], None]):
@@ -160,7 +163,7 @@ class Watch:
             try:
                 self._say(str(count))
                 self._hear()
-            except RuntimeError:  # of the store: the first process has ended, which this one finds out itself
+            except RuntimeError:  # of the store: its keeper has ended; if that was a process, this one finds out itself
                 self._over.set()
 
     def _look_at_the_clock(self) -> None:
@@ -173,7 +176,7 @@ class Watch:
             before = now
             silent = self._silent(self._patience)
             if silent is None and now - self._answered > self._patience:
-                silent = self._heard.get(0, Peer(0))
+                silent = self._keeper()
             if silent:
                 self._give_up(self._stopped(silent))
                 return
@@ -191,12 +194,19 @@ class Watch:
             time.sleep(self._beat / 2)
             try:
                 self._hear()
-            except RuntimeError:  # of the store, which the first process keeps
-                return self._heard.get(0, Peer(0)) if rank() else None
+            except RuntimeError:  # of the store
+                keeper = self._keeper()
+                return None if keeper.rank == rank() else keeper
             failed = next((peer for peer in list(self._heard.values()) if peer.word == FAILED), None)
             if ended := failed or self._silent(2.5 * self._beat):
                 return ended
         return None
+
+    def _keeper(self) -> Peer:
+        """Who keeps what is said."""
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return Peer(TORCHRUN)
+        return self._heard.get(0, Peer(0))
 
     def _say(self, word: str) -> None:
         self._store.set(f"lpvit/{rank()}", f"{word} {os.getpid()} {platform.node()}")
@@ -216,7 +226,7 @@ class Watch:
 
     def _stopped(self, peer: Peer) -> PeerLost:
         return PeerLost(
-            f"process {rank()} of {world()}: process {peer} has not answered for {self._patience:g} s:"
+            f"process {rank()} of {world()}: {peer} has not answered for {self._patience:g} s:"
             " it is stopped, or its machine is lost",
             f"end it (kill -9 PID), then start the job again: {AGAIN}; to wait longer: {PATIENCE}=SECONDS",
             peer.rank,

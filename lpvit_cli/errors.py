@@ -4,13 +4,13 @@ import errno
 import re
 
 LONGEST = 1000  # characters of a message
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # also what turns text around
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # also what turns text around
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 
 
 def escaped(text: str) -> str:
     """As `text`, with escapes for what could steer a terminal, but for line ends and tabs; without credentials of addresses."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), _CREDENTIALS.sub("", text))
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), _CREDENTIALS.sub("", text))
 
 
 def printable(text: str, longest: int = LONGEST) -> str:
@@ -59,7 +59,7 @@ def known(error: BaseException) -> LpvitError | None:
         return EnvironmentFault(
             f"data.workers: a process that decodes images has died or says nothing ({str(error).split('. ')[0]})",
             "memory, /dev/shm or the disk may be too small or slow (lpvit doctor):"
-            " --set data.workers=0, or docker run --shm-size=1g",
+            " --set data.workers=0, or docker run --shm-size=1g; to wait longer: LPVIT_PATIENCE=SECONDS",
         )
     return None
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,13 +17,15 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
-from lpvit_cli.errors import EnvironmentFault
+from lpvit_cli.errors import EnvironmentFault, printable
+
+RUBBISH = "rubbish"
 
 
 def publish(work: Path, target: Path) -> None:
     """Put a complete folder in its place; the old one goes only when the new one stands."""
     old = beside(target, "old")
-    remove(old)
+    clear(old)
     if target.exists():
         target.rename(old)
     work.rename(target)
@@ -35,6 +38,11 @@ def beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}")
 
 
+def fresh(path: Path, kind: str) -> Path:
+    """As `beside`, a name that no other process and no thread uses."""
+    return beside(path, f"{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link (not what it points to) or a folder, if there is one. Raises OSError where it cannot go."""
     if path.is_dir() and not path.is_symlink():
@@ -43,12 +51,26 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
+def clear(path: Path) -> None:
+    """Free a name. What cannot be removed (NFS keeps files that somebody has open) gets another, for `rubbish_of` to find."""
+    try:
+        remove(path)
+    except OSError:
+        path.rename(fresh(path, RUBBISH))
+
+
+def rubbish_of(path: Path) -> Iterator[Path]:
+    """What `clear` could not remove of `path`, and of what lies beside it."""
+    for name in (path.name, beside(path, "*").name):
+        yield from path.parent.glob(f".{name}.{RUBBISH}-*")
+
+
 def discard(folder: Path, rubbish: Path) -> None:
     """Remove a folder by way of the name `rubbish`, so that a kill never leaves a part of it under its own."""
-    remove(rubbish)
+    clear(rubbish)
     if folder.exists():
         folder.rename(rubbish)
-        remove(rubbish)
+        clear(rubbish)
 
 
 def open_unlinked(path: Path, flags: int) -> IO[str]:
@@ -60,8 +82,7 @@ def open_unlinked(path: Path, flags: int) -> IO[str]:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to; it becomes `path` when all is well, and goes when not."""
-    partial = beside(path, "partial")
-    remove(partial)  # who writes would follow a link
+    partial = fresh(path, "partial")
     try:
         yield partial
         partial.replace(path)
@@ -71,9 +92,8 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; neither `path` nor what lies beside it is followed where it is a link."""
-    temporary = beside(path, "tmp")
-    remove(temporary)  # a kill has left it
+    """Write a file whole or not at all; a link at `path` is replaced, not followed."""
+    temporary = fresh(path, "tmp")
     try:
         with open_unlinked(temporary, os.O_EXCL) as file:
             file.write(text)
@@ -84,10 +104,11 @@ def replace_text(path: Path, text: str) -> None:
         raise
 
 
-DISK_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),  # the disk
-    *(errno.EROFS, errno.EACCES, errno.EPERM),  # permissions
-    *(errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG),  # what lies there
+DISK_ERRORS = {  # and what helps
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO), "free space"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "check permissions"),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG), "look what lies there"),
+    **dict.fromkeys((errno.EBUSY, errno.ETXTBSY, errno.ESTALE), "close what has it open, or mount the disk again"),
 }
 
 
@@ -101,14 +122,15 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
+        helps = DISK_ERRORS[error.errno]
         what = f"{error.filename}: {error.strerror}" if error.filename else f"{path}: cannot write: {error.strerror}"
-        raise EnvironmentFault(what, "check permissions and free space, or choose another --output") from error
+        raise EnvironmentFault(what, f"{helps}, or choose another --output") from error
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         if not code or int(code[1]) not in DISK_ERRORS:
             raise
         raise EnvironmentFault(
-            f"{path}: cannot write: {os.strerror(int(code[1]))}", "free space, or choose another --output"
+            f"{path}: cannot write: {os.strerror(int(code[1]))}", f"{DISK_ERRORS[int(code[1])]}, or choose another --output"
         ) from error
 
 
@@ -157,7 +179,7 @@ def reason(error: BaseException) -> str:
         text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
     line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     line = f"has no {line}" if isinstance(error, KeyError) else line
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line[:300])
+    return printable(line, 300)
 
 
 @contextmanager
@@ -166,7 +188,8 @@ def scratch_in(work: Path) -> Iterator[Path]:
     folder = work / "scratch"
     folder.mkdir()
     yield folder
-    remove(folder)
+    with suppress(OSError):
+        remove(folder)
 
 
 def require_temporary_folder() -> None:
@@ -174,8 +197,10 @@ def require_temporary_folder() -> None:
     try:
         tempfile.gettempdir()
     except OSError as error:
-        reason = f"no folder for temporary files can be written: {error.strerror or error}"
-        raise EnvironmentFault(reason, "free space there, or set TMPDIR to another folder") from error
+        raise EnvironmentFault(
+            f"no folder for temporary files can be written: {reason(error)}",
+            "free space there, or set TMPDIR to another folder",
+        ) from error
 
 
 def digest(value: Any) -> str:

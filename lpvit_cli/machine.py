@@ -6,8 +6,6 @@ import getpass
 import os
 import platform
 import re
-import stat
-import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,8 +72,11 @@ def settle() -> None:
     """
     global _temporary_home
     home = os.path.expanduser("~")
-    if home == "~" or (home == "/" and not os.access(home, os.W_OK)):  # docker says / where it knows no better
-        _temporary_home = _private_folder()
+    if not os.path.isabs(home) or not os.access(home, os.W_OK):
+        from lpvit_kernels.home import has_home, private_folder  # imports torch, for which nobody else should wait
+
+        _temporary_home = None if has_home() else private_folder()
+    if _temporary_home:
         os.environ["HOME"] = str(_temporary_home)
     try:
         getpass.getuser()
@@ -86,14 +87,3 @@ def settle() -> None:
 def temporary_home() -> Path | None:
     """Where `settle` has put the home folder; None: the user has one."""
     return _temporary_home
-
-
-def _private_folder() -> Path:
-    folder = Path(tempfile.gettempdir(), f"lpvit-{os.getuid()}")
-    try:
-        folder.mkdir(mode=0o700)
-    except FileExistsError:
-        facts = folder.lstat()
-        if facts.st_uid != os.getuid() or not stat.S_ISDIR(facts.st_mode) or facts.st_mode & 0o022:  # somebody else's trap
-            return Path(tempfile.mkdtemp(prefix="lpvit-"))
-    return folder

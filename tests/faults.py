@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -25,6 +26,7 @@ from safetensors.torch import load_file
 CREATING = ("open", "os.mkdir", "os.link", "os.symlink")
 CHANGING = (*CREATING, "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.chmod")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+FRESH_NAME = re.compile(r"-\d+-[0-9a-f]{8}\b")  # what makes temporary names differ
 KINDS = (
     "kill",  # before the operation
     "torn",  # a kill when a file was opened and half a line written
@@ -94,7 +96,7 @@ class Counter:
         try:
             path = _path(event, arguments)
             if path.startswith(self.root):
-                self.operations.append(f"{event} {path.removeprefix(self.root)}")
+                self.operations.append(f"{event} {FRESH_NAME.sub('', path.removeprefix(self.root))}")
                 if self.fault and len(self.operations) >= self.fault.at:
                     self.strike(self.fault.kind, event, path, arguments)
         finally:

@@ -6,18 +6,17 @@ import json
 import random
 import resource
 import shutil
-import signal
-import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from helpers import VIT as KWARGS
 from helpers import masked, random_model, random_statistics
+from hostile import BYTES, LONGEST, Tally, try_one
 from mutations import as_archive, as_json, as_lines, as_onnx, as_tensors
 from PIL import Image
 from report.made import bench
@@ -27,7 +26,7 @@ from lpvit_cli.commands.compare import read_report
 from lpvit_cli.curvature import load_statistics, save_statistics
 from lpvit_cli.data.classes import read_class_map
 from lpvit_cli.data.transforms import transform_for
-from lpvit_cli.errors import EnvironmentFault, UsageError
+from lpvit_cli.errors import LpvitError
 from lpvit_cli.export.graph import dense_graph, save_onnx
 from lpvit_cli.export.program import export_program, plain
 from lpvit_cli.measure.energy.power import Work
@@ -43,7 +42,6 @@ from lpvit_cli.sparse import sparsify
 from lpvit_cli.targets.onnxruntime import OnnxModel
 from lpvit_cli.targets.pt2 import EXTRA_FILE, TorchProgram
 
-SECONDS, BYTES, LONGEST = 5, 2**30, 1000  # of processor time and of memory for one file; characters of a message
 LAYER, FC = "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"
 PREPROCESSING = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1.0}
 CONFIG: dict[str, Any] = {
@@ -56,21 +54,6 @@ CONFIG: dict[str, Any] = {
     "data": {"dataset": "digits", "root": "", "split": "test", "labels": "auto", "exif": False},
     "parent": {"name": "vit_tiny_patch16_224", "kwargs": KWARGS},
 }
-
-
-@dataclass
-class Tally:
-    """How many files were tried, how many refused, and those that broke a promise, by promise."""
-
-    tried: int = 0
-    refused: int = 0
-    broken: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-
-    def __iadd__(self, other: Tally) -> Tally:
-        self.tried, self.refused = self.tried + other.tried, self.refused + other.refused
-        self.broken, self.examples = self.broken + other.broken, other.examples | self.examples
-        return self
 
 
 @dataclass(frozen=True)
@@ -93,7 +76,7 @@ def try_kind(name: str, folder: Path, seeds: range) -> Tally:
     kind.use(path)  # also imports all there is, before memory is looked at
     for seed in seeds:
         path.write_bytes(kind.mutate(whole, random.Random(seed)))
-        _try(tally, f"{name} {seed}", kind.use, path)
+        try_one(tally, f"{name} {seed}", partial(kind.use, path), wrong_with)
     shutil.rmtree(folder)
     return tally
 
@@ -103,48 +86,9 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (4 * BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
-class _TooSlow(BaseException):
-    pass
-
-
-def _stop(*_: object) -> None:
-    raise _TooSlow
-
-
-def _try(tally: Tally, what: str, use: Callable[[Path], object], path: Path) -> None:
-    tally.tried += 1
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    signal.signal(signal.SIGPROF, _stop)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    broken = ""
-    try:
-        use(path)
-    except (UsageError, EnvironmentFault) as error:
-        tally.refused += 1
-        lines = f"{error.message}\n{error.hint}" if error.hint else error.message
-        if lines.count("\n") > 2 or len(error.message) > LONGEST:
-            broken, what = "told at length", f"{what}: {error.message[:300]!r}"
-    except _TooSlow:
-        broken = f"over {SECONDS} s"
-    except BaseException as error:
-        broken, what = f"{type(error).__name__}", f"{what}: {str(error)[:300]!r} {_place(error)}"
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    if grown * (1 if sys.platform == "darwin" else 1024) > BYTES:
-        broken = "over 1 GiB"
-    if broken:
-        tally.broken[broken] += 1
-        tally.examples.setdefault(broken, what)
-
-
-def _place(error: BaseException) -> str:
-    trace = error.__traceback__
-    places = []
-    while trace:
-        places.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
-        trace = trace.tb_next
-    return " < ".join(reversed(places[-6:]))
+def wrong_with(error: LpvitError) -> list[str]:
+    lines = f"{error.message}\n{error.hint}" if error.hint else error.message
+    return ["told at length"] * (lines.count("\n") > 2 or len(error.message) > LONGEST)
 
 
 # specimens, and what lpvit does with them

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import random
-import resource
-import signal
-import sys
-import time
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from hostile import LONGEST, Tally, try_one
+
 from lpvit_cli import Recipe
-from lpvit_cli.errors import UsageError
+from lpvit_cli.errors import LpvitError, UsageError
 from lpvit_cli.recipe.shipped import shipped_recipes
 
 SHIPPED = shipped_recipes()[0].parent
-SECONDS, BYTES, LONGEST = 5, 2**30, 1000  # what one recipe may take, and the characters of a message
 TOP = "model: {name: vit_tiny_patch16_224}\ndata: {dataset: digits}\n"
 NINES = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]\n" for n in range(9))
 VALUES = {  # by what they are: values for any key
@@ -109,25 +104,6 @@ FILES = {  # whole recipes
 }
 
 
-@dataclass
-class Tally:
-    """How many recipes were tried, and those that broke a promise, by promise."""
-
-    tried: int = 0
-    refused: int = 0
-    broken: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-
-    def __iadd__(self, other: Tally) -> Tally:
-        self.tried, self.refused, self.broken = (
-            self.tried + other.tried,
-            self.refused + other.refused,
-            self.broken + other.broken,
-        )
-        self.examples = other.examples | self.examples
-        return self
-
-
 def hostile(folder: Path, keys: tuple[str, ...] = KEYS) -> Tally:
     """All of the list: every value at every one of the keys, in a file and by --set, and every file."""
     tally, path = Tally(), folder / "recipe.yaml"
@@ -201,39 +177,19 @@ def mutated(texts: list[bytes], chance: random.Random) -> bytes:
     return text
 
 
-class _TooSlow(BaseException):
-    pass
-
-
-def _stop(*_: object) -> None:
-    raise _TooSlow
-
-
 def _try(tally: Tally, what: str, recipe: Path | str, *overrides: str) -> None:
     """Load it; it is a recipe, which can be written, or a UsageError that can be read."""
-    tally.tried += 1
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.monotonic()
-    signal.signal(signal.SIGALRM, _stop)
-    signal.alarm(4 * SECONDS)
-    broken = []
-    try:
+
+    def use() -> None:
         loaded = Recipe.load(recipe, overrides)
         loaded.to_yaml(), loaded.flat()
-    except UsageError as error:
-        tally.refused += 1
+
+    def wrong_with(error: LpvitError) -> list[str]:
+        broken = ["no usage error"] * (not isinstance(error, UsageError))
         told = error.message + error.hint
         broken += ["unreadable"] * (not told.isprintable()) + ["long"] * (max(len(error.message), len(error.hint)) > LONGEST)
         broken += ["without a hint"] * (not error.hint)
         broken += ["names no place"] * (not error.message.startswith((f"{recipe}", f"{SHIPPED}", "--set", "no recipe")))
-    except (Exception, _TooSlow) as error:
-        broken += [type(error).__name__]
-    finally:
-        signal.alarm(0)
-    broken += ["slow"] * (time.monotonic() - started > SECONDS)
-    broken += ["large"] * (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > BYTES // (1 if sys.platform == "darwin" else 1024)
-    )
-    for kind in broken:
-        tally.broken[kind] += 1
-        tally.examples.setdefault(kind, what)
+        return broken
+
+    try_one(tally, what, use, wrong_with)

@@ -67,15 +67,24 @@ def test_a_file_that_cannot_be_replaced_leaves_no_copy_beside_it(tmp_path: Path)
     [
         (OSError(errno.ENOENT, "No such file"), FileNotFoundError),
         (OSError(errno.EACCES, "Permission denied"), EnvironmentFault),
+        (OSError(errno.EBUSY, "Device or resource busy"), EnvironmentFault),
         (SafetensorError("I/O error: No space left on device (os error 28)"), EnvironmentFault),
         (SafetensorError("I/O error: No such file (os error 2)"), SafetensorError),
         (SafetensorError("header too large"), SafetensorError),
     ],
-    ids=["missing file", "permission", "disk full in safetensors", "missing file in safetensors", "damaged tensors"],
+    ids=["missing file", "permission", "in use", "disk full in safetensors", "missing file in safetensors", "damaged tensors"],
 )
 def test_only_faults_of_the_disk_are_put_down_to_the_disk(error: Exception, raised: type[Exception]) -> None:
     with pytest.raises(raised), writing(Path("runs/a")):
         raise error
+
+
+def test_only_a_full_disk_is_said_to_be_full() -> None:
+    for code, hint in ((errno.ENOSPC, "free space"), (errno.ENOTEMPTY, "look what lies there"), (errno.ESTALE, "mount")):
+        with pytest.raises(EnvironmentFault) as caught, writing(Path("runs/a")):
+            raise OSError(code, os.strerror(code))
+        assert hint in caught.value.hint
+        assert ("space" in caught.value.hint) == (code == errno.ENOSPC)
 
 
 def test_no_folder_for_temporary_files_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ def test_mutations(tmp_path: Path) -> None:
         ("self in a merge", ":3: the alias *a has no meaning yet"),
         ("deep list", ":3: nested deeper than 50 levels"),
         ("terminal escape", ":3: text with the control character '\\x1b'"),
+        ("text turned around", ":3: text with the control character '\\u202e'"),
         ("raw terminal escape", ":3: the character '\\x1b' is not allowed"),
         ("key that is a list", ":3: a key that is a list or a mapping"),
     ],

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Result
-from lpvit_kernels.tuned import cache_folder
+from lpvit_kernels.home import cache_folder, private_folder
 
 from lpvit_cli import machine
 from lpvit_cli.commands import doctor
@@ -37,12 +37,13 @@ def homeless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("getpass.getuser", lambda: os.environ.get("USER") or nobody())
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(machine, "_temporary_home", None)
+    private_folder.cache_clear()
 
 
 @pytest.mark.usefixtures("homeless")
 def test_without_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / f"lpvit-{os.getuid()}"
-    assert cache_folder() == own / "lpvit", "the kernels alone do not fail either"
+    assert cache_folder() == own / ".cache" / "lpvit", "the kernels alone use the same"
     machine.settle()
     assert os.environ["HOME"] == str(own)
     assert os.environ["USER"] == f"uid{os.getuid()}"
@@ -53,9 +54,29 @@ def test_without_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "HOME" in finding.remedy
     monkeypatch.delenv("HOME")
     own.chmod(0o777)
+    private_folder.cache_clear()
+    assert cache_folder() == cache_folder(), "one folder in one process"
     machine.settle()
     assert os.environ["HOME"] != str(own), "others may write there"
     assert Path(os.environ["HOME"]).parent == tmp_path
+
+
+@pytest.mark.usefixtures("homeless")
+def test_a_home_folder_that_is_not_there_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/nonexistent")
+    own = tmp_path / f"lpvit-{os.getuid()}"
+    assert cache_folder() == own / ".cache" / "lpvit"
+    machine.settle()
+    assert os.environ["HOME"] == str(own)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_a_read_only_home_that_holds_caches_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home" / ".cache").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    machine.settle()
+    assert cache_folder() == tmp_path / "home" / ".cache" / "lpvit"
 
 
 def test_a_home_folder_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+from lpvit_kernels.home import cache_folder
 
 FORMAT = 1
 CHOICES = ("triton", "strided", "gathered", "batched", "dense")
@@ -64,15 +66,6 @@ _loaded: dict[str, Tuned] | None = None
 _changes = 0
 
 
-def cache_folder() -> Path:
-    """$LPVIT_CACHE, or lpvit/ of the user's cache folder, or of a temporary one for users without a home."""
-    if given := os.environ.get("LPVIT_CACHE"):
-        return Path(given)
-    home = os.path.expanduser("~")
-    none = Path(tempfile.gettempdir(), f"lpvit-{os.getuid()}") if home == "~" else None
-    return Path(os.environ.get("XDG_CACHE_HOME") or none or Path(home, ".cache"), "lpvit")
-
-
 def path() -> Path:
     return cache_folder() / "tuned.json"
 
@@ -99,7 +92,7 @@ def record(entries: dict[str, Tuned]) -> None:
         with FileLock(target.with_suffix(".lock")):
             _loaded = _read(path()) | entries
             _replace(target, _loaded)
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
         _loaded = (_loaded or {}) | entries
         warnings.warn(f"{target} cannot be written ({error}): what is tuned is forgotten with this process", stacklevel=2)
     _changes += 1
@@ -128,10 +121,9 @@ def using(file: Path) -> Iterator[None]:
 
 
 def _replace(target: Path, entries: dict[str, Tuned]) -> None:
-    """Whole or not at all, by one process at a time."""
+    """Whole or not at all."""
     document = {"format": FORMAT, "entries": {key: asdict(entry) for key, entry in entries.items()}}
-    beside = target.with_name(f".{target.name}.tmp")
-    beside.unlink(missing_ok=True)  # a kill has left it, or a link
+    beside = target.with_name(f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with beside.open("x") as file:
             json.dump(document, file, indent=1)

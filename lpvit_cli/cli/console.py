@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -94,7 +95,7 @@ class Console:
     @contextmanager
     def command(self) -> Iterator[None]:
         """Run a command's body; every way out of it becomes an exit code (see errors.py; 130 interrupted, 1 a bug)."""
-        code = 0
+        code, on_term = 0, signal.getsignal(signal.SIGTERM)
         try:
             yield
         except LpvitError as error:
@@ -126,6 +127,8 @@ class Console:
         finally:
             self._stop_bar()
         self._print_document()
+        if signal.getsignal(signal.SIGTERM) is not on_term:  # a job has failed (distributed.joined)
+            signal.signal(signal.SIGTERM, on_term)
         if code:
             sys.exit(code)
 

@@ -7,7 +7,7 @@ import platform
 import tempfile
 from dataclasses import dataclass
 
-from lpvit_kernels.tuned import cache_folder
+from lpvit_kernels.home import cache_folder
 
 from lpvit_cli.errors import LpvitError
 from lpvit_cli.machine import cpu_features, cpu_name, installed, temporary_home

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from lpvit_cli.errors import UsageError
-from lpvit_cli.files import beside, publish, remove, writing
+from lpvit_cli.files import beside, clear, publish, writing
 from lpvit_cli.models.folder import load_model, read_config, save_model
 from lpvit_cli.recovery.lora import load_adapted
 from lpvit_cli.recovery.lora import merge as merge_adapters
@@ -22,7 +22,7 @@ def merge(base: Path, adapter: Path, output: Path, overwrite: bool) -> None:
     merge_adapters(model)
     work = beside(output, "partial")
     with writing(output):
-        remove(work)
+        clear(work)
         work.mkdir(parents=True)
         try:
             save_model(work, model, {**read_config(base), "parent": str(base)})

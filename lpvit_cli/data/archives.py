@@ -10,7 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Annotated, BinaryIO, NamedTuple
 
-from lpvit_kernels.tuned import cache_folder
+from lpvit_kernels.home import cache_folder
 from pydantic import Field, TypeAdapter
 
 from lpvit_cli.data.classes import natural

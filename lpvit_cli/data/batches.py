@@ -22,7 +22,7 @@ from lpvit_cli.randomness import seeded
 from lpvit_cli.recipe.data import DataSection
 
 Batch = tuple[Tensor, Tensor]  # images [n, C, H, W] float32, labels [n] int64, -1 where there are none
-SILENCE = 120  # seconds that workers may take for a batch: one that finds no shared memory says nothing for ever
+SILENCE = 120  # seconds that workers may take for a batch; one that finds no shared memory says nothing for ever
 Item = tuple[Tensor, int] | str | LpvitError  # an image, the name of an unreadable one, or what stops the command
 
 
@@ -100,7 +100,7 @@ def _loader(dataset: Any, workers: int, **options: Any) -> DataLoader:
     own = torch.Generator().manual_seed(0)  # workers are seeded of it: loading draws no random numbers of others
     pinned = torch.cuda.is_initialized()
     if workers:
-        options |= {"num_workers": workers, "persistent_workers": True, "timeout": SILENCE}
+        options |= {"num_workers": workers, "persistent_workers": True, "timeout": distributed.patience(SILENCE)}
     return DataLoader(dataset, pin_memory=pinned, generator=own, **options)
 
 

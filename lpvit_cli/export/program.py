@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from lpvit_cli.export.layer import ExportLayer
@@ -60,7 +61,14 @@ def plain(model: VisionModel, layers: Mapping[str, ExportLayer], forms: Mapping[
 
 
 def export_program(model: VisionModel) -> ExportedProgram:
-    """images [batch, 3, H, W] float32 -> logits [batch, classes]; any batch. `model` holds torch's operators only."""
+    """images [batch, 3, H, W] float32 -> logits [batch, classes]; any batch. `model` holds torch's operators only.
+
+    It does not tell the files of this machine that its operators come from.
+    """
     images = torch.zeros(2, *model.pretrained_cfg["input_size"])
     with torch.no_grad():
-        return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+    return program

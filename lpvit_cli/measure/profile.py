@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from lpvit_kernels.tuned import cache_folder
+from lpvit_kernels.home import cache_folder
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, computed_field, model_validator
 from torch import Tensor
 

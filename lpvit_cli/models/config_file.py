@@ -107,9 +107,10 @@ class ModelConfig(Described):
 
     @model_validator(mode="after")
     def _arguments_of_an_architecture(self) -> Self:
-        if not all(abs(number) <= LARGEST_ARGUMENT for number in numbers_in(self.kwargs)):
+        own = self.family == "module"  # which alone knows what its arguments mean
+        if not own and not all(abs(number) <= LARGEST_ARGUMENT for number in numbers_in(self.kwargs)):
             raise ValueError(f"kwargs: a number above {LARGEST_ARGUMENT} is no size of an architecture")
-        if self.family == "module" and (self.num_classes is None or self.gives is None):
+        if own and (self.num_classes is None or self.gives is None):
             raise ValueError("num_classes and gives: nobody else knows them of a module of yours")
         return self
 

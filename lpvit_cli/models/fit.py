@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -71,11 +72,13 @@ def require_output(model: VisionModel, config: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _parameters_up_to(limit: int, path: Path) -> Iterator[None]:
-    """Raise ValueError as soon as modules register more parameters."""
-    count = 0
+    """Raise ValueError as soon as modules of this thread register more parameters."""
+    count, thread = 0, get_ident()
 
     def hook(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         nonlocal count
+        if get_ident() != thread:
+            return
         count += 1
         if count > limit:
             raise ValueError(f"it has more tensors than the {limit - SPARE} of {path.name}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lpvit_cli.errors import EnvironmentFault, UsageError
 from lpvit_cli.files import reason, replace_text, sha256_of
 from lpvit_cli.models.build import create, name_of, resolve
-from lpvit_cli.models.config_file import FORMAT, PREPROCESSING
+from lpvit_cli.models.config_file import FORMAT, PREPROCESSING, ModelConfig, require_valid
 from lpvit_cli.models.config_file import read_config as read_config
 from lpvit_cli.models.fit import require_layer, require_one_model, require_output
 from lpvit_cli.models.narrow import narrow_to, width
@@ -42,7 +42,8 @@ def model_config(section: ModelSection, model: VisionModel, **more: Any) -> dict
 
 
 def save_model(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
-    """Write a model folder; asserts that the indices of every sparse layer hold."""
+    """Write a model folder; asserts that the indices of every sparse layer hold. Raises UsageError, before it writes, where
+    `load_model` would refuse what config.json is to say."""
     widths = {name: kept for name, module in model.named_modules() if (kept := width(module)) is not None}
     sparsity = {}
     for name, layer in sparse_layers(model).items():
@@ -54,16 +55,21 @@ def save_model(folder: Path, model: nn.Module, config: dict[str, Any]) -> None:
             "blocks": blocks,
             "kept": len(weight.cols),
         }
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     content = {"format": FORMAT, "format_version": 1, **config, "widths": widths, "sparsity": sparsity}
-    content["sha256"] = sha256_of(folder / "model.safetensors")
     content.pop("ordered", None)
     if ordered := ordered_modules(model):
         content["ordered"] = ordered
     if merging := merging_of(model):
         content["tokens"] = merging.model_dump(mode="json")
+    content.pop("sha256", None)
+    try:
+        require_valid(ModelConfig, content)
+    except ValueError as error:
+        raise UsageError(f"{folder}: the model cannot be described: {reason(error)}", "change `model` in the recipe") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    content["sha256"] = sha256_of(folder / "model.safetensors")
     replace_text(folder / "config.json", json.dumps(content, indent=1))
 
 

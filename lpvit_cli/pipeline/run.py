@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from lpvit_cli import __version__, distributed
 from lpvit_cli.errors import EnvironmentFault, UsageError
-from lpvit_cli.files import beside, content_id, digest, discard, publish, remove, replace_text, writing
-from lpvit_cli.pipeline.claim import RECIPE, claimed
+from lpvit_cli.files import beside, clear, content_id, digest, discard, publish, replace_text, writing
+from lpvit_cli.pipeline.claim import RECIPE, claimed, require_own_folder
 from lpvit_cli.pipeline.record import Begun, Record, differences, has_state, values_of
 from lpvit_cli.pipeline.stage import Stage
 from lpvit_cli.progress import Progress
@@ -195,6 +195,7 @@ class Run:
     def execute(self, stage: Stage, progress: Progress, resume: bool = True) -> Any:
         """Run one stage and publish what it made; returns its report."""
         self.inputs(stage, [])  # a device that is not there is told before what is to be made for it
+        distributed.on_main(lambda: require_own_folder(self.folder / stage.folder))
         for before in self.sources(stage):
             self.artefact(before)
         if not distributed.is_main():
@@ -210,7 +211,7 @@ class Run:
             distributed.broadcast(None)
             started = time.monotonic()
             self._reads = Reads()
-            remove(work)
+            clear(work)
             work.mkdir()
             try:
                 with recording(self._reads):

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from yaml.reader import Reader
 
-from lpvit_cli.errors import UsageError
+from lpvit_cli.errors import CONTROL, UsageError
 
 MAX_BYTES = 2**20  # of a recipe
 MAX_DEPTH = 50  # of nested collections
@@ -20,7 +20,6 @@ MAX_DIRECTIVES = 10  # libyaml compares each with all before it
 MAX_DIGITS = 100  # characters of a number
 TAG = "tag:yaml.org,2002:"
 TYPES = ("null", "bool", "int", "float", "str", "seq", "map")
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's takes a twentieth of the time
 Lines = dict[tuple[str, ...], int]
 

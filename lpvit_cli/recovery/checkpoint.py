@@ -21,9 +21,7 @@ def write(path: Path, groups: Groups, state: dict[str, Any]) -> None:
     """`state` holds what JSON can."""
     named = {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
     path.parent.mkdir(exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    write_tensors(beside, {name: t.detach().cpu().contiguous() for name, t in named.items()}, {"state": json.dumps(state)})
-    beside.replace(path)
+    write_tensors(path, {name: t.detach().cpu().contiguous() for name, t in named.items()}, {"state": json.dumps(state)})
 
 
 def read(path: Path) -> tuple[Groups, dict[str, Any]]:

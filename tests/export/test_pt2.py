@@ -198,6 +198,11 @@ def test_other_precisions_are_refused(format_: str) -> None:
         run_stage(recipe, None, Path(), lambda *_: None)  # type: ignore[arg-type]
 
 
+def test_a_program_does_not_tell_where_it_was_made(written: tuple[VisionModel, Path]) -> None:
+    with zipfile.ZipFile(written[1]) as file:
+        assert [name for name in file.namelist() if b".py" in file.read(name)] == []
+
+
 def test_files_that_are_none(written: tuple[VisionModel, Path], tmp_path: Path, lpvit: Callable[..., Result]) -> None:
     text, cut, flipped, foreign = (tmp_path / f"{name}.pt2" for name in ("text", "cut", "flipped", "foreign"))
     text.write_text("no model")

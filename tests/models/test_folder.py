@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import lpvit_cli
 from lpvit_cli.data.transforms import transform_for
 from lpvit_cli.errors import EnvironmentFault, LpvitError, UsageError
 from lpvit_cli.models.build import build_model
+from lpvit_cli.models.fit import SPARE, _parameters_up_to
 from lpvit_cli.models.folder import as_dense, load_model, model_config, save_model
 from lpvit_cli.models.tensors import read_tensors, write_tensors
 from lpvit_cli.recipe.model import ModelSection
@@ -304,3 +306,12 @@ def test_as_a_dense_model_it_keeps_its_classes_and_pixels(tmp_path: Path, interp
     assert list(build_model(section).pretrained_cfg["label_names"]) == names
     with pytest.raises(UsageError, match="model.label_names: 2 names, the model tells 5 classes apart"):
         build_model(section.model_copy(update={"label_names": ("a", "b")}))
+
+
+def test_other_threads_build_models_while_one_is_checked(tmp_path: Path) -> None:
+    """Parameters of theirs count for nobody, and nothing is raised in them."""
+    with ThreadPoolExecutor(1) as pool, _parameters_up_to(SPARE, tmp_path / "model.safetensors"):
+        pool.submit(lambda: [nn.LayerNorm(2) for _ in range(SPARE)]).result()
+        nn.LayerNorm(2)
+        with pytest.raises(ValueError, match="more tensors than the 0 of"):
+            [nn.LayerNorm(2) for _ in range(SPARE)]

@@ -52,6 +52,14 @@ class Told(Net):
     def reset_classifier(self, number): self.head = nn.Identity()
     def get_classifier(self): return self.head
 
+def rotary(seed):
+    model = told()
+    model.register_buffer("freqs_cis", torch.polar(torch.ones(4), torch.arange(4.0)))
+    for bits in (16, 32, 64):
+        model.register_buffer(f"index_{bits}", torch.arange(4).to(getattr(torch, f"uint{bits}")))
+    model.register_buffer("scale", torch.ones(4).to(torch.float8_e4m3fn))
+    return model
+
 def told(): return Told(16, 4)
 def leaves(): raise SystemExit("bye")
 def broken(): raise KeyError("no such thing")
@@ -168,6 +176,26 @@ def test_weights_from_a_file(tmp_path: Path, package: str) -> None:
     save_file(tensors, tmp_path / "w.safetensors")
     model = build_model(section(tmp_path, package, kwargs=kwargs, weights=tmp_path / "w.safetensors"))
     assert not model(images()).any()
+
+
+def test_whatever_a_module_holds_comes_back(tmp_path: Path, package: str) -> None:
+    one = section(tmp_path, package, "rotary", kwargs={"seed": 20261129})
+    model = build_model(one)
+    save_model(tmp_path / "m", model, model_config(one, model))
+    loaded = dict(load_model(tmp_path / "m").named_buffers())
+    assert all(torch.equal(value.view(torch.uint8), loaded[name].view(torch.uint8)) for name, value in model.named_buffers())
+    types = {torch.complex64, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn}
+    assert {value.dtype for value in loaded.values()} == types
+
+
+def test_what_would_be_refused_is_not_written(tmp_path: Path, package: str) -> None:
+    one = section(tmp_path, package, kwargs={"num_classes": 4})
+    model = build_model(one)
+    with pytest.raises(UsageError, match=r"preprocessing: label_names|label_names: 2 names for 4 classes"):
+        save_model(
+            tmp_path / "m", model, {**model_config(one, model), "preprocessing": {"mean": [0.5], "label_names": ["a", "b"]}}
+        )
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize("form", ["tensor", "dict"])

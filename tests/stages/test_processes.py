@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from helpers import FRESH, relative, run_cli
 from safetensors.torch import load_file
 
 from lpvit_cli import distributed
+from lpvit_cli.cli.console import Console
 from lpvit_cli.errors import UsageError
 
 SMALL = [
@@ -251,13 +255,63 @@ def test_a_process_that_is_stopped_ends_the_job(alone: Path, pruned: Path, rank:
     assert not (pruned / "finetuned").exists()
 
 
+class Stopped:
+    """A store whose keeper is stopped, or has ended when `gone`."""
+
+    def __init__(self, gone: bool):
+        self.gone = gone
+
+    def clone(self) -> Stopped:
+        return self
+
+    def set(self, *_: str) -> None:
+        pass
+
+    def get(self, _: str) -> bytes:
+        if self.gone:
+            raise RuntimeError("Broken pipe")
+        threading.Event().wait(60)
+        return b"0 1 host"
+
+
+@pytest.mark.parametrize("agent", ["True", "False"])
+def test_who_keeps_the_job_together_is_named(monkeypatch: pytest.MonkeyPatch, agent: str) -> None:
+    named = "torchrun, which keeps the job together," if agent == "True" else "process 0"
+    environment = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": agent}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    told: queue.Queue[distributed.PeerLost] = queue.Queue()
+    distributed.Watch(Stopped(gone=False), 0.2, told.put).start()
+    lost = told.get(timeout=60)
+    assert lost.message.startswith(f"process 1 of 3: {named} has not answered for 0.2 s")
+    assert distributed.speaks(lost) == (agent == "False")
+    watch = distributed.Watch(Stopped(gone=True), 0.2, told.put)
+    assert distributed._lost(watch).message == f"process 1 of 3: {named} has ended"
+    monkeypatch.setenv("RANK", "2")
+    assert distributed.speaks(lost) == (agent == "True"), "the last one: the first may be on the machine that is lost"
+    monkeypatch.setenv("RANK", "0")
+    found = watch.who_ended()
+    assert str(found) == named if agent == "True" else found is None
+
+
+def test_a_command_that_failed_in_a_job_listens_again() -> None:
+    def fails_as_a_job() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise UsageError("wrong")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit), Console().command():
+        fails_as_a_job()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.parametrize("seconds", ["soon", "0", "-1", "inf", "nan"])
 def test_patience_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch, seconds: str) -> None:
     monkeypatch.setenv("LPVIT_PATIENCE", seconds)
     with pytest.raises(UsageError, match="not a number of seconds"):
         distributed.patience()
     monkeypatch.delenv("LPVIT_PATIENCE")
-    assert distributed.patience() == 60
+    assert (distributed.patience(), distributed.patience(120)) == (60, 120)
 
 
 def test_a_batch_smaller_than_the_job_leaves_some_without_images(alone: Path, tmp_path: Path) -> None:

@@ -9,25 +9,26 @@ from typing import Any
 
 import pytest
 
-ROWS: list[tuple[str, int, int, str]] = []
+ROWS: list[str] = []
 
 
 @pytest.fixture
 def row() -> Callable[[str, int, int, str], None]:
-    """Call it with what was tried, how often, how often the promise held, and which promise it is."""
-    return lambda what, tried, held, promise: ROWS.append((what, tried, held, promise))
+    """Call it with what was tried, how often, how often the promise held, and which promise it is.
 
+    The row is added to the file that $STRESS_TABLE names at once: a run that is cut short has told what it did.
+    """
 
-def table() -> list[str]:
-    lines = [f"| {what} | {promise} | {tried:,} | {held:,} |" for what, tried, held, promise in ROWS]
-    return ["| tried | promise | times | held |", "|---|---|---:|---:|", *lines]
+    def add(what: str, tried: int, held: int, promise: str) -> None:
+        ROWS.append(f"| {what} | {promise} | {tried:,} | {held:,} |")
+        if path := os.environ.get("STRESS_TABLE"):
+            with Path(path).open("a") as file:
+                file.write(ROWS[-1] + "\n")
+
+    return add
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Also into the file that $STRESS_TABLE names."""
-    if not ROWS:
-        return
-    terminalreporter.write_sep("=", "tried and held")
-    terminalreporter.write_line("\n".join(table()))
-    if path := os.environ.get("STRESS_TABLE"):
-        Path(path).write_text("\n".join(table()) + "\n")
+    if ROWS:
+        terminalreporter.write_sep("=", "tried and held")
+        terminalreporter.write_line("\n".join(["| tried | promise | times | held |", "|---|---|---:|---:|", *ROWS]))

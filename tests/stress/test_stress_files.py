@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hostile_files
 import pytest
+from hostile import Tally
 
 COUNT, AT_A_TIME, PROCESSES = int(os.environ.get("STRESS_FILES", "10000")), 50, 2
 PROMISE = "read, or an error of at most three lines, within 5 s and 1 GiB"
@@ -18,7 +19,7 @@ PROMISE = "read, or an error of at most three lines, within 5 s and 1 GiB"
 @pytest.mark.parametrize("kind", hostile_files.KINDS)
 def test_files(tmp_path: Path, row: Callable[..., None], kind: str) -> None:
     share = -(-COUNT // len(hostile_files.KINDS))
-    total = hostile_files.Tally()
+    total = Tally()
     with ProcessPoolExecutor(PROCESSES, get_context("spawn"), hostile_files.limit_memory) as pool:
         jobs = [
             pool.submit(hostile_files.try_kind, kind, tmp_path / str(first), range(first, min(first + AT_A_TIME, share)))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hostile_recipes
 import pytest
+from hostile import Tally
 
 COUNT, AT_A_TIME, PROCESSES = 10_000, 500, 2
 PROMISE = "a recipe, or an error of at most three lines, within 5 s and 1 GiB"
@@ -16,7 +17,7 @@ PROMISE = "a recipe, or an error of at most three lines, within 5 s and 1 GiB"
 
 @pytest.mark.parametrize("what", ["hostile", "mutated"])
 def test_recipes(tmp_path: Path, row: Callable[..., None], what: str) -> None:
-    total = hostile_recipes.Tally()
+    total = Tally()
     with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
         jobs = []
         for number in range(COUNT // AT_A_TIME if what == "mutated" else len(hostile_recipes.KEYS)):
