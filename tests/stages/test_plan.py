@@ -88,7 +88,7 @@ def test_a_narrow_model_computes_what_the_masked_one_does(which: str) -> None:
         assert part.coupling is not None
     x = batches(6)[0][0]
     assert relative(model(x), masked(x)) < 1e-4
-    assert relative(plan.model(x), masked(x)) > 5e-3
+    assert relative(plan.model(x), masked(x)) > 2e-3
 
 
 def test_a_layer_that_is_kept_whole_is_one_block() -> None:

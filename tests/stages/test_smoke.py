@@ -34,7 +34,7 @@ def test_smoke(tmp_path: Path, recipe: str, sequential: str, width: str) -> None
     elif recipe == "deit_base_70":
         assert pruned["linear_kept_fraction"] == pytest.approx(0.3, abs=0.002)
     else:
-        assert pruned["flops"] / pruned["flops_dense"] == pytest.approx(0.77, abs=0.002)
+        assert pruned["flops"] / pruned["flops_dense"] == pytest.approx(0.77, abs=0.004)  # the last block is a large one
     assert (tmp_path / "run" / "export" / "model.onnx").is_file()
 
 
