@@ -45,6 +45,8 @@ def merging_for(model: VisionModel, wanted: TokensSection) -> Merging:
     container, _ = container_of(model)
     depth = len(model.get_submodule(container)._modules)
     after = tuple(range(0, depth - 1, 2)) if wanted.after is None else wanted.after
+    if not after:
+        raise UsageError("tokens: this model has one block, after which none is left to see fewer tokens", WITHOUT)
     prefix = prefix_of(model)
     merging = Merging(fraction=wanted.fraction or MOST, after=after, prefix=prefix, restores=reads_all_tokens(model, prefix))
     merge_tokens(model, merging)  # what is wrong is told before anything is counted
@@ -54,8 +56,10 @@ def merging_for(model: VisionModel, wanted: TokensSection) -> Merging:
 def fraction_for(model: VisionModel, merging: Merging, share: float) -> float:
     """The least fraction with which `model` needs at most `share` of its FLOPs. Raises UsageError where none does."""
 
+    dense = count_flops(model, ()).total
+
     def flops(steps: int) -> float:
-        return merged_share(model, with_fraction(merging, steps * STEP))
+        return merged_flops(model, with_fraction(merging, steps * STEP)) / dense
 
     low, high = 1, round(MOST / STEP)
     if (least := flops(high)) > share:
@@ -69,17 +73,12 @@ def fraction_for(model: VisionModel, merging: Merging, share: float) -> float:
     return low * STEP
 
 
-def merged_share(model: VisionModel, merging: Merging) -> float:
-    """The fraction of the model's FLOPs that are left."""
-    return count_flops(merged_sketch(model, merging), ()).total / count_flops(model, ()).total
-
-
-def merged_sketch(model: VisionModel, merging: Merging) -> Any:
-    """A copy that merges, to be counted only: its tensors are those of `model`."""
+def merged_flops(model: VisionModel, merging: Merging) -> int:
+    """Of one image, by a copy that merges and shares the tensors of `model`."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     merged = copy.deepcopy(model, memo)
     install(merged, merging)
-    return merged
+    return count_flops(merged, ()).total
 
 
 def with_fraction(merging: Merging, fraction: float) -> Merging:

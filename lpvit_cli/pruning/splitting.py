@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lpvit_cli.errors import UsageError
-from lpvit_cli.models.merging import MOST, merge_tokens, merged_share, merging_for
+from lpvit_cli.models.flops import count_flops
+from lpvit_cli.models.merging import MOST, merge_tokens, merged_flops, merging_for
 from lpvit_cli.models.protocol import VisionModel
 from lpvit_cli.progress import Progress
 from lpvit_cli.pruning.plan import Plan
@@ -40,7 +41,7 @@ def split(
         try:
             merging = merging_for(model, TokensSection(flops=flops)) if share else None
         except UsageError:  # it cannot do so much
-            merging, flops = most, merged_share(model, most)
+            merging, flops = most, merged_flops(model, most) / count_flops(model, ()).total
         tried = plan_of(merge_tokens(model, merging)) if merging else plan
         least = min(least, tried.reachable(budget))
         if tried.reachable(budget) <= budget.value:

@@ -153,6 +153,8 @@ class Recipe(Section):
         small["data"] |= {"batch_size": 16, "workers": 0, "val_images": 32}
         small["target"]["batch_size"] = 2
         small["calibrate"] |= {"images": 32, "batch_size": 8}
+        if self.tokens and not self.splits:  # two blocks cannot merge what twelve can
+            small["tokens"] = {"fraction": 0.2}
         small["prune"]["reweigh"] = min(1, self.prune.reweigh)
         small["bench"] |= {"batch_sizes": (2,), "rounds": 6, "warmup_seconds": 0.2}
         small["bench"]["energy"] |= {"window_seconds": 2.0, "trials": 6}

@@ -176,3 +176,10 @@ def test_power_is_compared_with_the_model_that_merges_nothing(recipe: Path, run:
     plain, merged = report(tmp_path / "plain" / "pruned"), report(run / "pruned")
     assert merged["energy_uj_dense"] == pytest.approx(plain["energy_uj_dense"])
     assert merged["energy_uj_dense"] > sum(layer["energy_uj_dense"] for layer in merged["layers"])
+
+
+def test_a_rehearsal_of_two_blocks_merges_what_it_can(tmp_path: Path) -> None:
+    sets = ("--set", "tokens={flops: 0.5, after: [0, 2, 4]}")
+    ran = run_cli("calibrate", "dinov2_small_50", "--smoke", "-o", tmp_path / "run", *sets)
+    assert ran.code == 0, ran.err
+    assert report(tmp_path / "run" / "calibration")["merging"]["fraction"] == 0.2

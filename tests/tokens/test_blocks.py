@@ -177,6 +177,12 @@ def test_deep_models_merge_until_nothing_is_left_to_merge() -> None:
     assert 0 < merging_for(model, TokensSection(flops=0.7)).fraction < 0.2
 
 
+def test_one_block_alone_has_nothing_to_save() -> None:
+    model = build_model(ModelSection(name="vit_tiny_patch16_224", kwargs={**SMALL, "depth": 1}))
+    with pytest.raises(UsageError, match="has one block"):
+        merging_for(model, TokensSection(flops=0.9))
+
+
 def test_a_second_merging_takes_the_place_of_the_first() -> None:
     model = made("class token")
     first = merge_tokens(model, Merging(fraction=0.2, after=(0,), prefix=1, restores=False))
