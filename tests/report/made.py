@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from made_times import FACTORS, NVML, energy_run, timed
+
 from lpvit_cli.bench.results import BatchBench, Change, LayerBench, LayersBench
 from lpvit_cli.export.results import ExportedFile, ExportedLayer, ExportSpeed, FreeForm, Parity
 from lpvit_cli.measure.energy.power import Work
-from lpvit_cli.measure.energy.run import Energy, EnergyRun, Trace, Window
+from lpvit_cli.measure.energy.run import EnergyRun, Trace, Window
 from lpvit_cli.measure.profile import DeviceProfile, LayerProfile, SparseProfile
-from lpvit_cli.measure.statistics import Ratio, percentiles, quantiles
+from lpvit_cli.measure.statistics import Ratio
 from lpvit_cli.measure.timing import Timing, TimingRun
 from lpvit_cli.recovery.history import Epoch
 from lpvit_cli.report.schema import (
@@ -43,36 +45,7 @@ FOLDER = Path("runs/deit_base_50/stage")
 CPU = "AMD EPYC 9V74 80-Core Processor"
 NO_METER = "RAPL: /sys/class/powercap absent (virtual machine?)"
 DEAD_METER = "the GPU was lost"
-NVML = "NVML energy counter of NVIDIA H200, driver 570.124.06"
 LAYERS = {"attn.qkv": (2304, 768), "attn.proj": (768, 768), "mlp.fc1": (3072, 768), "mlp.fc2": (768, 3072)}  # out, in
-FACTORS = {"dense": 1.0, "masked-dense": 1.01, "sparse": 0.75}  # times and energies relative to dense
-
-
-def timed(milliseconds: float) -> Timing:
-    samples = [milliseconds * (1 + 0.001 * k) for k in range(30)]
-    return Timing(
-        samples,
-        percentiles(samples),
-        sum(samples) / 30,
-        0.009,
-        1,
-        cpu_time_ms=None,
-        host_bound=False,
-        quantiles_ms=quantiles(samples),
-    )
-
-
-def averaged(milliseconds: float) -> Timing:
-    """Of calls too short to be timed one by one."""
-    return replace(timed(milliseconds), mean_ms=1.1 * milliseconds, percentiles=None, quantiles_ms=None, calls_per_sample=200)
-
-
-def metered(joules: float) -> Energy:
-    return Energy(joules, 0.8 * joules, average_w=412.3, trials_joules_per_image=[joules * (1 + 0.001 * k) for k in range(8)])
-
-
-def energy_run(joules: float) -> EnergyRun:
-    return EnergyRun(NVML, 71.5, {name: metered(joules * factor) for name, factor in FACTORS.items()})
 
 
 def batch_bench(

@@ -8,17 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made import (
-    averaged,
-    batch_bench,
-    deit_base_layers,
-    energy_run,
-    layers_bench,
-    prune,
-    replace_timing,
-    timed,
-    traced_bench,
-)
+from made import batch_bench, deit_base_layers, layers_bench, prune, replace_timing, traced_bench
+from made_times import averaged, energy_run, timed
 
 from lpvit_cli.bench.notes import advice, doubts, verdicts
 from lpvit_cli.bench.results import BatchBench

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from helpers import Result
-from made import batch_bench, bench, energy_run, timed
+from made import batch_bench, bench
+from made_times import energy_run, timed
 
 from lpvit_cli.bench.results import BatchBench
 from lpvit_cli.measure.timing import TimingRun

@@ -11,11 +11,9 @@ from made import (
     DEAD_METER,
     FOLDER,
     NO_METER,
-    NVML,
     batch_bench,
     bench,
     deit_base_layers,
-    energy_run,
     finetune,
     layer,
     measured_bench,
@@ -23,6 +21,7 @@ from made import (
     prune,
     traced_bench,
 )
+from made_times import NVML, energy_run
 from shown import HOSTILE, Page, page, shown, words
 
 from lpvit_cli.measure.energy.run import EnergyRun
